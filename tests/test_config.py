@@ -1,0 +1,77 @@
+"""Recipes: defaults, inheritance, overrides, and errors that help."""
+
+from __future__ import annotations
+
+import pytest
+
+from rtmdet_geo.config import load_recipe, parse_recipe, recipe_names
+from rtmdet_geo.errors import ConfigError
+
+MINIMAL = {"name": "t", "model": {"classes": ["ship"]}, "data": {"chips": "chips"}}
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_recipe_of_the_package_loads_and_survives_a_round_trip(tmp_path):
+    assert recipe_names()
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert load_recipe(write(tmp_path / "again.yaml", recipe.to_yaml())) == recipe
+
+
+def test_exponent_without_a_dot_is_a_number():
+    assert parse_recipe({**MINIMAL, "optim": {"lr": "1e-3"}}).optim.lr == 1e-3
+
+
+def test_unknown_key_names_its_neighbour():
+    with pytest.raises(ConfigError, match=r"unknown key 'optim.lrr'; did you mean 'lr'\?"):
+        parse_recipe({**MINIMAL, "optim": {"lrr": 1}})
+
+
+def test_unknown_key_inside_the_stretch():
+    with pytest.raises(ConfigError, match="model.stretch.hihg.*did you mean 'high'"):
+        parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "stretch": {"hihg": 1}}})
+
+
+def test_base_merges_mappings_and_replaces_lists(tmp_path):
+    write(tmp_path / "a.yaml", "name: a\nmodel: {classes: [x, y], gsd_m: 2}\ndata: {chips: c}\noptim: {lr: 1}\n")
+    child = write(tmp_path / "b.yaml", "base: a.yaml\nname: b\nmodel: {classes: [z]}\noptim: {batch_size: 3}\n")
+    recipe = load_recipe(child, ["optim.lr=1e-4", "data.holdout=[p]"])
+    assert (recipe.name, recipe.model.classes, recipe.model.gsd_m) == ("b", ("z",), 2)
+    assert (recipe.optim.lr, recipe.optim.batch_size, recipe.data.holdout) == (1e-4, 3, ("p",))
+
+
+def test_base_that_points_to_itself_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="deeper than 2"):
+        load_recipe(write(tmp_path / "a.yaml", "base: a.yaml\n"))
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "name.first=3", "optim.lr=[1"])
+def test_malformed_override(tmp_path, override):
+    path = write(tmp_path / "a.yaml", parse_recipe(MINIMAL).to_yaml())
+    with pytest.raises(ConfigError, match="override"):
+        load_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not YAML"), ("- 1", "mapping"), ("base: no.yaml", "not a file"), ("name: x\n", "model: Field required")],
+)
+def test_malformed_file(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path / "a.yaml", text))
+
+
+def test_no_such_recipe_lists_those_there_are():
+    with pytest.raises(ConfigError, match=recipe_names()[0]):
+        load_recipe("nothing_r")
+
+
+def test_values_that_contradict_each_other():
+    with pytest.raises(ConfigError, match="fold 'z'"):
+        parse_recipe({**MINIMAL, "data": {"chips": "c", "fold": "z"}})
+    with pytest.raises(ConfigError, match="one value for each"):
+        parse_recipe({**MINIMAL, "model": {"classes": ["s"], "bands": ["red"]}})

@@ -1,0 +1,1 @@
+"""How good detections are. numpy; no torch, no rasterio."""

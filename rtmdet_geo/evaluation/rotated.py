@@ -1,0 +1,107 @@
+"""Average precision of rotated boxes, pooled over images, all points of the curve (VOC 2010 and later)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.structures import Detections
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Labelled objects of one image: boxes (N, 5) px le90, labels (N,) int64, ignored (N,) bool (neither hit nor miss)."""
+
+    boxes: Array
+    labels: Array
+    ignored: Array
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Precision over recall of one class at one IoU, in order of falling score.
+
+    Attributes:
+        average_precision: area under the curve made monotone; nan when nothing is labelled.
+        precision, recall, scores: (D,) float64.
+        num_objects: labelled objects that count.
+    """
+
+    average_precision: float
+    precision: Array
+    recall: Array
+    scores: Array
+    num_objects: int
+
+    @property
+    def best_f1(self) -> tuple[float, float]:
+        """Return the highest F1 and the score threshold that gives it; (0, 1) when nothing was detected."""
+        if len(self.scores) == 0:
+            return 0.0, 1.0
+        total = self.precision + self.recall
+        f1 = np.divide(2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0)
+        best = int(np.argmax(f1))
+        return float(f1[best]), float(self.scores[best])
+
+
+def precision_recall(
+    detections: Sequence[Detections], truths: Sequence[Truth], *, label: int, iou_threshold: float
+) -> Curve:
+    """Match detections to labelled objects greedily in order of score, pooled over images.
+
+    Each detection looks at the object of its image that it overlaps most (as the DOTA and VOC development kits do): a
+    hit if the IoU reaches the threshold and the object is still free, a miss if it is taken; detections that fall on
+    an ignored object do not count.
+
+    Args:
+        detections: one per image.
+        truths: one per image, same order.
+        label: class index.
+        iou_threshold: rotated IoU from which on a detection is a hit, in (0, 1].
+
+    Returns:
+        The curve.
+    """
+    scores, hits, counted = [], [], []
+    num_objects = 0
+    for found, truth in zip(detections, truths, strict=True):
+        of_class = truth.labels == label
+        boxes, ignored = truth.boxes[of_class], truth.ignored[of_class]
+        num_objects += int((~ignored).sum())
+        chosen = found.select(np.flatnonzero(found.labels == label))
+        order = np.argsort(-chosen.scores, kind="stable")
+        overlap = rotated_iou(chosen.boxes[order], boxes) if len(boxes) and len(order) else np.zeros((len(order), 0))
+        taken = np.zeros(len(boxes), bool)
+        for row in range(len(order)):
+            best = int(np.argmax(overlap[row])) if len(boxes) else -1
+            near = best >= 0 and overlap[row, best] >= iou_threshold
+            hits.append(bool(near and not ignored[best] and not taken[best]))
+            counted.append(not (near and ignored[best]))
+            if near:
+                taken[best] = True
+        scores.append(chosen.scores[order])
+    score = np.concatenate(scores) if scores else np.zeros(0)
+    keep = np.array(counted, bool)
+    score, hit = score[keep].astype(float), np.array(hits, bool)[keep]
+    order = np.argsort(-score, kind="stable")
+    score, hit = score[order], hit[order]
+    true_positives = np.cumsum(hit)
+    precision = true_positives / np.maximum(np.arange(1, len(hit) + 1), 1)
+    recall = true_positives / max(num_objects, 1)
+    return Curve(_area(precision, recall, num_objects), precision, recall, score, num_objects)
+
+
+def _area(precision: Array, recall: Array, num_objects: int) -> float:
+    if num_objects == 0:
+        return float("nan")
+    if len(precision) == 0:
+        return 0.0
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))

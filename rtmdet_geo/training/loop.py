@@ -1,0 +1,315 @@
+"""The training loop, visible on one page.
+
+Follows the recipe of RTMDet (arXiv 2212.07784, section 4.1): AdamW without decay on norms and biases, linear warm-up,
+flat then cosine learning rate, exponential moving average of weights and buffers. Random crops are a pure function of
+(seed, iteration), so a run that is stopped and resumed on CPU gives the very numbers of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import rtmdet_geo
+from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
+from rtmdet_geo.models import get_model
+from rtmdet_geo.models.weights import save_weights
+from rtmdet_geo.structures import ModelSpec
+from rtmdet_geo.training.criterion import RotatedCriterion
+from rtmdet_geo.training.datasets import BatchLoader, CropSampler, Sample, load_chips, split_chips
+from rtmdet_geo.training.ema import ModelEMA
+from rtmdet_geo.training.schedule import learning_rate, param_groups
+from rtmdet_geo.training.validate import validate
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "last.pt"
+LOG_COLUMNS = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm", "seconds")
+
+
+def train_model(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Train a network by a recipe.
+
+    Args:
+        recipe: see :mod:`rtmdet_geo.config`.
+        out: run folder; gets ``recipe.yaml``, ``log.csv``, ``last.pt`` (to resume from), ``model.safetensors`` (EMA
+            weights with their ModelSpec) and, when the recipe leaves a fold out, ``validation.csv``.
+        data: folder of chips; ``recipe.data.chips`` when None.
+        device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one). On cuda the forward pass runs in bf16.
+        resume: go on from ``out/last.pt``.
+        overwrite: begin anew in a folder that already holds a run.
+        progress: called with (iterations done, iterations in all).
+        cancelled: asked after every iteration; True saves a checkpoint and raises Cancelled.
+
+    Returns:
+        Summary: ``weights`` (path), ``iterations``, ``seconds``, ``loss`` (mean of the last logged), ``validation`` rows.
+
+    Raises:
+        DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or cut for another recipe.
+        OutputError: the run folder holds another run.
+        TrainingError: a loss is not finite; the message names iteration and the checkpoint to go back to.
+        Cancelled: see ``cancelled``.
+    """
+    run = Path(out)
+    device = _choose_device(device)
+    chips = load_chips(Path(data if data is not None else recipe.data.chips), recipe.model)
+    training, left_out = split_chips(chips, recipe)
+    _open_run(run, recipe, resume=resume, overwrite=overwrite)
+    _seed(recipe.loop.seed)
+
+    network = get_model(recipe.model.name, num_classes=len(recipe.model.classes), in_channels=len(recipe.model.bands))
+    network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
+    ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
+    optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
+    criterion = RotatedCriterion(len(recipe.model.classes))
+    start = _load_checkpoint(run, network, ema, optimizer, device) if resume else 0
+    loader = BatchLoader(
+        CropSampler(training, recipe), batch_size=recipe.optim.batch_size, workers=recipe.loop.workers
+    )
+    logger.info(
+        "training %s on %s: %d chips, %d objects, iterations %d to %d",
+        *(recipe.model.name, device, len(training), sum(int((~chip.ignored).sum()) for chip in training)),
+        *(start, recipe.optim.iterations),
+    )
+
+    began, row = time.perf_counter(), {"loss": math.nan}
+    try:
+        for iteration in range(start, recipe.optim.iterations):
+            tick = time.perf_counter()
+            rate = _set_rate(optimizer, recipe, iteration)
+            samples = loader.batch(iteration)
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+                outputs = network(_to_input(samples, recipe, device))
+            losses = criterion(outputs, _to_targets(samples, device))
+            loss = losses["loss_cls"] + losses["loss_bbox"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optim.clip_grad_norm)
+            values = torch.stack([loss.detach(), losses["loss_cls"].detach(), losses["loss_bbox"].detach(), grad_norm])
+            row = dict(zip(("loss", "loss_cls", "loss_bbox", "grad_norm"), values.tolist(), strict=True))
+            _check_finite(row, iteration, run)
+            optimizer.step()
+            ema.update(network)
+
+            done = iteration + 1
+            row |= {"iteration": done, "lr": rate, "seconds": time.perf_counter() - tick}
+            if done % recipe.loop.log_interval == 0 or done == recipe.optim.iterations:
+                _log(run, row, done, start, recipe.optim.iterations, time.perf_counter() - began)
+            if progress is not None:
+                progress(done, recipe.optim.iterations)
+            stop = cancelled is not None and cancelled()
+            if stop or done % recipe.loop.checkpoint_interval == 0 or done == recipe.optim.iterations:
+                _save_checkpoint(run, done, network, ema, optimizer)
+            if stop and done < recipe.optim.iterations:
+                raise Cancelled(f"training stopped at iteration {done}; go on with --resume --out {run}")
+    finally:
+        loader.close()
+
+    rows = validate(ema.module, left_out, recipe, device=device) if left_out else []
+    weights = run / "model.safetensors"
+    save_weights(ema.module, weights, make_spec(recipe, rows), half=False)
+    _write_validation(run, rows)
+    return {
+        "weights": str(weights),
+        "iterations": recipe.optim.iterations,
+        "seconds": time.perf_counter() - began,
+        "loss": row["loss"],
+        "validation": [{key: value for key, value in item.items() if key != "detections"} for item in rows],
+    }
+
+
+def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) -> ModelSpec:
+    """Return the ModelSpec of a network trained by a recipe; validation rows become its metrics."""
+    metrics = {
+        f"{row['class']} AP{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
+        for row in validation or []
+    }
+    model, card = recipe.model, recipe.card
+    return ModelSpec(
+        name=recipe.name,
+        architecture=model.name,
+        classes=model.classes,
+        bands=model.bands,
+        optional_bands=model.optional_bands,
+        mean=model.mean,
+        std=model.std,
+        gsd_m=model.gsd_m,
+        stretch=model.stretch,
+        tile_size=model.tile_size,
+        overlap=model.overlap,
+        score_threshold=model.score_threshold,
+        iou_threshold=recipe.validation.nms_iou_threshold,
+        metrics=metrics,
+        training_data=card.training_data,
+        limits=card.limits,
+        licence=card.licence,
+        attribution=card.attribution,
+        exporter=f"rtmdet-geo {rtmdet_geo.__version__}",
+    )
+
+
+def _choose_device(device: str) -> str:
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise ConfigError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the global state
+    torch.manual_seed(seed)
+
+
+def _open_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    saved = run / "recipe.yaml"
+    if resume:
+        if not (run / CHECKPOINT).is_file():
+            raise OutputError(f"nothing to resume in {str(run)!r}: {CHECKPOINT} is missing")
+        if saved.read_text(encoding="utf-8") != recipe.to_yaml():
+            raise ConfigError(f"the recipe differs from {saved}, with which this run began: resume with that file")
+        return
+    if saved.exists() and not overwrite:
+        raise OutputError(f"{str(run)!r} already holds a run: --resume goes on with it, --overwrite begins anew")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for name in (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors"):
+            (run / name).unlink(missing_ok=True)
+        saved.write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
+
+
+def _to_input(samples: list[Sample], recipe: Recipe, device: str) -> torch.Tensor:
+    """Stack to (N, C, H, W) float32, normalised by the recipe's mean and std."""
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).to(device, non_blocking=True).float()
+    mean = torch.tensor(recipe.model.mean, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(recipe.model.std, device=device).view(1, -1, 1, 1)
+    memory_format = torch.channels_last if recipe.loop.channels_last else torch.contiguous_format
+    return ((images - mean) / std).contiguous(memory_format=memory_format)
+
+
+def _to_targets(samples: list[Sample], device: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return [
+        (
+            torch.from_numpy(sample.boxes).to(device),
+            torch.from_numpy(sample.labels).to(device),
+            torch.from_numpy(sample.ignored).to(device),
+        )
+        for sample in samples
+    ]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, iteration: int) -> float:
+    optim = recipe.optim
+    rate = learning_rate(
+        iteration,
+        base_lr=optim.lr,
+        total_iterations=optim.iterations,
+        warmup_iterations=optim.warmup_iterations,
+        eta_min=optim.lr * optim.lr_min_factor,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _check_finite(row: dict[str, float], iteration: int, run: Path) -> None:
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1} (batch {iteration} of the seed): "
+            f"lower optim.lr, or go back to {run / CHECKPOINT} with --resume"
+        )
+
+
+def _log(run: Path, row: dict[str, float], done: int, start: int, total: int, elapsed: float) -> None:
+    path = run / "log.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, LOG_COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: f"{row[name]:.9g}" for name in LOG_COLUMNS})
+    remaining = elapsed / (done - start) * (total - done)
+    logger.info(
+        "iteration %d/%d  loss %.4f (cls %.4f, box %.4f)  lr %.2e  %.2f s/it  %d min left",
+        *(done, total, row["loss"], row["loss_cls"], row["loss_bbox"], row["lr"], row["seconds"], remaining // 60),
+    )
+
+
+def _trim_log(run: Path, iteration: int) -> None:
+    """Drop log rows later than the checkpoint, so that a resumed run does not write them twice."""
+    path = run / "log.csv"
+    if path.exists():
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if int(line.split(",", 1)[0]) <= iteration]
+        path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
+
+
+def _save_checkpoint(
+    run: Path, iteration: int, network: nn.Module, ema: ModelEMA, optimizer: torch.optim.Optimizer
+) -> None:
+    state = {
+        "iteration": iteration,
+        "network": network.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "versions": {"rtmdet_geo": rtmdet_geo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    temporary = run / f".{CHECKPOINT}.{os.getpid()}"
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, run / CHECKPOINT)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"cannot write {run / CHECKPOINT}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_checkpoint(
+    run: Path, network: nn.Module, ema: ModelEMA, optimizer: torch.optim.Optimizer, device: str
+) -> int:
+    state = torch.load(run / CHECKPOINT, map_location=device, weights_only=True)
+    network.load_state_dict(state["network"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    _trim_log(run, state["iteration"])
+    return int(state["iteration"])
+
+
+def _write_validation(run: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    columns = [name for name in rows[0] if name != "detections"]
+    with (run / "validation.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        logger.info("left-out %s, %s: AP at IoU %.2f = %.4f", row["class"], row["bands"], row["iou"], row["ap"])

@@ -26,7 +26,6 @@ class ConvModule(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
@@ -43,7 +42,6 @@ class DepthwiseSeparableConv(nn.Module):
     """Depth-wise convolution, then 1 x 1; both parts with their own batch norm and SiLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.depthwise_conv = ConvModule(in_channels, in_channels, kernel_size, groups=in_channels)
         self.pointwise_conv = ConvModule(in_channels, out_channels, 1)
@@ -57,7 +55,6 @@ class CSPNeXtBlock(nn.Module):
     """3 x 3 convolution, then a separable 5 x 5 one, with an optional residual (paper fig. 3b)."""
 
     def __init__(self, channels: int, with_residual: bool, kernel_size: int = 5) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.conv1 = ConvModule(channels, channels, 3)
         self.conv2 = DepthwiseSeparableConv(channels, channels, kernel_size)
@@ -73,7 +70,6 @@ class ChannelAttention(nn.Module):
     """Gate every channel by a hard sigmoid of a linear map of all channels' means."""
 
     def __init__(self, channels: int) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.global_avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Conv2d(channels, channels, 1)
@@ -106,7 +102,6 @@ class CSPLayer(nn.Module):
         with_attention: bool,
         expand_ratio: float = 0.5,
     ) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         middle = int(out_channels * expand_ratio)
         self.main_conv = ConvModule(in_channels, middle, 1)
@@ -128,7 +123,6 @@ class SpatialPyramidPooling(nn.Module):
     """Concatenate the halved input with its 5, 9 and 13 px maxima (stride 1), then 1 x 1."""
 
     def __init__(self, channels: int, kernel_sizes: tuple[int, ...] = (5, 9, 13)) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         middle = channels // 2
         self.conv1 = ConvModule(channels, middle, 1)

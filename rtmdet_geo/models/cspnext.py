@@ -39,7 +39,6 @@ class CSPNeXt(nn.Module):
     """
 
     def __init__(self, *, deepen: float, widen: float, in_channels: int = 3) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         stem = int(_STAGES[0].in_channels * widen)
         self.stem = nn.Sequential(

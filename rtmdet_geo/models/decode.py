@@ -126,7 +126,7 @@ def decode_rotated(outputs: RotatedOutputs, strides: Sequence[int] = STRIDES) ->
     """
     logits, boxes = [], []
     for cls, reg, angle, stride in zip(*outputs, strides, strict=True):
-        points = level_priors(cls.shape[2], cls.shape[3], stride, device=reg.device, dtype=reg.dtype)
+        points = level_priors(int(cls.shape[2]), int(cls.shape[3]), stride, device=reg.device, dtype=reg.dtype)
         logits.append(flatten_level(cls))
         boxes.append(decode_distances(points, flatten_level(torch.cat((reg, angle), dim=1))))
     return torch.cat(logits, dim=1), torch.cat(boxes, dim=1)
@@ -144,14 +144,14 @@ def select_top_k(logits: Tensor, limit: int = MAX_CANDIDATES_ROTATED, *, multi_l
     Returns:
         :class:`TopK` with k = min(P * C, limit), or min(P, limit) for one label a prior.
     """
-    num_classes = logits.shape[2]
+    num_classes = int(logits.shape[2])
     if multi_label:
         pairs = logits.flatten(1)
-        best, index = pairs.topk(min(pairs.shape[1], limit), dim=1)
+        best, index = pairs.topk(min(int(pairs.shape[1]), limit), dim=1)
         priors = torch.div(index, num_classes, rounding_mode="floor")
         return TopK(priors, best.sigmoid(), index - priors * num_classes)
     highest, labels = logits.max(dim=2)
-    best, priors = highest.topk(min(highest.shape[1], limit), dim=1)
+    best, priors = highest.topk(min(int(highest.shape[1]), limit), dim=1)
     return TopK(priors, best.sigmoid(), labels.gather(1, priors))
 
 
@@ -178,7 +178,7 @@ def candidates_rotated(
         best = select_top_k(at_least_float32(flatten_level(cls)), limit, multi_label=multi_label)
         raw = flatten_level(at_least_float32(torch.cat((reg, angle), dim=1)))
         raw = raw.gather(1, best.priors.unsqueeze(-1).expand(-1, -1, 5))
-        points = level_priors(cls.shape[2], cls.shape[3], stride, device=raw.device, dtype=raw.dtype)
+        points = level_priors(int(cls.shape[2]), int(cls.shape[3]), stride, device=raw.device, dtype=raw.dtype)
         parts.append(Candidates(decode_distances(points[best.priors], raw), best.scores, best.labels))
     return Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 
@@ -206,7 +206,6 @@ class DetectionGraph(nn.Module):
         limit: int = MAX_CANDIDATES_ROTATED,
         multi_label: bool = True,
     ) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.model = model
         self.limit = limit

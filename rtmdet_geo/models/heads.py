@@ -81,7 +81,6 @@ class SeparatedBNHead(nn.Module):
         num_convs: int = 2,
         strides: Sequence[int] = STRIDES,
     ) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.num_classes = num_classes
         self.feat_channels = feat_channels
@@ -134,7 +133,6 @@ class RotatedSeparatedBNHead(SeparatedBNHead):
         num_convs: int = 2,
         strides: Sequence[int] = STRIDES,
     ) -> None:
-        """Build the layers; see the class."""
         super().__init__(
             num_classes=num_classes,
             in_channels=in_channels,

@@ -21,7 +21,6 @@ class CSPNeXtPAFPN(nn.Module):
     """
 
     def __init__(self, *, in_channels: Sequence[int], out_channels: int, num_blocks: int) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         channels = list(in_channels)
         steps = range(len(channels) - 1, 0, -1)  # coarse to fine

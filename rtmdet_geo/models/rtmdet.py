@@ -68,7 +68,6 @@ class RTMDet(nn.Module):
     def __init__(
         self, backbone: CSPNeXt, neck: CSPNeXtPAFPN, bbox_head: RotatedSeparatedBNHead, *, architecture: str
     ) -> None:
-        """Build the layers; see the class."""
         super().__init__()
         self.backbone = backbone
         self.neck = neck
@@ -199,7 +198,7 @@ BUILDERS: dict[str, Callable[..., RTMDet]] = {
 }
 
 
-def get_model(name: str, **arguments: Any) -> RTMDet:  # noqa: ANN401 - handed on to the builder
+def get_model(name: str, **arguments: Any) -> RTMDet:
     """Build a model by name.
 
     Args:

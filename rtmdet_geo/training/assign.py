@@ -1,0 +1,240 @@
+"""Dynamic soft label assignment: which prior learns which ground truth.
+
+RTMDet (arXiv 2212.07784), section 3.3, eq. 2-5, as mmdet 3.3 ``DynamicSoftLabelAssigner`` behaves (checked by golden
+numbers). A prior is a candidate if it lies inside any ground truth. The cost of a (candidate, ground truth) pair is
+
+    soft classification cost   BCE(logit, soft label) * |soft label - probability|², summed over the classes, where
+                               the soft label is the IoU for the ground truth's class and 0 for all others
+    + iou_weight * -log(IoU + 1e-7)
+    + 10 ** (distance of prior and centre / stride - soft_center_radius)
+
+Each ground truth takes its k cheapest candidates, k = sum of its ``topk`` largest IoUs, rounded down, at least 1. A
+candidate wanted by several goes to the ground truth with the lowest cost of all.
+
+What differs is the bookkeeping: all of it runs over candidates only, and in chunks of ground truths with a running
+minimum per candidate, so that the memory does not grow with their number. The BCE of the other classes is summed once
+per candidate instead of once per pair.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rtmdet_geo.models.boxes_torch import points_inside
+from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.training.rotated_iou import rotated_iou_pairwise
+
+BoxKind = Literal["rotated", "horizontal"]
+_EPSILON = 1e-7
+#: Sides of predicted boxes below this (px, also negative ones) count as this, as in mmrotate's ``rbbox_overlaps``.
+_MINIMUM_SIDE = 1e-3
+
+
+class Assignment(NamedTuple):
+    """Positives of one image, K of them, in rising prior order; all other priors are background.
+
+    Attributes:
+        priors: (K,) int64, index into the priors.
+        gts: (K,) int64, 0-based index into the ground truths.
+        ious: (K,) float32 in [0, 1], IoU of the prior's box with its ground truth: the soft label.
+        num_candidates: how many priors lie inside a ground truth.
+    """
+
+    priors: Tensor
+    gts: Tensor
+    ious: Tensor
+    num_candidates: int
+
+
+def inside_boxes(points: Tensor, boxes: Tensor) -> Tensor:
+    """Tell which points lie in which boxes: rotated ones by more than 0.01 px, horizontal ones strictly.
+
+    Args:
+        points: (P, 2) x, y in px.
+        boxes: (G, 5) rotated or (G, 4) x1, y1, x2, y2 in px.
+
+    Returns:
+        (P, G) bool.
+    """
+    if boxes.shape[1] == 5:
+        return points_inside(points, boxes)
+    after = points[:, None] - boxes[None, :, :2]
+    before = boxes[None, :, 2:] - points[:, None]
+    return torch.minimum(after, before).amin(-1) > 0
+
+
+def horizontal_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU matrix (N, M) of horizontal boxes (N, 4) and (M, 4), x1, y1, x2, y2 in px."""
+    upper_left = torch.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
+    lower_right = torch.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
+    overlap = (lower_right - upper_left).clamp(min=0).prod(-1)
+    area1, area2 = (boxes1[:, 2:] - boxes1[:, :2]).prod(-1), (boxes2[:, 2:] - boxes2[:, :2]).prod(-1)
+    union: Tensor = area1[:, None] + area2[None] - overlap
+    return overlap / union.clamp(min=1e-6)
+
+
+def _pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU matrix (N, M) float32 of either kind of box, on the boxes' device; rotated boxes on the CPU use numba."""
+    if boxes1.shape[1] == 4:
+        return horizontal_iou(boxes1, boxes2)
+    boxes1 = torch.cat((boxes1[:, :2], boxes1[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes1[:, 4:]), dim=1)
+    boxes2 = torch.cat((boxes2[:, :2], boxes2[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes2[:, 4:]), dim=1)
+    if boxes1.device.type != "cpu":
+        return rotated_iou_pairwise(boxes1, boxes2).float()
+    return torch.from_numpy(rotated_iou(boxes1.double().numpy(), boxes2.double().numpy())).float()
+
+
+class DynamicSoftLabelAssigner:
+    """Assigns priors to ground truths; see the module's text.
+
+    Args:
+        topk: candidates whose IoUs make up k.
+        soft_center_radius: strides from the centre at which the centre cost is 1.
+        iou_weight: factor of the IoU cost.
+        max_pairs: (prior, ground truth) pairs held at once; about 40 bytes each.
+    """
+
+    def __init__(
+        self,
+        topk: int = 13,
+        soft_center_radius: float = 3.0,
+        iou_weight: float = 3.0,
+        *,
+        max_pairs: int = 2_000_000,
+    ) -> None:
+        """Keep the parameters."""
+        self.topk = topk
+        self.soft_center_radius = soft_center_radius
+        self.iou_weight = iou_weight
+        self.max_pairs = max_pairs
+
+    @torch.no_grad()
+    def candidates(self, priors: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Find the priors inside any ground truth.
+
+        Args:
+            priors: (P, 2 or more) x, y in px first.
+            gt_boxes: (G, 5) rotated or (G, 4) horizontal.
+
+        Returns:
+            (V,) int64, rising.
+        """
+        inside = torch.zeros(len(priors), dtype=torch.bool, device=priors.device)
+        step = max(1, self.max_pairs // max(1, len(priors)))
+        for start in range(0, len(gt_boxes), step):
+            inside |= inside_boxes(priors[:, :2], gt_boxes[start : start + step]).any(1)
+        return torch.nonzero(inside).squeeze(1)
+
+    @torch.no_grad()
+    def assign(
+        self,
+        boxes: Tensor,
+        logits: Tensor,
+        priors: Tensor,
+        gt_boxes: Tensor,
+        gt_labels: Tensor,
+        *,
+        gt_centers: Tensor | None = None,
+    ) -> Assignment:
+        """Assign the priors of one image.
+
+        Args:
+            boxes: (P, 5) rotated cx, cy, w, h, angle or (P, 4) horizontal x1, y1, x2, y2 predictions in px.
+            logits: (P, C) raw class scores.
+            priors: (P, 3 or more) x, y, stride in px.
+            gt_boxes: (G, 5) or (G, 4), the same kind as ``boxes``.
+            gt_labels: (G,) int64 in [0, C).
+            gt_centers: (G, 2) px where the centre cost is 0 (mask centroids); the boxes' centres by default.
+
+        Returns:
+            :class:`Assignment` with indices into the P priors.
+        """
+        chosen = self.candidates(priors, gt_boxes)
+        found = self.match(
+            boxes[chosen], logits[chosen], priors[chosen], gt_boxes, gt_labels, gt_centers=gt_centers
+        )
+        return found._replace(priors=chosen[found.priors])
+
+    @torch.no_grad()
+    def match(
+        self,
+        boxes: Tensor,
+        logits: Tensor,
+        priors: Tensor,
+        gt_boxes: Tensor,
+        gt_labels: Tensor,
+        *,
+        gt_centers: Tensor | None = None,
+    ) -> Assignment:
+        """Assign candidates only; arguments as :meth:`assign` with V candidates for the P priors.
+
+        Returns:
+            :class:`Assignment` with indices into the V candidates.
+        """
+        num_candidates, num_gts = len(boxes), len(gt_boxes)
+        device = boxes.device
+        if num_candidates == 0 or num_gts == 0:
+            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            return Assignment(nothing, nothing, torch.zeros(0, device=device), num_candidates)
+        with torch.autocast(device.type, enabled=False):
+            boxes, logits, gt_boxes = boxes.float(), logits.float(), gt_boxes.float()
+            if gt_centers is None:
+                gt_centers = gt_boxes[:, :2] if gt_boxes.shape[1] == 5 else (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
+            probability, softplus = logits.sigmoid(), functional.softplus(logits)
+            wrong_class = softplus * probability.square()  # BCE against 0, focused
+            terms = _CandidateTerms(boxes, logits, probability, softplus, wrong_class, wrong_class.sum(1), priors)
+
+            count = torch.zeros(num_candidates, dtype=torch.int64, device=device)
+            taken_gt, lowest_gt = torch.zeros_like(count), torch.zeros_like(count)
+            taken_iou, lowest_iou = torch.zeros(num_candidates, device=device), torch.zeros(num_candidates, device=device)
+            lowest_cost = torch.full((num_candidates,), torch.inf, device=device)
+            step = max(1, self.max_pairs // num_candidates)
+            k = min(self.topk, num_candidates)
+            for start in range(0, num_gts, step):
+                part = slice(start, start + step)
+                iou = _pairwise_iou(boxes, gt_boxes[part])
+                cost = self._costs(terms, iou, gt_labels[part], gt_centers[part])
+                dynamic_k = iou.topk(k, dim=0).values.sum(0).long().clamp(min=1)
+                cheapest = cost.topk(k, dim=0, largest=False).indices  # (k, g)
+                rank, column = torch.nonzero(
+                    torch.arange(k, device=device)[:, None] < dynamic_k, as_tuple=True
+                )
+                row = cheapest[rank, column]
+                count.index_add_(0, row, torch.ones_like(row))
+                taken_gt[row] = column + start
+                taken_iou[row] = iou[row, column]
+                value, argument = cost.min(1)
+                better = value < lowest_cost
+                lowest_cost = torch.where(better, value, lowest_cost)
+                lowest_gt = torch.where(better, argument + start, lowest_gt)
+                lowest_iou = torch.where(better, iou.gather(1, argument[:, None]).squeeze(1), lowest_iou)
+            contested = count > 1
+            positive = torch.nonzero(count).squeeze(1)
+            gts = torch.where(contested, lowest_gt, taken_gt)[positive]
+            return Assignment(positive, gts, torch.where(contested, lowest_iou, taken_iou)[positive], num_candidates)
+
+    def _costs(self, terms: _CandidateTerms, iou: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+        """Cost matrix (V, g) of all candidates and one chunk of ground truths."""
+        logits, probability = terms.logits[:, labels], terms.probability[:, labels]
+        cost = (terms.softplus[:, labels] - logits * iou) * (iou - probability).square()
+        cost += terms.wrong_class_sum[:, None] - terms.wrong_class[:, labels]
+        cost -= self.iou_weight * (iou + _EPSILON).log()
+        distance = torch.hypot(terms.priors[:, 0, None] - centers[:, 0], terms.priors[:, 1, None] - centers[:, 1])
+        cost += torch.pow(10.0, distance / terms.priors[:, 2, None] - self.soft_center_radius)
+        return cost
+
+
+class _CandidateTerms(NamedTuple):
+    """What the cost needs of each of the V candidates, whatever the ground truth."""
+
+    boxes: Tensor
+    logits: Tensor
+    probability: Tensor
+    softplus: Tensor
+    wrong_class: Tensor
+    wrong_class_sum: Tensor
+    priors: Tensor

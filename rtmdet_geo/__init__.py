@@ -22,6 +22,7 @@ _HOMES = {
     "ModelSpec": "structures",
     "StretchSpec": "structures",
     "Tile": "structures",
+    "load_recipe": "config",
     "RTMDetGeoError": "errors",
     "RTMDetGeoWarning": "errors",
     "Scene": "raster",
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "detect_scene",
     "export_model",
+    "load_recipe",
     "open_backend",
     "open_scene",
     "train_model",
@@ -50,6 +52,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from rtmdet_geo.backends import open_backend
+    from rtmdet_geo.config import load_recipe
     from rtmdet_geo.detect import detect_scene
     from rtmdet_geo.errors import RTMDetGeoError, RTMDetGeoWarning
     from rtmdet_geo.export import export_model

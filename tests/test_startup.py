@@ -54,7 +54,8 @@ def test_the_probe_sees_a_heavy_import():
 
 
 def test_reading_structures_loads_no_torch():
-    assert not loaded_modules([sys.executable, "-c", "import rtmdet_geo; rtmdet_geo.Detections"]) & {"torch", "rasterio"}
+    loaded = loaded_modules([sys.executable, "-c", "import rtmdet_geo; rtmdet_geo.Detections"])
+    assert not loaded & {"torch", "rasterio"}
 
 
 def test_detecting_loads_no_torch():

@@ -118,7 +118,7 @@ def flatten_level(level: Tensor) -> Tensor:
     return level.flatten(2).transpose(1, 2)
 
 
-def decode_rotated(outputs: RotatedOutputs, strides: Sequence[int] = STRIDES) -> tuple[Tensor, Tensor]:
+def decode_dense(outputs: RotatedOutputs, strides: Sequence[int] = STRIDES) -> tuple[Tensor, Tensor]:
     """Decode every prior, for losses and assignment; gradients flow.
 
     Returns:
@@ -126,7 +126,7 @@ def decode_rotated(outputs: RotatedOutputs, strides: Sequence[int] = STRIDES) ->
     """
     logits, boxes = [], []
     for cls, reg, angle, stride in zip(*outputs, strides, strict=True):
-        points = level_priors(int(cls.shape[2]), int(cls.shape[3]), stride, device=reg.device, dtype=reg.dtype)
+        points = level_priors(cls.shape[2], cls.shape[3], stride, device=reg.device, dtype=reg.dtype)
         logits.append(flatten_level(cls))
         boxes.append(decode_distances(points, flatten_level(torch.cat((reg, angle), dim=1))))
     return torch.cat(logits, dim=1), torch.cat(boxes, dim=1)
@@ -155,7 +155,7 @@ def select_top_k(logits: Tensor, limit: int = MAX_CANDIDATES_ROTATED, *, multi_l
     return TopK(priors, best.sigmoid(), labels.gather(1, priors))
 
 
-def candidates_rotated(
+def decode_rotated(
     outputs: RotatedOutputs,
     strides: Sequence[int] = STRIDES,
     *,
@@ -178,7 +178,7 @@ def candidates_rotated(
         best = select_top_k(at_least_float32(flatten_level(cls)), limit, multi_label=multi_label)
         raw = flatten_level(at_least_float32(torch.cat((reg, angle), dim=1)))
         raw = raw.gather(1, best.priors.unsqueeze(-1).expand(-1, -1, 5))
-        points = level_priors(int(cls.shape[2]), int(cls.shape[3]), stride, device=raw.device, dtype=raw.dtype)
+        points = level_priors(cls.shape[2], cls.shape[3], stride, device=raw.device, dtype=raw.dtype)
         parts.append(Candidates(decode_distances(points[best.priors], raw), best.scores, best.labels))
     return Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 
@@ -216,4 +216,4 @@ class DetectionGraph(nn.Module):
     def forward(self, images: Tensor) -> Candidates:
         """Map uint8 images (N, C, H, W), H and W multiples of 32, to :class:`Candidates`."""
         normalised = (images.to(self.mean.dtype) - self.mean) / self.std
-        return candidates_rotated(self.model(normalised), limit=self.limit, multi_label=self.multi_label)
+        return decode_rotated(self.model(normalised), limit=self.limit, multi_label=self.multi_label)

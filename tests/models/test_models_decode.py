@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rtmdet_geo.models import RotatedOutputs, rtmdet_r_test
 from rtmdet_geo.models.decode import (
     DetectionGraph,
-    candidates_rotated,
+    decode_dense,
     decode_distances,
     decode_rotated,
     encode_distances,
@@ -119,7 +119,7 @@ def detect(outputs, case, image):
     boxes_module = importlib.import_module("rtmdet_geo.boxes")
     nms_module = importlib.import_module("rtmdet_geo.nms")
     config = case["test_cfg"]
-    candidates = candidates_rotated(outputs, limit=config["nms_pre"])
+    candidates = decode_rotated(outputs, limit=config["nms_pre"])
     boxes, scores, labels = (part[image].numpy() for part in candidates)
     keep = scores > config["score_thr"]
     boxes, scores, labels = boxes[keep].astype(np.float64), scores[keep], labels[keep]
@@ -159,15 +159,15 @@ def test_oracle_post_rotated(oracle_dir):
 
 
 def test_candidates_are_the_decoded_priors():
-    """Top-K then decode equals decode then look-up; levels come in order; gradients flow through decode_rotated."""
+    """Top-K then decode equals decode then look-up; levels come in order; gradients flow through decode_dense."""
     torch.manual_seed(0)
     model = rtmdet_r_test(num_classes=3).eval()
     outputs = model(torch.randn(2, 3, 64, 96))
-    logits, boxes = decode_rotated(outputs)
+    logits, boxes = decode_dense(outputs)
     assert logits.shape == (2, 8 * 12 + 4 * 6 + 2 * 3, 3)
     assert boxes.shape == (2, 8 * 12 + 4 * 6 + 2 * 3, 5)
     boxes.sum().backward()
-    candidates = candidates_rotated(outputs, limit=50)
+    candidates = decode_rotated(outputs, limit=50)
     assert candidates.boxes.shape == (2, 50 + 50 + 18, 5)
     assert candidates.labels.dtype == torch.int64
     first = select_top_k(logits[:, : 8 * 12], 50)

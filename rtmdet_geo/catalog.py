@@ -1,0 +1,231 @@
+"""What models exist, where their files lie, and what a model file says of itself. No torch, no onnxruntime.
+
+A model file carries its :class:`~rtmdet_geo.structures.ModelSpec` as JSON under the metadata key ``model_spec``: in an
+ONNX file among ``metadata_props``, in a safetensors file in the header's ``__metadata__``. Both are read here without
+loading a single weight, so ``rtmdet-geo models list`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from rtmdet_geo.errors import ModelFileError, UnknownModelError
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import ModelSpec
+
+ASSETS = Path(__file__).parent / "assets"
+#: Metadata key that holds the ModelSpec as JSON.
+SPEC_KEY = "model_spec"
+#: Suffixes of files that hold a ModelSpec.
+MODEL_SUFFIXES = (".onnx", ".safetensors")
+#: A safetensors header longer than this is taken as a sign of another file type (the format's own limit is 100 MB).
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One model that can be asked for by name.
+
+    Attributes:
+        name: what ``--model`` takes.
+        file_name: file in ``rtmdet_geo/assets``.
+        summary: one line for ``rtmdet-geo models list``.
+    """
+
+    name: str
+    file_name: str
+    summary: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return ASSETS / self.file_name
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the file is there."""
+        return self.path.is_file()
+
+
+CATALOG: dict[str, CatalogEntry] = {
+    "sen2ships_r": CatalogEntry(
+        "sen2ships_r", "sen2ships_r.onnx", "oriented boxes of ships in 10 m Sentinel-2 scenes (red, green, blue)"
+    ),
+}
+DEFAULT_MODEL = "sen2ships_r"
+
+
+def list_models() -> list[CatalogEntry]:
+    """Return every entry of the catalogue, in the order of their names."""
+    return [CATALOG[name] for name in sorted(CATALOG)]
+
+
+def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
+    """Return the model file that a catalogue name or a path stands for; None is the bundled default model.
+
+    A catalogue name wins over a file of the same name in the working directory; write ``./NAME`` for the file.
+
+    Raises:
+        UnknownModelError: it is no name of the catalogue and no path; the message lists near names.
+        ModelFileError: it is a path and there is no file, or the bundled file is missing.
+
+    Example:
+        >>> find_model("sen2ships_r").name
+        'sen2ships_r.onnx'
+    """
+    text = os.fspath(name_or_path) if name_or_path is not None else DEFAULT_MODEL
+    if text in CATALOG:
+        entry = CATALOG[text]
+        if not entry.is_available:
+            raise ModelFileError(
+                f"model {text!r} should lie at {str(entry.path)!r} but does not; reinstall rtmdet-geo or pass a path"
+            )
+        return entry.path
+    path = Path(text)
+    if path.is_file():
+        return path
+    if path.suffix.lower() in MODEL_SUFFIXES or len(path.parts) > 1 or path.is_dir():
+        what = "a folder, not a model file" if path.is_dir() else "not there"
+        raise ModelFileError(f"model file {text!r} is {what}; see `rtmdet-geo models list` for names")
+    near = difflib.get_close_matches(text, CATALOG, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(sorted(CATALOG))}"
+    raise UnknownModelError(f"no model is named {text!r} and no file has that path; {hint}")
+
+
+def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
+    """Return the ModelSpec inside a model file (.onnx or .safetensors).
+
+    Raises:
+        ModelFileError: the file is missing, corrupt, or lacks a valid ``model_spec``.
+    """
+    from pydantic import ValidationError
+
+    from rtmdet_geo.structures import ModelSpec
+
+    text = read_metadata(path).get(SPEC_KEY)
+    if text is None:
+        raise ModelFileError(
+            f"{os.fspath(path)!r} does not follow the model-file contract: metadata key {SPEC_KEY!r} is missing; "
+            "export it with `rtmdet-geo export`"
+        )
+    try:
+        return ModelSpec.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ModelFileError(
+            f"{os.fspath(path)!r} does not follow the model-file contract: {SPEC_KEY!r} is invalid at {where}: "
+            f"{first['msg']}; export it again"
+        ) from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the text metadata of an ONNX or safetensors file without loading its weights.
+
+    Raises:
+        ModelFileError: the file is missing or is neither.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix.lower() == ".safetensors":
+                return _safetensors_metadata(file, size)
+            return _onnx_metadata(file, size)
+    except _MalformedError as error:
+        raise ModelFileError(
+            f"{str(path)!r} is no readable model file ({error}); it may be truncated: copy or export it again"
+        ) from error
+    except OSError as error:
+        raise ModelFileError(f"cannot read model file {str(path)!r}: {error.strerror or error}") from error
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _MalformedError(Exception):
+    """The bytes are not what the format says."""
+
+
+def _safetensors_metadata(file: BinaryIO, size: int) -> dict[str, str]:
+    """Header of a safetensors file: 8 bytes little-endian length, then JSON (safetensors README, "Format")."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise _MalformedError("its safetensors header is cut off")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise _MalformedError("its safetensors header is no JSON") from error
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _onnx_metadata(file: BinaryIO, size: int) -> dict[str, str]:
+    """Walk the top-level protobuf fields of a ModelProto; onnx.proto: 1 ir_version, 7 graph, 14 metadata_props."""
+    metadata: dict[str, str] = {}
+    seen: set[int] = set()
+    while file.tell() < size:
+        field, wire_type = _read_key(file)
+        seen.add(field)
+        if wire_type == 0:
+            _read_varint(file)
+            continue
+        if wire_type not in (1, 2, 5):
+            raise _MalformedError(f"not an ONNX file: wire type {wire_type}")
+        length = _read_varint(file) if wire_type == 2 else (8 if wire_type == 1 else 4)
+        if file.tell() + length > size:
+            raise _MalformedError(f"it ends {file.tell() + length - size} bytes too early")
+        if field == 14 and wire_type == 2:
+            key, value = _read_string_entry(file.read(length))
+            metadata[key] = value
+        else:
+            file.seek(length, os.SEEK_CUR)
+    if not {1, 7} <= seen:
+        raise _MalformedError("not an ONNX file: it holds no graph" if size else "it is empty")
+    return metadata
+
+
+def _read_string_entry(data: bytes) -> tuple[str, str]:
+    """Decode a StringStringEntryProto: 1 key, 2 value."""
+    import io
+
+    stream = io.BytesIO(data)
+    fields: dict[int, str] = {}
+    while stream.tell() < len(data):
+        field, wire_type = _read_key(stream)
+        if wire_type != 2:
+            raise _MalformedError("a metadata entry is no text")
+        length = _read_varint(stream)
+        try:
+            fields[field] = stream.read(length).decode()
+        except UnicodeDecodeError as error:
+            raise _MalformedError("a metadata entry is no UTF-8") from error
+    return fields.get(1, ""), fields.get(2, "")
+
+
+def _read_key(file: BinaryIO) -> tuple[int, int]:
+    key = _read_varint(file)
+    return key >> 3, key & 7
+
+
+def _read_varint(file: BinaryIO) -> int:
+    """Base-128 varint, at most 10 bytes (protobuf encoding guide)."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            raise _MalformedError("it ends in the middle of a number")
+        value |= (byte[0] & 0x7F) << shift
+        if not byte[0] & 0x80:
+            return value
+    raise _MalformedError("not an ONNX file")

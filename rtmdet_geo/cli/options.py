@@ -1,0 +1,103 @@
+"""Options that several verbs share, spelled as rasterio's rio where it has one.
+
+==================== ====== ===== ====== =========== ====== ====
+option               detect train export data chips  models info
+==================== ====== ===== ====== =========== ====== ====
+-o/--output          x      x     x      x
+-m/--model           x
+--overwrite          x            x      x
+--json               x            x      x           x      x
+--progress           x            x      x
+-v/--verbose -q      x      x     x      x           x      x
+==================== ====== ===== ====== =========== ====== ====
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rtmdet_geo.cli import report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def verbosity_options(function: Command) -> Command:
+    """Add ``-v`` and ``-q``; the values go to the context, not to the command."""
+
+    def louder(ctx: click.Context, parameter: click.Parameter, value: int) -> None:
+        report.add_verbosity(ctx, value)
+
+    def quieter(ctx: click.Context, parameter: click.Parameter, value: int) -> None:
+        report.add_verbosity(ctx, -value)
+
+    function = click.option(
+        "-q", "--quiet", count=True, expose_value=False, callback=quieter, help="Errors only: no warnings, no bar."
+    )(function)
+    return click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=louder,
+        help="Say more; -vv says everything and shows tracebacks.",
+    )(function)
+
+
+model_option = click.option(
+    "-m",
+    "--model",
+    metavar="NAME|PATH",
+    help="Model by catalogue name or model file.  [default: the bundled model, see `rtmdet-geo models list`]",
+)
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is already at the output's place.")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Write a JSON object to stdout, nothing else.")
+
+progress_option = click.option(
+    "--progress",
+    "progress_mode",
+    type=click.Choice(["auto", "bar", "none", "jsonl"]),
+    default="auto",
+    show_default=True,
+    help="Bar on stderr (auto: only on a terminal), or JSON lines start/progress/error/done on stdout.",
+)
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of the engine.  [default: one per usable core]"
+)
+
+
+def output_option(help_text: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """Return ``-o/--output PATH``."""
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path, allow_dash=True), required=required, help=help_text
+    )
+
+
+def parse_bands(values: tuple[str, ...]) -> list[int | str] | None:
+    """Turn ``-b`` words into 1-based band numbers or band names; none given is None."""
+    return [int(value) if value.isdecimal() else value for value in values] or None
+
+
+def check_stdout_owner(as_json: bool, progress_mode: str, output: Path | None = None) -> None:
+    """Refuse two owners of stdout.
+
+    Raises:
+        click.UsageError: more than one of ``--json``, ``--progress jsonl`` and ``-o -``.
+    """
+    owners = [
+        name
+        for name, is_on in (
+            ("--json", as_json),
+            ("--progress jsonl", progress_mode == "jsonl"),
+            ("-o -", output == Path("-")),
+        )
+        if is_on
+    ]
+    if len(owners) > 1:
+        raise click.UsageError(f"{' and '.join(owners)} both write to stdout; choose one.")

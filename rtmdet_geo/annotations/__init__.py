@@ -1,0 +1,1 @@
+"""Label files as plain arrays: DOTA, HRSC, COCO, YOLO, VOC. numpy only; no raster or GIS library."""

@@ -1,0 +1,240 @@
+"""COCO json label files, with run-length masks decoded in numpy.
+
+Pixel coordinates are continuous with the origin at the outer corner of the top-left pixel: pixel (row, column) of a mask
+covers ``[column, column + 1] x [row, row + 1]``. Run lengths count down the columns first, starting with background.
+Format: https://cocodataset.org/#format-data; the text form of the counts packs each number in 5-bit groups, low first,
+as character codes from 48 up, bit 5 set while more follow; from the fourth count on, numbers are differences to the
+count two before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.errors import AnnotationError
+
+
+@dataclass(frozen=True, slots=True)
+class CocoObject:
+    """One labelled object.
+
+    Attributes:
+        image_id: id of its image.
+        class_name: name of its category.
+        points: (M, 2) float64 x, y in px: corners of the mask's or the polygons' outline (not in drawing order);
+            their hull is the object's hull.
+        is_crowd: the annotation's ``iscrowd``.
+        annotation_id: id of the annotation, for messages.
+    """
+
+    image_id: int
+    class_name: str
+    points: NDArray[np.float64]
+    is_crowd: bool
+    annotation_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CocoLabels:
+    """A COCO label file.
+
+    Attributes:
+        images: by image id: ``file_name``, ``width``, ``height`` and what else the file says.
+        classes: category names in order of their ids.
+        objects: by image id (every image has an entry, perhaps empty).
+    """
+
+    images: dict[int, dict[str, Any]]
+    classes: tuple[str, ...]
+    objects: dict[int, list[CocoObject]]
+
+
+def decode_counts(counts: str | bytes | Sequence[int]) -> NDArray[np.int64]:
+    """Run lengths of a COCO mask, from the compressed text form or a plain list.
+
+    Returns:
+        (R,) int64, lengths of runs that alternate background, object, background, ...
+
+    Raises:
+        AnnotationError: the text ends inside a number, holds other characters, or a run is negative.
+
+    Example:
+        >>> decode_counts("52T2").tolist()
+        [5, 2, 68]
+    """
+    if not isinstance(counts, (str, bytes)):
+        runs = np.asarray(list(counts), np.int64)
+    else:
+        codes = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+        values: list[int] = []
+        number = shift = 0
+        for code in codes:
+            chunk = code - 48
+            if not 0 <= chunk < 64:
+                raise AnnotationError(f"run-length text holds {chr(code)!r}, which the COCO format does not use")
+            number |= (chunk & 31) << shift
+            shift += 5
+            if chunk & 32:
+                continue
+            if chunk & 16:
+                number -= 1 << shift
+            if len(values) > 2:
+                number += values[-2]
+            values.append(number)
+            number = shift = 0
+        if shift:
+            raise AnnotationError("run-length text ends inside a number")
+        runs = np.asarray(values, np.int64)
+    if (runs < 0).any():
+        raise AnnotationError("run-length mask holds a negative run")
+    return runs
+
+
+def encode_counts(runs: Sequence[int] | NDArray[np.int64]) -> str:
+    """Compressed text form of run lengths, the inverse of :func:`decode_counts`."""
+    values = [int(run) for run in runs]
+    text = []
+    for index, value in enumerate(values):
+        number = value - values[index - 2] if index > 2 else value
+        more = True
+        while more:
+            chunk = number & 31
+            number >>= 5
+            more = number != (-1 if chunk & 16 else 0)
+            text.append(chr((chunk | (32 if more else 0)) + 48))
+    return "".join(text)
+
+
+def decode_mask(segmentation: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Mask of a run-length segmentation ``{"size": [height, width], "counts": ...}``.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        AnnotationError: keys are missing or the runs do not sum to height x width.
+    """
+    runs, height, width = _runs(segmentation)
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(width, height).T
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Run-length segmentation (compressed text form) of a (height, width) mask."""
+    height, width = mask.shape
+    flat = np.asarray(mask, np.bool_).T.ravel()
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], flat, [False]]).astype(np.int8)))
+    ends = np.concatenate([[0], changes, [flat.size]])
+    runs = np.diff(ends)
+    if len(runs) > 1 and runs[-1] == 0:
+        runs = runs[:-1]
+    return {"size": [height, width], "counts": encode_counts(runs)}
+
+
+def mask_corner_points(segmentation: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Pixel corners whose hull is the hull of the mask: four per column that the object touches.
+
+    Returns:
+        (M, 2) float64 x, y in px; (0, 2) for an empty mask.
+    """
+    runs, height, _ = _runs(segmentation)
+    ends = np.cumsum(runs)
+    starts, stops = (ends - runs)[1::2], ends[1::2]  # object runs, as offsets down the columns
+    keep = stops > starts
+    starts, stops = starts[keep], stops[keep]
+    if starts.size == 0:
+        return np.zeros((0, 2))
+    offsets = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    columns, rows = offsets // height, offsets % height
+    touched, first = np.unique(columns, return_index=True)  # offsets rise, so rows rise within a column
+    last = np.append(first[1:], len(columns)) - 1
+    top, bottom = rows[first].astype(np.float64), rows[last] + 1.0
+    left, right = touched.astype(np.float64), touched + 1.0
+    return np.concatenate(
+        [np.column_stack(pair) for pair in ((left, top), (left, bottom), (right, top), (right, bottom))]
+    )
+
+
+def read_coco(path: str | Path) -> CocoLabels:
+    """Read a COCO label file.
+
+    Raises:
+        AnnotationError: not json, not COCO, or an annotation that points nowhere; the message names the annotation.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AnnotationError(f"cannot read label file {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AnnotationError(f"label file {str(path)!r} is not json: {error}") from error
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise AnnotationError(f"label file {str(path)!r} is not COCO: it needs images, annotations and categories")
+    try:
+        images = {int(image["id"]): dict(image) for image in content["images"]}
+        categories = {
+            int(entry["id"]): str(entry["name"]) for entry in sorted(content["categories"], key=lambda e: int(e["id"]))
+        }
+        objects: dict[int, list[CocoObject]] = {image_id: [] for image_id in images}
+    except (KeyError, TypeError, ValueError) as error:
+        raise AnnotationError(
+            f"label file {str(path)!r} has a malformed image or category ({error!r}); each needs id and name"
+        ) from error
+    for number, annotation in enumerate(content["annotations"]):
+        try:
+            label = annotation.get("id", number)
+            entry = _object(annotation, categories, images)
+        except (AnnotationError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise AnnotationError(f"label file {str(path)!r}, annotation {label!r}: {error}") from error
+        objects[entry.image_id].append(entry)
+    return CocoLabels(images, tuple(categories.values()), objects)
+
+
+def _object(
+    annotation: Mapping[str, Any], categories: Mapping[int, str], images: Mapping[int, dict[str, Any]]
+) -> CocoObject:
+    image_id, category_id = int(annotation["image_id"]), int(annotation["category_id"])
+    if image_id not in images:
+        raise AnnotationError(f"image_id {image_id} is not among the images")
+    if category_id not in categories:
+        raise AnnotationError(f"category_id {category_id} is not among the categories")
+    return CocoObject(
+        image_id,
+        categories[category_id],
+        _points(annotation),
+        bool(annotation.get("iscrowd", 0)),
+        int(annotation.get("id", -1)),
+    )
+
+
+def _points(annotation: Mapping[str, Any]) -> NDArray[np.float64]:
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, Mapping):
+        return mask_corner_points(segmentation)
+    if segmentation:
+        points = np.concatenate([np.asarray(ring, np.float64).reshape(-1, 2) for ring in segmentation])
+    elif "bbox" in annotation:
+        x, y, width, height = (float(value) for value in annotation["bbox"])
+        points = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
+    else:
+        raise AnnotationError("it has neither segmentation nor bbox")
+    if not np.isfinite(points).all():
+        raise AnnotationError("its coordinates are not finite")
+    return points
+
+
+def _runs(segmentation: Mapping[str, Any]) -> tuple[NDArray[np.int64], int, int]:
+    try:
+        height, width = (int(value) for value in segmentation["size"])
+        runs = decode_counts(segmentation["counts"])
+    except (KeyError, TypeError) as error:
+        raise AnnotationError(f"run-length segmentation needs size and counts ({error!r})") from error
+    if int(runs.sum()) != height * width:
+        raise AnnotationError(f"run-length mask covers {int(runs.sum())} px, but its size is {height} x {width}")
+    return runs, height, width

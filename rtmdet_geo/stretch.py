@@ -1,0 +1,128 @@
+"""From scene values (digital numbers) to uint8, as the model's :class:`~rtmdet_geo.structures.StretchSpec` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.errors import RasterError
+from rtmdet_geo.structures import StretchSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BandStretch:
+    """Linear stretch of one band: digital numbers ``low``..``high`` become 0..255; ``None`` limits pass 8-bit values."""
+
+    low: float | None
+    high: float | None
+
+    def apply(self, values: NDArray[Any], lut: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Stretch ``values`` (any shape, real dtype). NaN becomes 0. ``lut``: what :meth:`lut` gave for the dtype."""
+        if self.low is None or self.high is None:
+            return values.astype(np.uint8, copy=False)
+        if lut is not None:
+            index = values.view(np.uint16) if values.dtype == np.int16 else values
+            return np.take(lut, index)
+        scaled = (values.astype(np.float64) - self.low) * (255.0 / (self.high - self.low)) + 0.5
+        with np.errstate(invalid="ignore"):
+            scaled = np.where(np.isnan(scaled), 0.0, np.clip(scaled, 0.0, 255.0))
+        return scaled.astype(np.uint8)
+
+    def lut(self, dtype: np.dtype[Any]) -> NDArray[np.uint8] | None:
+        """Table over all values of a uint8, uint16 or int16 band (int16 by its bit pattern); None for other dtypes."""
+        if self.low is None or dtype not in (np.uint8, np.uint16, np.int16):
+            return None
+        size = 256 if dtype == np.uint8 else 65536
+        every_value = np.arange(size, dtype=np.uint8 if size == 256 else np.uint16)
+        return self.apply(every_value.view(dtype))
+
+
+def fixed_stretch(
+    spec: StretchSpec, dtype: np.dtype[Any], scale: float, offset: float, where: str
+) -> tuple[BandStretch, float, float]:
+    """Stretch of a band for ``kind`` "fixed" or "none".
+
+    Args:
+        spec: the model's stretch.
+        dtype: dtype of the band.
+        scale: the band's scale tag (1 when it has none).
+        offset: the band's offset tag (0 when it has none).
+        where: names the band in errors.
+
+    Returns:
+        The stretch, and the scale and offset that were used (physical = DN * scale + offset).
+
+    Raises:
+        RasterError: ``none`` with a band that is not 8-bit, or a scale of 0.
+    """
+    if dtype == np.uint8:
+        return BandStretch(None, None), 1.0, 0.0
+    if spec.kind == "none":
+        raise RasterError(
+            f"{where} is {dtype}, but the model takes 8-bit values as they are; "
+            "convert with gdal_translate -ot Byte -scale"
+        )
+    if scale == 1.0 and offset == 0.0 and dtype.kind in "iu":
+        scale = spec.default_scale
+    if scale == 0.0 or not np.isfinite([scale, offset]).all():
+        raise RasterError(f"{where} has scale tag {scale} and offset tag {offset}; correct them with gdal_edit.py")
+    low, high = (spec.low - offset) / scale, (spec.high - offset) / scale
+    return BandStretch(low, high), scale, offset
+
+
+def percentile_stretch(spec: StretchSpec, values: NDArray[Any]) -> BandStretch:
+    """Stretch of a band for ``kind`` "percentile".
+
+    Args:
+        spec: the model's stretch.
+        values: (n,) the band's valid, finite values over the whole scene; n may be 0.
+
+    Returns:
+        Limits in DN; a constant band maps to 0, a band without values too.
+    """
+    if values.size == 0:
+        return BandStretch(0.0, 1.0)
+    low, high = np.percentile(values.astype(np.float64, copy=False), [spec.low_percent, spec.high_percent])
+    return BandStretch(float(low), float(high) if high > low else float(low) + 1.0)
+
+
+def stretch_record(
+    spec: StretchSpec,
+    model_bands: Sequence[str],
+    indexes: Sequence[int | None],
+    fills: Mapping[str, int],
+    stretches: Mapping[int, BandStretch],
+    scales: Mapping[int, tuple[float, float]],
+    dtypes: Mapping[int, str],
+) -> dict[str, Any]:
+    """What was done to each channel, ready for json.
+
+    Args:
+        spec: the model's stretch.
+        model_bands: channel names.
+        indexes: 1-based band number per channel, None where a constant fills it.
+        fills: that constant, by channel name.
+        stretches: limits by band number.
+        scales: (scale, offset) used, by band number; empty for percentiles.
+        dtypes: by band number.
+    """
+    record: dict[str, Any] = {"kind": spec.kind}
+    if spec.kind == "fixed":
+        record |= {"low": spec.low, "high": spec.high}
+    elif spec.kind == "percentile":
+        record |= {"low_percent": spec.low_percent, "high_percent": spec.high_percent}
+    entries: list[dict[str, Any]] = []
+    for name, index in zip(model_bands, indexes, strict=True):
+        if index is None:
+            entries.append({"name": name, "band": None, "fill": fills[name]})
+            continue
+        limits = stretches[index]
+        entry = {"name": name, "band": index, "dtype": dtypes[index], "low_dn": limits.low, "high_dn": limits.high}
+        if index in scales and limits.low is not None:
+            entry["scale"], entry["offset"] = scales[index]
+        entries.append(entry)
+    return record | {"bands": entries}

@@ -1,4 +1,4 @@
-"""The arrows between the rooms, read from the sources with ``ast``: who may import whom, and where heavy packages live."""
+"""The arrows between the rooms, read from the sources: who may import whom, and where heavy packages live."""
 
 from __future__ import annotations
 

@@ -1,0 +1,487 @@
+"""Geometries, attributes and files: boxes in source pixels become georeferenced features.
+
+World coordinates are ``transform * (x, y)`` on continuous pixel coordinates, never pixel centres. Lengths, areas and
+angles are geodesic on WGS 84 (:class:`pyproj.Geod`), never projected metres, so they hold in any CRS. Without a CRS the
+geometries are pixel coordinates (x to the right, **y down**, as they are) and the metric attributes are null.
+
+Files are written under a temporary name beside the target and renamed, so the final name holds a whole file or the
+old one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pyogrio
+import pyproj
+import shapely
+from affine import Affine
+from numpy.typing import NDArray
+
+from rtmdet_geo.boxes import boxes_to_polygons
+from rtmdet_geo.errors import ConfigError, OutputError
+from rtmdet_geo.structures import Kind
+
+logger = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.float64]
+
+#: Attributes of every feature, in the order of the file; the geometry comes last.
+SCHEMA = tuple(
+    "id class_id class_name score lon lat azimuth_deg length_m width_m area_m2 gsd_m scene_id acquired_at sensor "
+    "on_edge n_merged model model_sha run_id".split()
+)
+
+#: File name extension -> driver.
+DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON"}
+
+WGS84 = "EPSG:4326"
+_GEOD = pyproj.Geod(ellps="WGS84")
+#: Decimals of GeoJSON coordinates: 1e-8 degrees are about 1 mm.
+_GEOJSON_DECIMALS = 8
+
+
+def _pixel_points(boxes: FloatArray) -> FloatArray:
+    """Return (N, 9, 2) px: four corners, the midpoints of sides 1-2, 2-3, 3-4 and 4-1, the centre."""
+    corners = boxes_to_polygons(boxes)
+    midpoints = (corners + np.roll(corners, -1, axis=1)) / 2
+    return np.concatenate([corners, midpoints, boxes[:, None, :2]], axis=1)
+
+
+def pixel_to_world(points: FloatArray, transform: Affine) -> FloatArray:
+    """Return ``transform * (x, y)`` of continuous pixel coordinates.
+
+    Args:
+        points: (..., 2) float64 x y in px of the source scene, origin at the outer corner of the top-left pixel.
+        transform: pixel -> world, with any rotation and shear.
+
+    Returns:
+        (..., 2) float64 in the unit of the scene's CRS.
+    """
+    x, y = points[..., 0], points[..., 1]
+    return np.stack(
+        [
+            transform.a * x + transform.b * y + transform.c,
+            transform.d * x + transform.e * y + transform.f,
+        ],
+        axis=-1,
+    )
+
+
+def parse_crs(crs: Any) -> pyproj.CRS | None:
+    """Return ``crs`` (EPSG code, WKT, rasterio or pyproj CRS, None) as pyproj's.
+
+    Raises:
+        ConfigError: pyproj cannot read it.
+    """
+    if crs is None or isinstance(crs, pyproj.CRS):
+        return crs
+    try:
+        return pyproj.CRS.from_user_input(crs)
+    except pyproj.exceptions.CRSError as error:
+        raise ConfigError(f"unknown coordinate reference system {str(crs)!r}; give one such as EPSG:32630") from error
+
+
+def _project(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -> FloatArray:
+    """Project (..., 2) points, x before y on both sides; what cannot be projected becomes NaN."""
+    transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
+    x, y = transformer.transform(points[..., 0], points[..., 1])
+    projected = np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)], axis=-1)
+    projected[~np.isfinite(projected).all(axis=-1)] = np.nan
+    return projected
+
+
+def _unwrap_longitudes(corners: FloatArray) -> FloatArray:
+    """Shift longitudes of (N, 4, 2) corners by whole turns: a polygon across the antimeridian stays in one piece."""
+    unwrapped = corners.copy()
+    first = corners[:, :1, 0]
+    unwrapped[:, :, 0] -= 360.0 * np.round((corners[:, :, 0] - first) / 360.0)
+    return unwrapped
+
+
+def _geodesic_axis(start: FloatArray, end: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the geodesic length in m and the azimuth halfway, in degrees from true north, of (N, 2) lon lat pairs."""
+    forward, backward, length = _GEOD.inv(start[:, 0], start[:, 1], end[:, 0], end[:, 1])
+    forward, onward = np.asarray(forward), np.asarray(backward) + 180.0
+    turn = np.mod(onward - forward + 180.0, 360.0) - 180.0  # the meridians converge between the two ends
+    return np.asarray(length), forward + turn / 2
+
+
+def geodesic_measures(lonlat: FloatArray) -> dict[str, FloatArray]:
+    """Return length_m, width_m, area_m2 and azimuth_deg of boxes whose nine points are given in lon lat.
+
+    Length and width are geodesic distances between the midpoints of opposite sides; the length is the greater of the
+    two on the ground, which non-square pixels may make another side than in pixels. The azimuth is the long axis'
+    at the box centre, clockwise from true north, in [0, 180).
+
+    Args:
+        lonlat: (N, 9, 2) float64 degrees: four corners in order, midpoints of the sides between them, centre.
+
+    Returns:
+        Four (N,) float64 arrays; NaN where a point is not finite.
+    """
+    number = len(lonlat)
+    measures = {name: np.full(number, np.nan) for name in ("length_m", "width_m", "area_m2", "azimuth_deg")}
+    valid = np.flatnonzero(np.isfinite(lonlat).all(axis=(1, 2)))
+    if not len(valid):
+        return measures
+    points = lonlat[valid]
+    w_length, w_azimuth = _geodesic_axis(points[:, 5], points[:, 7])
+    h_length, h_azimuth = _geodesic_axis(points[:, 4], points[:, 6])
+    is_w_long = w_length >= h_length
+    azimuth = np.mod(np.where(is_w_long, w_azimuth, h_azimuth), 180.0)
+    azimuth[azimuth >= 180.0] = 0.0  # np.mod(-1e-20, 180) is 180
+    measures["length_m"][valid] = np.where(is_w_long, w_length, h_length)
+    measures["width_m"][valid] = np.where(is_w_long, h_length, w_length)
+    measures["azimuth_deg"][valid] = azimuth
+    measures["area_m2"][valid] = [
+        abs(_GEOD.polygon_area_perimeter(corners[:, 0], corners[:, 1])[0]) for corners in points[:, :4]
+    ]
+    return measures
+
+
+def _polygons(corners: FloatArray) -> NDArray[Any]:
+    """Return (N,) shapely polygons of (N, 4, 2) corners, exterior counter-clockwise in their coordinates (RFC 7946)."""
+    if not len(corners):
+        return np.zeros(0, object)
+    following = np.roll(corners, -1, axis=1)
+    doubled_area = (corners[..., 0] * following[..., 1] - following[..., 0] * corners[..., 1]).sum(axis=1)
+    is_clockwise = doubled_area < 0
+    corners = np.where(is_clockwise[:, None, None], corners[:, ::-1], corners)
+    return np.asarray(shapely.polygons(corners))
+
+
+def _timestamp(acquired_at: str | None) -> pd.Timestamp | None:
+    """Return an ISO 8601 time in UTC; without an offset it is taken as UTC."""
+    if not acquired_at:
+        return None
+    try:
+        stamp = pd.Timestamp(acquired_at)
+        return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+    except (ValueError, TypeError, OverflowError):
+        logger.warning("acquisition time %r is not ISO 8601; acquired_at is left null", acquired_at)
+        return None
+
+
+def _text(value: str | None, number: int) -> pd.Series:
+    """Return a column of N equal strings; None or "" is null."""
+    return pd.Series([value or None] * number, dtype="str")
+
+
+def build_features(
+    boxes: NDArray[Any],
+    scores: NDArray[Any],
+    labels: NDArray[Any],
+    num_merged: NDArray[Any],
+    on_edge: NDArray[Any],
+    *,
+    transform: Affine,
+    crs: Any,
+    classes: Sequence[str],
+    gsd_m: float | None,
+    scene_id: str,
+    acquired_at: str | None = None,
+    sensor: str | None = None,
+    model: str = "",
+    model_sha: str = "",
+    run_id: str = "",
+    dst_crs: Any = None,
+    kind: Kind = "rotated",
+) -> geopandas.GeoDataFrame:
+    """Return the features of one scene with the whole schema (:data:`SCHEMA`), highest score first.
+
+    Args:
+        boxes: (N, 5) float64 cx, cy, w, h in px of the **source** scene, angle in rad (le90).
+        scores: (N,) in [0, 1].
+        labels: (N,) indexes into ``classes``.
+        num_merged: (N,) int, see merge.Merged.
+        on_edge: (N,) bool, see merge.Merged.
+        transform: source px -> world; ignored without a CRS.
+        crs: the scene's CRS, anything pyproj accepts; None: pixel coordinates and null metric attributes.
+        classes: class names in label order.
+        gsd_m: metres per pixel on the ground of the scene, or None.
+        scene_id: name of the scene.
+        acquired_at: ISO 8601 or None.
+        sensor: its name or None.
+        model: name of what made the detections; "" is null.
+        model_sha: SHA-256 of its weights; "" is null.
+        run_id: of this run; "" is null.
+        dst_crs: CRS of the geometries; None: the scene's. The attributes do not depend on it.
+        kind: "horizontal" leaves azimuth_deg null.
+
+    Returns:
+        N rows, columns SCHEMA + geometry: polygons of four corners, exterior counter-clockwise in the CRS (in the plane
+        of x and y as numbers where there is none). ``id`` counts from 1. In a geographic CRS a polygon across the
+        antimeridian stays in one piece: its longitudes go beyond 180 degrees. ``lon`` is in [-180, 180).
+
+    Raises:
+        ConfigError: ``crs`` or ``dst_crs`` is unknown, ``dst_crs`` is asked for a scene without CRS, or a polygon
+            cannot be expressed in it.
+        ValueError: the arrays do not agree, or a label is no index into ``classes``.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 5)
+    scores, labels = np.asarray(scores, np.float32), np.asarray(labels, np.int64)
+    num_merged, on_edge = np.asarray(num_merged, np.int64), np.asarray(on_edge, bool)
+    number = len(boxes)
+    for name, array in (("scores", scores), ("labels", labels), ("num_merged", num_merged), ("on_edge", on_edge)):
+        if array.shape != (number,):
+            raise ValueError(f"{name} has shape {array.shape}, the boxes are {number}")
+    if number and not (labels.min() >= 0 and labels.max() < len(classes)):
+        raise ValueError(f"labels {labels.min()}..{labels.max()} are no indexes into {len(classes)} class names")
+    order = np.lexsort((*boxes.T[::-1], labels, -scores))
+    boxes, scores, labels, num_merged, on_edge = (
+        array[order] for array in (boxes, scores, labels, num_merged, on_edge)
+    )
+
+    source_crs, target_crs = parse_crs(crs), parse_crs(dst_crs)
+    points = _pixel_points(boxes)
+    lonlat, corners = np.full(points.shape, np.nan), points[:, :4]
+    if source_crs is None:
+        if target_crs is not None:
+            raise ConfigError("a scene without coordinate reference system cannot be projected; leave --dst-crs out")
+    else:
+        world = pixel_to_world(points, transform)
+        lonlat, corners = _project(world, source_crs, WGS84), world[:, :4]
+        if target_crs is not None and target_crs != source_crs:
+            corners = _project(corners, source_crs, target_crs)
+        else:
+            target_crs = source_crs
+        if not np.isfinite(corners).all():
+            raise ConfigError(f"some detections lie where {target_crs.name!r} is not defined; choose another --dst-crs")
+        if target_crs.is_geographic:
+            corners = _unwrap_longitudes(corners)
+    measures = geodesic_measures(lonlat)
+    if kind == "horizontal":
+        measures["azimuth_deg"][:] = np.nan
+
+    stamp = _timestamp(acquired_at)
+    names = np.asarray(classes, object)
+    columns = {
+        "id": np.arange(1, number + 1, dtype=np.int64),
+        "class_id": labels,
+        "class_name": pd.Series(names[labels] if number else [], dtype="str"),
+        "score": scores,
+        "lon": np.mod(lonlat[:, 8, 0] + 180.0, 360.0) - 180.0,
+        "lat": lonlat[:, 8, 1],
+        "azimuth_deg": measures["azimuth_deg"],
+        "length_m": measures["length_m"],
+        "width_m": measures["width_m"],
+        "area_m2": measures["area_m2"],
+        "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
+        "scene_id": _text(scene_id, number),
+        "acquired_at": pd.Series([stamp] * number, dtype="datetime64[ms, UTC]"),
+        "sensor": _text(sensor, number),
+        "on_edge": on_edge,
+        "n_merged": num_merged,
+        "model": _text(model, number),
+        "model_sha": _text(model_sha, number),
+        "run_id": _text(run_id, number),
+    }
+    return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=_polygons(corners), crs=target_crs)
+
+
+def driver_of(path: str | os.PathLike[str], driver: str | None = None) -> str:
+    """Return the driver that writes ``path``: the one given (any case), else by extension.
+
+    Raises:
+        OutputError: no such driver, or the extension is unknown.
+    """
+    if driver is not None:
+        for known in DRIVERS.values():
+            if driver.lower() == known.lower():
+                return known
+        raise OutputError(f"unknown driver {driver!r}; known: {', '.join(sorted(set(DRIVERS.values())))}")
+    suffix = Path(path).suffix.lower()
+    if suffix not in DRIVERS:
+        raise OutputError(
+            f"cannot tell the format of {str(path)!r} by its extension; known: {', '.join(sorted(DRIVERS))}"
+        )
+    return DRIVERS[suffix]
+
+
+def check_folder(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Check that a file could be written to ``path``, whatever its format.
+
+    Raises:
+        OutputError: the folder is missing or not writable, ``path`` is a folder, or it exists and ``overwrite`` is
+            False.
+    """
+    path = Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"folder {str(folder)!r} of the output does not exist; make it first")
+    if path.is_dir():
+        raise OutputError(f"output {str(path)!r} is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output {str(path)!r} exists; add --overwrite to replace it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"folder {str(folder)!r} of the output is not writable; choose another")
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, driver: str | None = None) -> None:
+    """Check before a long run that :func:`write_features` could write ``path``.
+
+    Raises:
+        OutputError: as write_features, as far as it can be known without writing.
+    """
+    driver_of(path, driver)
+    check_folder(path, overwrite)
+
+
+@contextmanager
+def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) -> Iterator[Path]:
+    """Give a temporary path to write; rename it to ``path`` when the block ends well, remove it when it does not.
+
+    The temporary file lies in its own folder beside ``path``, so side files (SQLite's journals) go with it.
+
+    Args:
+        path: final name; replaced if it exists.
+        suffix: extension of the temporary file; None: that of ``path``.
+
+    Raises:
+        OutputError: the operating system refuses (folder not writable, disk full).
+    """
+    path = Path(path)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
+    try:
+        staged = folder / (path.name if suffix is None else path.stem + suffix)
+        yield staged
+        with staged.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        for ending in (
+            "-wal",
+            "-shm",
+            "-journal",
+        ):  # of a file to be replaced: SQLite would replay them into the new one
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+        os.replace(staged, path)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_features(
+    frame: geopandas.GeoDataFrame,
+    path: str | os.PathLike[str],
+    *,
+    driver: str | None = None,
+    layer: str = "detections",
+    overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write features to a file, whole or not at all. No feature gives a valid empty layer.
+
+    Args:
+        frame: what build_features returns.
+        path: target; its folder must exist.
+        driver: "GPKG" or "GeoJSON"; None: by extension (:data:`DRIVERS`).
+        layer: name of the layer.
+        overwrite: replace an existing file.
+        metadata: about the run (model, thresholds, stretch, versions, attribution); values that are not text are
+            written as JSON. GPKG: metadata of the layer. GeoJSON: foreign member ``metadata`` (RFC 7946, 6.1).
+
+    GeoJSON is always EPSG:4326 (RFC 7946, 4); without a CRS the file says ``"crs": null`` and holds pixel coordinates.
+
+    Raises:
+        OutputError: the file exists and ``overwrite`` is False, its folder is missing or not writable, its extension is
+            unknown, or writing failed. Nothing is left behind and an old file stays as it was.
+    """
+    driver = driver_of(path, driver)
+    check_folder(path, overwrite)
+    texts = {
+        str(key): value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in (metadata or {}).items()
+    }
+    suffix = next(ending for ending, known in DRIVERS.items() if known == driver)
+    with staged_output(path, suffix=suffix) as staged:
+        if driver == "GeoJSON":
+            with staged.open("w", encoding="utf-8") as stream:
+                _write_geojson(frame, stream, layer, metadata or {})
+        else:
+            _write_geopackage(frame, staged, Path(path), layer, texts)
+    logger.info("wrote %d features to %s", len(frame), path)
+
+
+def _write_geopackage(
+    frame: geopandas.GeoDataFrame, staged: Path, path: Path, layer: str, texts: Mapping[str, str]
+) -> None:
+    """Write a GeoPackage and count what arrived: GDAL may report a full disk only when it closes, or not at all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
+            pyogrio.write_dataframe(
+                frame,
+                staged,
+                driver="GPKG",
+                layer=layer,
+                geometry_type="Polygon",
+                use_arrow=True,
+                layer_metadata=dict(texts) or None,
+            )
+        with sqlite3.connect(f"{staged.absolute().as_uri()}?mode=ro", uri=True) as connection:
+            quoted = layer.replace('"', '""')
+            (written,) = connection.execute(f'SELECT COUNT(*) FROM "{quoted}"').fetchone()
+        connection.close()
+    except (RuntimeError, ValueError, sqlite3.Error) as error:
+        reason = " ".join(str(error).split())
+        raise OutputError(f"cannot write {str(path)!r}: {reason}; is the disk full?") from error
+    if written != len(frame):
+        raise OutputError(f"cannot write {str(path)!r}: {written} of {len(frame)} features arrived; is the disk full?")
+
+
+def _json_value(value: Any) -> Any:
+    """Return a cell as JSON has it: NaN and NaT null, float32 with the digits that it holds, times ISO 8601 in UTC."""
+    if value is None or value is pd.NaT or (isinstance(value, float | np.floating) and not np.isfinite(value)):
+        return None
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if isinstance(value, np.float32):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
+    """Write a FeatureCollection, one feature a line."""
+    corners = shapely.get_coordinates(frame.geometry.array).reshape(len(frame), -1, 2)
+    head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
+    if frame.crs is None:
+        head["crs"] = None  # readers would take a missing member as longitude and latitude
+    elif not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
+        logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
+        corners = _unwrap_longitudes(_project(corners, frame.crs, WGS84)) if len(frame) else corners
+        corners = shapely.get_coordinates(_polygons(corners[:, :4])).reshape(len(frame), -1, 2)
+    if not np.isfinite(corners).all():
+        raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg) instead")
+    if metadata:
+        head["metadata"] = dict(metadata)
+    stream.write(json.dumps(head, default=str, ensure_ascii=False)[:-1] + ', "features": [')
+    corners = np.round(corners, _GEOJSON_DECIMALS)
+    names = [name for name in frame.columns if name != frame.geometry.name]
+    columns = [[_json_value(value) for value in frame[name].array] for name in names]
+    for index, values in enumerate(zip(*columns, strict=True)):
+        feature = {
+            "type": "Feature",
+            "properties": dict(zip(names, values, strict=True)),
+            "geometry": {"type": "Polygon", "coordinates": [corners[index].tolist()]},
+        }
+        stream.write(("\n" if index == 0 else ",\n") + json.dumps(feature, ensure_ascii=False, allow_nan=False))
+    stream.write("\n]}\n")

@@ -18,20 +18,22 @@ per candidate instead of once per pair.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rtmdet_geo.models.boxes_torch import points_inside
+from rtmdet_geo.models.boxes_torch import INSIDE_MARGIN_PX, points_inside
 from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.training.assign_kernels import class_terms, match_chunk, points_in_any
 from rtmdet_geo.training.rotated_iou import rotated_iou_pairwise
 
-BoxKind = Literal["rotated", "horizontal"]
 _EPSILON = 1e-7
 #: Sides of predicted boxes below this (px, also negative ones) count as this, as in mmrotate's ``rbbox_overlaps``.
 _MINIMUM_SIDE = 1e-3
+_MAXIMUM_COORDINATE = 1e7
 
 
 class Assignment(NamedTuple):
@@ -77,15 +79,13 @@ def horizontal_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return overlap / union.clamp(min=1e-6)
 
 
-def _pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU matrix (N, M) float32 of either kind of box, on the boxes' device; rotated boxes on the CPU use numba."""
-    if boxes1.shape[1] == 4:
-        return horizontal_iou(boxes1, boxes2)
-    boxes1 = torch.cat((boxes1[:, :2], boxes1[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes1[:, 4:]), dim=1)
-    boxes2 = torch.cat((boxes2[:, :2], boxes2[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes2[:, 4:]), dim=1)
-    if boxes1.device.type != "cpu":
-        return rotated_iou_pairwise(boxes1, boxes2).float()
-    return torch.from_numpy(rotated_iou(boxes1.double().numpy(), boxes2.double().numpy())).float()
+def _as_measurable(boxes: Tensor) -> Tensor:
+    """Return rotated boxes with sides of at least 1e-3 px and every number finite, as mmrotate's ``rbbox_overlaps``.
+
+    A prediction that is not a number then has IoU 0 here; the loss reports it.
+    """
+    boxes = torch.nan_to_num(boxes, nan=0.0).clamp(-_MAXIMUM_COORDINATE, _MAXIMUM_COORDINATE)
+    return torch.cat((boxes[:, :2], boxes[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes[:, 4:]), dim=1)
 
 
 class DynamicSoftLabelAssigner:
@@ -96,6 +96,8 @@ class DynamicSoftLabelAssigner:
         soft_center_radius: strides from the centre at which the centre cost is 1.
         iou_weight: factor of the IoU cost.
         max_pairs: (prior, ground truth) pairs held at once; about 40 bytes each.
+        use_numba: on the CPU, compute rotated boxes with the kernels of :mod:`rtmdet_geo.training.assign_kernels`
+            instead of torch; same result, faster.
     """
 
     def __init__(
@@ -105,12 +107,14 @@ class DynamicSoftLabelAssigner:
         iou_weight: float = 3.0,
         *,
         max_pairs: int = 2_000_000,
+        use_numba: bool = True,
     ) -> None:
         """Keep the parameters."""
         self.topk = topk
         self.soft_center_radius = soft_center_radius
         self.iou_weight = iou_weight
         self.max_pairs = max_pairs
+        self.use_numba = use_numba
 
     @torch.no_grad()
     def candidates(self, priors: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -123,6 +127,9 @@ class DynamicSoftLabelAssigner:
         Returns:
             (V,) int64, rising.
         """
+        if self._runs_kernels(gt_boxes):
+            found = points_in_any(priors.numpy(), gt_boxes.float().numpy(), INSIDE_MARGIN_PX)
+            return torch.from_numpy(np.flatnonzero(found))
         inside = torch.zeros(len(priors), dtype=torch.bool, device=priors.device)
         step = max(1, self.max_pairs // max(1, len(priors)))
         for start in range(0, len(gt_boxes), step):
@@ -154,9 +161,7 @@ class DynamicSoftLabelAssigner:
             :class:`Assignment` with indices into the P priors.
         """
         chosen = self.candidates(priors, gt_boxes)
-        found = self.match(
-            boxes[chosen], logits[chosen], priors[chosen], gt_boxes, gt_labels, gt_centers=gt_centers
-        )
+        found = self.match(boxes[chosen], logits[chosen], priors[chosen], gt_boxes, gt_labels, gt_centers=gt_centers)
         return found._replace(priors=chosen[found.priors])
 
     @torch.no_grad()
@@ -175,47 +180,79 @@ class DynamicSoftLabelAssigner:
         Returns:
             :class:`Assignment` with indices into the V candidates.
         """
-        num_candidates, num_gts = len(boxes), len(gt_boxes)
         device = boxes.device
-        if num_candidates == 0 or num_gts == 0:
+        if len(boxes) == 0 or len(gt_boxes) == 0:
             nothing = torch.zeros(0, dtype=torch.int64, device=device)
-            return Assignment(nothing, nothing, torch.zeros(0, device=device), num_candidates)
+            return Assignment(nothing, nothing, torch.zeros(0, device=device), len(boxes))
         with torch.autocast(device.type, enabled=False):
-            boxes, logits, gt_boxes = boxes.float(), logits.float(), gt_boxes.float()
+            boxes, logits, gt_boxes, priors = boxes.float(), logits.float(), gt_boxes.float(), priors.float()
             if gt_centers is None:
                 gt_centers = gt_boxes[:, :2] if gt_boxes.shape[1] == 5 else (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
-            probability, softplus = logits.sigmoid(), functional.softplus(logits)
-            wrong_class = softplus * probability.square()  # BCE against 0, focused
-            terms = _CandidateTerms(boxes, logits, probability, softplus, wrong_class, wrong_class.sum(1), priors)
+            if boxes.shape[1] == 5:
+                boxes, gt_boxes = _as_measurable(boxes), _as_measurable(gt_boxes)
+            match = self._match_numba if self._runs_kernels(gt_boxes) else self._match_torch
+            return match(boxes, logits, priors, gt_boxes, gt_labels, gt_centers.float())
 
-            count = torch.zeros(num_candidates, dtype=torch.int64, device=device)
-            taken_gt, lowest_gt = torch.zeros_like(count), torch.zeros_like(count)
-            taken_iou, lowest_iou = torch.zeros(num_candidates, device=device), torch.zeros(num_candidates, device=device)
-            lowest_cost = torch.full((num_candidates,), torch.inf, device=device)
-            step = max(1, self.max_pairs // num_candidates)
-            k = min(self.topk, num_candidates)
-            for start in range(0, num_gts, step):
-                part = slice(start, start + step)
-                iou = _pairwise_iou(boxes, gt_boxes[part])
-                cost = self._costs(terms, iou, gt_labels[part], gt_centers[part])
-                dynamic_k = iou.topk(k, dim=0).values.sum(0).long().clamp(min=1)
-                cheapest = cost.topk(k, dim=0, largest=False).indices  # (k, g)
-                rank, column = torch.nonzero(
-                    torch.arange(k, device=device)[:, None] < dynamic_k, as_tuple=True
-                )
-                row = cheapest[rank, column]
-                count.index_add_(0, row, torch.ones_like(row))
-                taken_gt[row] = column + start
-                taken_iou[row] = iou[row, column]
-                value, argument = cost.min(1)
-                better = value < lowest_cost
-                lowest_cost = torch.where(better, value, lowest_cost)
-                lowest_gt = torch.where(better, argument + start, lowest_gt)
-                lowest_iou = torch.where(better, iou.gather(1, argument[:, None]).squeeze(1), lowest_iou)
-            contested = count > 1
-            positive = torch.nonzero(count).squeeze(1)
-            gts = torch.where(contested, lowest_gt, taken_gt)[positive]
-            return Assignment(positive, gts, torch.where(contested, lowest_iou, taken_iou)[positive], num_candidates)
+    def _runs_kernels(self, gt_boxes: Tensor) -> bool:
+        return self.use_numba and gt_boxes.device.type == "cpu" and gt_boxes.shape[1] == 5
+
+    def _match_numba(
+        self, boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_centers: Tensor
+    ) -> Assignment:
+        number = len(boxes)
+        raw, points, centers, labels = logits.numpy(), priors.numpy(), gt_centers.numpy(), gt_labels.numpy()
+        predicted, wanted = boxes.numpy(), gt_boxes.numpy()
+        terms = class_terms(raw)
+        count, taken_gt, lowest_gt = (np.zeros(number, np.int64) for _ in range(3))
+        taken_iou, lowest_iou, lowest_cost = np.zeros(number), np.zeros(number), np.full(number, np.inf)
+        step = max(1, self.max_pairs // number)
+        for start in range(0, len(wanted), step):
+            part = slice(start, start + step)
+            match_chunk(
+                *(rotated_iou(wanted[part], predicted), raw, *terms, points, labels[part], centers[part], start),
+                *(min(self.topk, number), self.soft_center_radius, self.iou_weight),
+                *(count, taken_gt, taken_iou, lowest_cost, lowest_gt, lowest_iou),
+            )
+        positive = np.flatnonzero(count)
+        contested = count[positive] > 1
+        gts = np.where(contested, lowest_gt[positive], taken_gt[positive])
+        ious = np.where(contested, lowest_iou[positive], taken_iou[positive]).astype(np.float32)
+        return Assignment(torch.from_numpy(positive), torch.from_numpy(gts), torch.from_numpy(ious), number)
+
+    def _match_torch(
+        self, boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_centers: Tensor
+    ) -> Assignment:
+        number, device = len(boxes), boxes.device
+        probability, softplus = logits.sigmoid(), functional.softplus(logits)
+        wrong_class = softplus * probability.square()  # BCE against 0, focused
+        terms = _CandidateTerms(logits, probability, softplus, wrong_class, wrong_class.sum(1), priors)
+        pairwise_iou = rotated_iou_pairwise if boxes.shape[1] == 5 else horizontal_iou
+        count = torch.zeros(number, dtype=torch.int64, device=device)
+        taken_gt, lowest_gt = torch.zeros_like(count), torch.zeros_like(count)
+        taken_iou, lowest_iou = torch.zeros(number, device=device), torch.zeros(number, device=device)
+        lowest_cost = torch.full((number,), torch.inf, device=device)
+        step, k = max(1, self.max_pairs // number), min(self.topk, number)
+        for start in range(0, len(gt_boxes), step):
+            part = slice(start, start + step)
+            iou = pairwise_iou(boxes, gt_boxes[part])
+            cost = self._costs(terms, iou, gt_labels[part], gt_centers[part])
+            dynamic_k = iou.topk(k, dim=0).values.sum(0).long().clamp(min=1)
+            cheapest = cost.topk(k, dim=0, largest=False).indices  # (k, g)
+            rank, column = torch.nonzero(torch.arange(k, device=device)[:, None] < dynamic_k, as_tuple=True)
+            row = cheapest[rank, column]
+            count.index_add_(0, row, torch.ones_like(row))
+            taken_gt[row] = column + start
+            taken_iou[row] = iou[row, column]
+            value, argument = cost.min(1)
+            better = value < lowest_cost
+            lowest_cost = torch.where(better, value, lowest_cost)
+            lowest_gt = torch.where(better, argument + start, lowest_gt)
+            lowest_iou = torch.where(better, iou.gather(1, argument[:, None]).squeeze(1), lowest_iou)
+        positive = torch.nonzero(count).squeeze(1)
+        contested = count[positive] > 1
+        gts = torch.where(contested, lowest_gt[positive], taken_gt[positive])
+        ious = torch.where(contested, lowest_iou[positive], taken_iou[positive])
+        return Assignment(positive, gts, ious, number)
 
     def _costs(self, terms: _CandidateTerms, iou: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         """Cost matrix (V, g) of all candidates and one chunk of ground truths."""
@@ -231,7 +268,6 @@ class DynamicSoftLabelAssigner:
 class _CandidateTerms(NamedTuple):
     """What the cost needs of each of the V candidates, whatever the ground truth."""
 
-    boxes: Tensor
     logits: Tensor
     probability: Tensor
     softplus: Tensor

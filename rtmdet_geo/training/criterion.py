@@ -111,9 +111,7 @@ class RotatedCriterion(nn.Module):
             assignments.append(found._replace(priors=chosen[found.priors]))
         return assignments
 
-    def _losses(
-        self, batch: _Batch, targets: Sequence[Target], assignments: Sequence[Assignment]
-    ) -> dict[str, Tensor]:
+    def _losses(self, batch: _Batch, targets: Sequence[Target], assignments: Sequence[Assignment]) -> dict[str, Tensor]:
         num_images, num_priors, num_classes = batch.logits.shape
         device = batch.logits.device
         # Positives of all images, as indices into the flattened (N * P) priors.

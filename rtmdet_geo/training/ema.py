@@ -64,7 +64,9 @@ class ModelEMA:
         self.steps = int(state["steps"])
 
 
-def _without_aliases(averages: dict[str, Tensor], sources: dict[str, Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+def _without_aliases(
+    averages: dict[str, Tensor], sources: dict[str, Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Split floating tensors into rounds in which none occurs twice: a tensor with k names is in k rounds."""
     rounds: list[tuple[list[Tensor], list[Tensor]]] = []
     names_so_far: dict[int, int] = {}

@@ -176,7 +176,7 @@ class _RotatedIoU(torch.autograd.Function):
     """IoU of pairs with the gradient described at the top of this module."""
 
     @staticmethod
-    def forward(context: Any, boxes1: Tensor, boxes2: Tensor) -> Tensor:  # noqa: ANN401 - torch's own context type
+    def forward(context: Any, boxes1: Tensor, boxes2: Tensor) -> Tensor:
         """Return (N,) IoU; keep what the gradient needs."""
         iou, union, solid = _iou_and_union(boxes1, boxes2)
         context.save_for_backward(boxes1, boxes2, iou, union, solid)
@@ -184,14 +184,12 @@ class _RotatedIoU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN401
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of both box tensors: d(I / U) = (dI (1 + IoU) - IoU dA) / U."""
         boxes1, boxes2, iou, union, solid = context.saved_tensors
         factor = (gradient / union)[:, None]
         results: list[Tensor | None] = []
-        for needed, boxes, others in zip(
-            context.needs_input_grad, (boxes1, boxes2), (boxes2, boxes1), strict=True
-        ):
+        for needed, boxes, others in zip(context.needs_input_grad, (boxes1, boxes2), (boxes2, boxes1), strict=True):
             if not needed:
                 results.append(None)
                 continue

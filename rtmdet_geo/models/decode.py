@@ -148,7 +148,7 @@ def select_top_k(logits: Tensor, limit: int = MAX_CANDIDATES_ROTATED, *, multi_l
     if multi_label:
         pairs = logits.flatten(1)
         best, index = pairs.topk(min(int(pairs.shape[1]), limit), dim=1)
-        priors = torch.div(index, num_classes, rounding_mode="floor")
+        priors = torch.div(index, num_classes, rounding_mode="trunc")
         return TopK(priors, best.sigmoid(), index - priors * num_classes)
     highest, labels = logits.max(dim=2)
     best, priors = highest.topk(min(int(highest.shape[1]), limit), dim=1)
@@ -178,9 +178,15 @@ def decode_rotated(
         best = select_top_k(at_least_float32(flatten_level(cls)), limit, multi_label=multi_label)
         raw = flatten_level(at_least_float32(torch.cat((reg, angle), dim=1)))
         raw = raw.gather(1, best.priors.unsqueeze(-1).expand(-1, -1, 5))
-        points = level_priors(cls.shape[2], cls.shape[3], stride, device=raw.device, dtype=raw.dtype)
-        parts.append(Candidates(decode_distances(points[best.priors], raw), best.scores, best.labels))
+        points = _points_of(best.priors, cls.shape[3], stride).to(raw.dtype)
+        parts.append(Candidates(decode_distances(points, raw), best.scores, best.labels))
     return Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+
+
+def _points_of(priors: Tensor, width: int, stride: int) -> Tensor:
+    """Return the points (N, k, 2) x, y in px, integers, of priors (N, k); needs no table, whatever H and W are."""
+    row = torch.div(priors, width, rounding_mode="trunc")
+    return torch.stack((priors - row * width, row), dim=-1) * stride
 
 
 class DetectionGraph(nn.Module):

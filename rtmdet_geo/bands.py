@@ -180,8 +180,8 @@ def choose_bands(
     images = [band for band in bands if not band.is_alpha]
     if not images:
         raise BandError(f"{where} has no image band; it has {_listing(bands)}")
-    if len(images) == 1:
-        required = [name for name in model_bands if name not in optional]
+    required = [name for name in model_bands if name not in optional]
+    if len(images) == 1 and (len(required) > 1 or images[0].name in (None, *required)):
         if len(required) > 1:
             warnings.warn(
                 f"{where} has one band; it is repeated for {', '.join(required)}; results on grey images are worse",

@@ -88,8 +88,8 @@ def cut_chips(
         progress: called with (scenes done, scenes in all).
 
     Returns:
-        ``out``, ``num_scenes``, ``num_chips``, ``num_empty_chips``, ``num_invalid_chips``, ``num_boxes``, ``num_ignored``,
-        ``num_by_class``, ``num_objects_outside`` (labels that lie on no chip).
+        ``out``, ``num_scenes``, ``num_chips``, ``num_empty_chips``, ``num_invalid_chips``, ``num_boxes``,
+        ``num_ignored``, ``num_by_class``, ``num_objects_outside`` (labels that lie on no chip).
 
     Raises:
         OutputError: ``out`` exists, or cannot be written.
@@ -103,7 +103,9 @@ def cut_chips(
         raise AnnotationError("no scenes were given; name at least one raster")
     if len(set(stems)) != len(stems):
         twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-        raise AnnotationError(f"scenes share the names {', '.join(twice)}; chips are named by them, so rename the files")
+        raise AnnotationError(
+            f"scenes share the names {', '.join(twice)}; chips are named by them, so rename the files"
+        )
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise OutputError(f"folder {str(out)!r} exists; use --overwrite or another name")
     if chip_size != 0:
@@ -290,7 +292,9 @@ class _LayerReader:
         try:
             layer = geopandas.read_file(path)
         except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
-            raise AnnotationError(f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+            raise AnnotationError(
+                f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}"
+            ) from error
         if class_column is not None and class_column not in layer.columns:
             raise AnnotationError(
                 f"label layer {str(path)!r} has no column {class_column!r}; it has "
@@ -326,7 +330,9 @@ class _LayerReader:
         geometries = self._layer.geometry
         if scene.crs is not None:
             if self._layer.crs is None:
-                raise AnnotationError(f"label layer {str(self.path)!r} has no CRS; assign one, such as with ogr2ogr -a_srs")
+                raise AnnotationError(
+                    f"label layer {str(self.path)!r} has no CRS; assign one, such as with ogr2ogr -a_srs"
+                )
             geometries = geometries.to_crs(scene.crs.to_wkt())
         elif self._layer.crs is not None:
             raise AnnotationError(
@@ -369,7 +375,7 @@ def _looks_like_coco(path: Path) -> bool:
 
 
 def _class_index(name: str | None, classes: Sequence[str], path: Path) -> int:
-    if name not in classes:
+    if name is None or name not in classes:
         raise AnnotationError(f"labels {str(path)!r} name class {name!r}, but the classes are {', '.join(classes)}")
     return list(classes).index(name)
 

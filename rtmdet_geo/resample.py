@@ -1,6 +1,6 @@
 """Separable resampling whose result for a pixel never depends on the window that asks for it. numpy and numba only.
 
-A resampled pixel ``i`` of an axis covers source ``[i * ratio, (i + 1) * ratio)`` with ``ratio = source_size / size``; its
+Resampled pixel ``i`` of an axis covers source ``[i * ratio, (i + 1) * ratio)`` with ``ratio = source_size / size``; its
 centre is at source coordinate ``(i + 0.5) * ratio``. The kernel is a triangle of half-width ``max(1, ratio)`` source
 pixels: bilinear interpolation when enlarging, an anti-aliasing (tent) filter when shrinking. Taps are computed from
 the scene-wide index ``i`` in float64, so every window uses the same numbers in the same order.
@@ -46,7 +46,7 @@ def axis_taps(
     return first, weights.astype(np.float32), nearest
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _rows(source: Any, first: Any, weights: Any, out: Any) -> None:
     """Filter along x: source (C, h, w) uint8, first (n,), weights (n, k), out (C, h, n) float32."""
     channels, height, _ = source.shape
@@ -61,7 +61,7 @@ def _rows(source: Any, first: Any, weights: Any, out: Any) -> None:
                 out[channel, row, column] = total
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _columns(rows: Any, first: Any, weights: Any, out: Any) -> None:
     """Filter along y: rows (C, h, n) float32, first (m,), weights (m, k), out (C, m, n) float32."""
     channels, _, width = rows.shape

@@ -1,10 +1,11 @@
-"""When and by what a scene was taken, from the tags that sensors and tools write."""
+"""What a scene is called, and when and by what it was taken: from its path and its tags."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 
 #: Tag names in order of trust, compared in lower case.
 _TIME_TAGS = (
@@ -49,7 +50,7 @@ def iso_time(text: str) -> str | None:
     text = text.strip().strip("'\"")
     for pattern in _FORMATS:
         try:
-            return datetime.strptime(text, pattern).isoformat()  # noqa: DTZ007 - these spellings carry no zone
+            return datetime.strptime(text, pattern).isoformat()
         except ValueError:
             continue
     # More than six decimals of a second occur (Landsat); Python reads at most six before 3.11 and cuts after.
@@ -64,3 +65,16 @@ def sensor_name(tags: Mapping[str, str]) -> str | None:
     """Name of the sensor or satellite, or None."""
     lower = {name.lower(): text.strip().strip("'\"") for name, text in tags.items()}
     return next((lower[name] for name in _SENSOR_TAGS if lower.get(name)), None)
+
+
+def scene_stem(path: str | Path) -> str:
+    """File name without folder, URL query and suffix.
+
+    Example:
+        >>> scene_stem("/vsicurl/https://host/folder/a.b.tif?signature=1/2")
+        'a.b'
+    """
+    text = str(path)
+    if "://" in text:
+        text = text.split("?", 1)[0]
+    return Path(text.rstrip("/")).stem

@@ -1,7 +1,7 @@
 """COCO json label files, with run-length masks decoded in numpy.
 
-Pixel coordinates are continuous with the origin at the outer corner of the top-left pixel: pixel (row, column) of a mask
-covers ``[column, column + 1] x [row, row + 1]``. Run lengths count down the columns first, starting with background.
+Pixel coordinates are continuous with the origin at the outer corner of the top-left pixel: pixel (row, column) of a
+mask covers ``[column, column + 1] x [row, row + 1]``. Run lengths go down the columns first and start with background.
 Format: https://cocodataset.org/#format-data; the text form of the counts packs each number in 5-bit groups, low first,
 as character codes from 48 up, bit 5 set while more follow; from the fourth count on, numbers are differences to the
 count two before.

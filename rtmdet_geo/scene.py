@@ -1,0 +1,313 @@
+"""A scene as one model sees it: bands chosen, stretched to uint8, resampled, with a valid mask. No raster library here.
+
+Order of work for a window: read the source pixels it needs, stretch them to uint8, then resample to the model's ground
+sample distance. Every step depends on scene-wide numbers only, so a pixel is bit-identical whichever window asks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.bands import Band, BandChoice, choose_bands
+from rtmdet_geo.errors import NodataWarning, ResolutionError
+from rtmdet_geo.georeference import check_resolution
+from rtmdet_geo.resample import axis_taps, resample
+from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
+from rtmdet_geo.stretch import BandStretch, differs, fixed_stretch, percentile_stretch, stretch_record
+from rtmdet_geo.structures import StretchSpec
+
+logger = logging.getLogger(__name__)
+
+#: Above this number of pixels, percentiles come from a decimated read of the whole scene.
+PERCENTILE_MAX_PIXELS = 16_000_000
+
+
+class SceneSource(Protocol):
+    """What a scene needs of an open file; ``raster.py`` gives it with GDAL.
+
+    Attributes:
+        width, height: in px.
+        crs: CRS object or None. transform: affine map from px to the CRS, identity without CRS.
+        gsd_m: geodesic metres per px along x and y at the centre, or None.
+        tags: the file's metadata.
+    """
+
+    width: int
+    height: int
+    crs: Any
+    transform: Any
+    gsd_m: tuple[float, float] | None
+    tags: dict[str, str]
+
+    def named_bands(self, sensor: str | None) -> list[Band]:
+        """Return the bands with wavelength names."""
+        ...
+
+    def dtype(self, index: int) -> np.dtype[Any]:
+        """Return the dtype of a band (1-based)."""
+        ...
+
+    def nodata(self, index: int) -> float | None:
+        """Return the nodata value of a band."""
+        ...
+
+    def scale_offset(self, index: int) -> tuple[float, float]:
+        """Return scale and offset tags of a band; 1 and 0 when it has none."""
+        ...
+
+    def check_values(self, indexes: Sequence[int]) -> None:
+        """Raise RasterError for bands whose values cannot be stretched."""
+        ...
+
+    def mask_kind(self, indexes: Sequence[int]) -> str:
+        """Return "none", "nodata", "alpha" or "mask"."""
+        ...
+
+    def read(
+        self,
+        indexes: Sequence[int],
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        out_shape: tuple[int, int] | None,
+        *,
+        with_mask: bool,
+    ) -> tuple[list[NDArray[Any]], NDArray[np.bool_] | None]:
+        """Return one (h, w) array per band, and the file's own mask where asked for; safe to call from threads."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+class Scene:
+    """An open scene, seen through the eyes of one model. Made by ``raster.open_scene``; a context manager.
+
+    Attributes:
+        path: as given.
+        scene_id: file name without folder and suffix.
+        source_width, source_height: size in source px.
+        width, height: size in resampled px.
+        scale_x, scale_y: source px per resampled px, exactly ``source_width / width``.
+        crs: rasterio CRS, or None (then results are in source pixels).
+        transform: affine map from source px (continuous, origin at the outer corner) to the CRS; identity without CRS.
+        gsd_x_m, gsd_y_m: geodesic metres per source px at the centre along the pixel's x and y axis; None without CRS.
+        band_indexes: 1-based band number per channel; None where a constant fills the channel.
+        bands: the scene's bands with their names.
+        stretch_record: what was used, ready for json (limits in DN per band, fills, percentiles, decimation).
+        acquired_at: ISO 8601 text or None. sensor: text or None.
+        mask_kind: "none", "nodata", "alpha" or "mask": what of the file says which pixels are valid (``nodata=`` and
+            values that are not finite count besides).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        source: SceneSource,
+        *,
+        bands: Sequence[int | str] | None,
+        model_bands: Sequence[str],
+        optional_bands: Mapping[str, int] | None,
+        stretch: StretchSpec,
+        model_gsd_m: float | None,
+        gsd_m: float | None,
+        nodata: float | None,
+    ) -> None:
+        """Take over ``source``; ``raster.open_scene`` explains the arguments."""
+        self.path = str(path)
+        self.scene_id = scene_stem(path)
+        self._source = source
+        self.source_width, self.source_height = source.width, source.height
+        self.acquired_at, self.sensor = acquisition_time(source.tags), sensor_name(source.tags)
+        self.crs, self.transform = source.crs, source.transform
+        self.gsd_x_m: float | None = source.gsd_m[0] if source.gsd_m is not None else None
+        self.gsd_y_m: float | None = source.gsd_m[1] if source.gsd_m is not None else None
+        self.bands = source.named_bands(self.sensor)
+        choice = choose_bands(
+            self.bands,
+            model_bands,
+            explicit=bands,
+            optional_bands=optional_bands,
+            where=f"scene {self.path!r}",
+        )
+        self.band_indexes = choice.indexes
+        self._fills = [choice.fills.get(name) for name in model_bands]
+        self._read_indexes = sorted({index for index in choice.indexes if index is not None})
+        source.check_values(self._read_indexes)
+        self._nodata = nodata
+        self.mask_kind = source.mask_kind(self._read_indexes)
+        self._set_size(model_gsd_m, gsd_m)
+        self._stretches, self.stretch_record = self._make_stretches(stretch, choice, model_bands)
+        self._luts = {index: band.lut(source.dtype(index)) for index, band in self._stretches.items()}
+
+    @property
+    def is_georeferenced(self) -> bool:
+        """Whether results can be given in world coordinates."""
+        return self.crs is not None
+
+    def read(self, x: int, y: int, width: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Read a window, in resampled px; parts outside the scene are 0 and invalid.
+
+        Args:
+            x: left edge, may be negative.
+            y: top edge, may be negative.
+            width: in resampled px.
+            height: in resampled px.
+
+        Returns:
+            pixels: (C, height, width) uint8, channels in the model's order, 0 where invalid.
+            valid: (height, width) bool.
+
+        Raises:
+            RasterError: the file cannot be read there.
+        """
+        pixels = np.zeros((len(self.band_indexes), height, width), np.uint8)
+        valid = np.zeros((height, width), np.bool_)
+        left, right = max(x, 0), min(x + width, self.width)
+        top, bottom = max(y, 0), min(y + height, self.height)
+        if left >= right or top >= bottom:
+            return pixels, valid
+        inside = (slice(top - y, bottom - y), slice(left - x, right - x))
+        if (self.width, self.height) == (self.source_width, self.source_height):
+            part, part_valid = self._read_source(left, top, right - left, bottom - top)
+        else:
+            taps_x = axis_taps(self.source_width, self.width, left, right)
+            taps_y = axis_taps(self.source_height, self.height, top, bottom)
+            column, row = int(taps_x[0].min()), int(taps_y[0].min())
+            columns = int(taps_x[0].max()) + taps_x[1].shape[1] - column
+            rows = int(taps_y[0].max()) + taps_y[1].shape[1] - row
+            source, source_valid = self._read_source(column, row, columns, rows)
+            part, part_valid = resample(source, source_valid, taps_y, taps_x, row, column)
+        order = {index: number for number, index in enumerate(self._read_indexes)}
+        for channel, (index, fill) in enumerate(zip(self.band_indexes, self._fills, strict=True)):
+            if index is not None:
+                pixels[channel][inside] = part[order[index]]
+            else:
+                pixels[channel][inside] = np.where(part_valid, np.uint8(fill or 0), np.uint8(0))
+        valid[inside] = part_valid
+        return pixels, valid
+
+    def to_source(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
+        """Boxes from resampled px to source px.
+
+        Args:
+            boxes: (N, 5) cx, cy, w, h in resampled px, angle in rad.
+
+        Returns:
+            (N, 5) float64, the same in source px, le90. Unequal scales keep the rectangle a rectangle as
+            ``boxes.rescale_boxes`` says.
+        """
+        from rtmdet_geo.boxes import rescale_boxes
+
+        values = np.asarray(boxes, np.float64).reshape(-1, 5)
+        if self.scale_x == 1.0 and self.scale_y == 1.0:
+            return values.copy()
+        return np.asarray(rescale_boxes(values, self.scale_x, self.scale_y), np.float64)
+
+    def close(self) -> None:
+        """Close the file; reading afterwards is an error."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _set_size(self, model_gsd_m: float | None, gsd_m: float | None) -> None:
+        """Set width, height and scales from the scene's and the model's ground sample distance."""
+        self.width, self.height = self.source_width, self.source_height
+        if gsd_m is not None and not (math.isfinite(gsd_m) and gsd_m > 0):
+            raise ResolutionError(f"--gsd {gsd_m} is no ground sample distance; give metres per pixel above 0")
+        gsd_x = gsd_m if gsd_m is not None else self.gsd_x_m
+        gsd_y = gsd_m if gsd_m is not None else self.gsd_y_m
+        if model_gsd_m is not None and gsd_x is not None and gsd_y is not None:
+            check_resolution(f"scene {self.path!r}", gsd_x, gsd_y, model_gsd_m)
+            self.width = max(1, round(self.source_width * gsd_x / model_gsd_m))
+            self.height = max(1, round(self.source_height * gsd_y / model_gsd_m))
+        self.scale_x, self.scale_y = self.source_width / self.width, self.source_height / self.height
+
+    def _read_source(self, x: int, y: int, width: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Stretched source pixels (B, h, w) uint8 of the bands read, and their validity (h, w)."""
+        values, valid = self._read_values(x, y, width, height)
+        pixels = np.empty((len(values), *valid.shape), np.uint8)
+        for number, (index, band) in enumerate(zip(self._read_indexes, values, strict=True)):
+            pixels[number] = self._stretches[index].apply(band, self._luts[index])
+        if not valid.all():
+            pixels[:, ~valid] = 0
+        return pixels, valid
+
+    def _read_values(
+        self, x: int, y: int, width: int, height: int, out_shape: tuple[int, int] | None = None
+    ) -> tuple[list[NDArray[Any]], NDArray[np.bool_]]:
+        """Digital numbers of the bands read and the valid mask; nearest decimation when ``out_shape`` is given."""
+        with_mask = self.mask_kind in ("alpha", "mask")
+        values, mask = self._source.read(self._read_indexes, x, y, width, height, out_shape, with_mask=with_mask)
+        valid = mask if mask is not None else np.ones(values[0].shape, np.bool_)
+        if self._nodata is not None or self.mask_kind == "nodata":
+            valid &= self._has_data(values)
+        for band in values:
+            if band.dtype.kind == "f":
+                valid &= np.isfinite(band)
+        return values, valid
+
+    def _has_data(self, values: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+        """Where any of the bands differs from its nodata value (as GDAL's own dataset mask does)."""
+        found = np.zeros(values[0].shape, np.bool_)
+        for index, band in zip(self._read_indexes, values, strict=True):
+            nodata = self._nodata if self._nodata is not None else self._source.nodata(index)
+            if nodata is None:
+                return np.ones(values[0].shape, np.bool_)
+            found |= differs(band, nodata)
+        return found
+
+    def _make_stretches(
+        self, spec: StretchSpec, choice: BandChoice, model_bands: Sequence[str]
+    ) -> tuple[dict[int, BandStretch], dict[str, Any]]:
+        """One stretch per band read, and the record of all of it."""
+        stretches: dict[int, BandStretch] = {}
+        scales: dict[int, tuple[float, float]] = {}
+        dtypes = {index: str(self._source.dtype(index)) for index in self._read_indexes}
+        decimation = 1
+        if spec.kind == "percentile":
+            decimation = max(1, math.ceil(math.sqrt(self.source_width * self.source_height / PERCENTILE_MAX_PIXELS)))
+            stretches = self._percentiles(spec, decimation)
+        else:
+            for index in self._read_indexes:
+                stretches[index], scale, offset = fixed_stretch(
+                    spec,
+                    np.dtype(dtypes[index]),
+                    *self._source.scale_offset(index),
+                    f"band {index} of scene {self.path!r}",
+                )
+                scales[index] = (scale, offset)
+        record = stretch_record(spec, model_bands, choice.indexes, choice.fills, stretches, scales, dtypes)
+        return stretches, record | {"decimation": decimation, "repeated": choice.repeated, "guessed": choice.guessed}
+
+    def _percentiles(self, spec: StretchSpec, decimation: int) -> dict[int, BandStretch]:
+        """Limits of each band over the whole valid scene, never over an area."""
+        shape = None
+        if decimation > 1:
+            shape = (math.ceil(self.source_height / decimation), math.ceil(self.source_width / decimation))
+            logger.info("%s: percentiles come from every %dth row and column of the scene", self.path, decimation)
+        values, valid = self._read_values(0, 0, self.source_width, self.source_height, shape)
+        if not valid.any():
+            warnings.warn(f"scene {self.path!r} holds no valid pixel", NodataWarning, stacklevel=5)
+        return {
+            index: percentile_stretch(spec, band[valid]) for index, band in zip(self._read_indexes, values, strict=True)
+        }

@@ -144,5 +144,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
     The flag is what ``cancelled()`` answers, in case that the exception is swallowed by a callback in foreign code.
     """
-    report.cancel_requested.set()
-    raise KeyboardInterrupt
+    report.take_signal()

@@ -24,6 +24,9 @@ ProgressCallable = Callable[[int, int], None]
 #: Set by SIGINT and SIGTERM; the library asks for it through its ``cancelled`` callables.
 cancel_requested = threading.Event()
 
+#: True while signals only set the flag, see :func:`signals_are_polled`.
+_is_polled = threading.Event()
+
 _VERBOSITY = "rtmdet_geo.verbosity"
 _EVENTS = "rtmdet_geo.jsonl"
 _BAR = "rtmdet_geo.bar"
@@ -74,6 +77,31 @@ def reporting(ctx: click.Context) -> Iterator[None]:
             logger.removeHandler(handler)
             logger.setLevel(old_level)
             logger.propagate = old_propagate
+
+
+@contextmanager
+def signals_are_polled() -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM only set ``cancel_requested``, for work that saves itself when it is asked.
+
+    A second signal interrupts at once.
+    """
+    _is_polled.set()
+    try:
+        yield
+    finally:
+        _is_polled.clear()
+
+
+def take_signal() -> None:
+    """Remember the wish to stop; interrupt unless the work polls.
+
+    Raises:
+        KeyboardInterrupt: the work does not poll, or this is the second signal.
+    """
+    is_first = not cancel_requested.is_set()
+    cancel_requested.set()
+    if not (_is_polled.is_set() and is_first):
+        raise KeyboardInterrupt
 
 
 def verbosity(ctx: click.Context) -> int:

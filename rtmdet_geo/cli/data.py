@@ -1,0 +1,137 @@
+"""``rtmdet-geo data``: from scenes and labels to what training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rtmdet_geo.cli import options, report
+
+
+@click.group()
+def data() -> None:
+    r"""Prepare training data.
+
+    \b
+    Example:
+      rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port
+    """
+
+
+@data.command()
+@click.argument("scenes", nargs=-1, required=True, metavar="SCENE...")
+@click.option(
+    "-l",
+    "--labels",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="COCO .json (images matched to scenes by file name) or a vector layer of polygons in any CRS.",
+)
+@options.output_option("Folder to make.")
+@click.option(
+    "--recipe",
+    metavar="NAME|PATH",
+    help="Recipe whose bands, stretch, resolution and classes the chips shall have; the options below go before it.",
+)
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Class name, in label order; repeat.")
+@click.option("--class-column", metavar="NAME", help="Column of the vector layer that names the class.")
+@click.option(
+    "--chip-size", type=click.IntRange(min=0), default=1024, show_default=True, help="Side in px; 0: whole scenes."
+)
+@click.option("--overlap", type=click.IntRange(min=0), default=200, show_default=True, help="Overlap of chips in px.")
+@click.option(
+    "--chip-gsd",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Metres per pixel of the chips.  [default: the recipe's, else the scene's own]",
+)
+@click.option(
+    "--gsd",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Ground sample distance of the scenes in metres per pixel.  [default: from their georeference]",
+)
+@click.option(
+    "-b",
+    "--bidx",
+    "bands",
+    multiple=True,
+    metavar="NUMBER|NAME",
+    help="Band for the next channel; repeat.  [default: by name]",
+)
+@click.option("--nodata", type=float, help="Value of pixels without data.  [default: what the scene says]")
+@click.option("--keep-empty/--drop-empty", default=True, show_default=True, help="Write chips without objects.")
+@options.overwrite_option
+@options.json_option
+@options.progress_option
+@options.verbosity_options
+@click.pass_context
+def chips(
+    ctx: click.Context,
+    scenes: tuple[str, ...],
+    labels: Path,
+    output: Path,
+    recipe: str | None,
+    classes: tuple[str, ...],
+    class_column: str | None,
+    chip_size: int,
+    overlap: int,
+    chip_gsd: float | None,
+    gsd: float | None,
+    bands: tuple[str, ...],
+    nodata: float | None,
+    keep_empty: bool,
+    overwrite: bool,
+    as_json: bool,
+    progress_mode: str,
+) -> None:
+    r"""Cut SCENEs and their labels into chips for `train`: .npy images and one chips.json.
+
+    \b
+    Example:
+      rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port --recipe sen2ships_r
+    """
+    options.check_stdout_owner(as_json, progress_mode)
+    settings: dict[str, object] = {}
+    if recipe is not None:
+        from rtmdet_geo.config import load_recipe
+
+        model = load_recipe(recipe).model
+        settings = {
+            "model_bands": model.bands,
+            "optional_bands": model.optional_bands,
+            "stretch": model.stretch,
+            "gsd_m": model.gsd_m,
+            "classes": model.classes,
+        }
+    if classes:
+        settings["classes"] = classes
+    if chip_gsd is not None:
+        settings["gsd_m"] = chip_gsd
+
+    from rtmdet_geo.gis_labels import cut_chips
+
+    with report.progress(ctx, progress_mode, "chips", {"scenes": scenes, "out": str(output)}) as advance:
+        summary = cut_chips(
+            scenes,
+            labels,
+            output,
+            chip_size=chip_size,
+            overlap=overlap,
+            class_column=class_column,
+            bands=options.parse_bands(bands),
+            scene_gsd_m=gsd,
+            nodata=nodata,
+            keep_empty=keep_empty,
+            overwrite=overwrite,
+            progress=advance,
+            **settings,  # type: ignore[arg-type] - one value each, checked by cut_chips
+        )
+    if as_json:
+        report.echo_json(summary)
+    elif progress_mode == "jsonl":
+        report.emit_event(ctx, {"event": "done", **summary})
+    elif report.verbosity(ctx) >= 0:
+        click.echo(
+            f"{summary['out']}: {summary['num_chips']} chips of {summary['num_scenes']} scenes, "
+            f"{summary['num_boxes']} objects"
+        )

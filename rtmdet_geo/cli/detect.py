@@ -1,0 +1,134 @@
+"""``rtmdet-geo detect``: one scene in, one vector layer out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtmdet_geo.cli import options, report
+
+
+@click.command()
+@click.argument("scene", metavar="SCENE")
+@options.output_option(
+    "Vector file to write: .gpkg or .geojson. '-' writes GeoJSON features (EPSG:4326), one a line, to stdout.",
+    required=False,
+)
+@options.model_option
+@click.option(
+    "-b",
+    "--bidx",
+    "bands",
+    multiple=True,
+    metavar="NUMBER|NAME",
+    help="Band of the scene for the model's next channel, counted from 1 or by name; repeat.  [default: by name]",
+)
+@click.option(
+    "--score",
+    "score_threshold",
+    type=click.FloatRange(0, 1),
+    help="Keep detections with at least this score.  [default: the model's]",
+)
+@click.option(
+    "--iou",
+    "iou_threshold",
+    type=click.FloatRange(0, 1),
+    help="Detections of one class that overlap this much are one object.  [default: the model's]",
+)
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Keep this class; repeat.  [default: all]")
+@click.option(
+    "--gsd",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Ground sample distance of the scene in metres per pixel.  [default: from its georeference]",
+)
+@click.option("--nodata", type=float, help="Value of pixels without data.  [default: what the scene says]")
+@click.option("--dst-crs", metavar="CRS", help="CRS of the output, such as EPSG:4326.  [default: the scene's]")
+@click.option("-f", "--driver", metavar="NAME", help="GPKG or GeoJSON.  [default: by the output's ending]")
+@options.overwrite_option
+@click.option(
+    "--preview", type=click.Path(path_type=Path), help="PNG to draw: the scene, made small, with the detections."
+)
+@click.option(
+    "--tile-size",
+    type=click.IntRange(min=32),
+    help="Side of a tile in px of the model's resolution.  [default: the model's]",
+)
+@click.option(
+    "--overlap",
+    type=click.IntRange(min=0),
+    help="Overlap of neighbouring tiles in px, longest object at least.  [default: the model's]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Tiles per engine call.")
+@click.option(
+    "--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True, help="Engine."
+)
+@options.threads_option
+@click.option("--multi-label", is_flag=True, help="Let one place have several classes (for evaluation).")
+@options.json_option
+@options.progress_option
+@options.verbosity_options
+@click.pass_context
+def detect(
+    ctx: click.Context,
+    scene: str,
+    output: Path | None,
+    model: str | None,
+    bands: tuple[str, ...],
+    classes: tuple[str, ...],
+    preview: Path | None,
+    as_json: bool,
+    progress_mode: str,
+    **settings: Any,
+) -> None:
+    r"""Detect objects in SCENE, any raster that GDAL opens, and write them as georeferenced polygons.
+
+    \b
+    Example:
+      rtmdet-geo detect scene.tif -o ships.gpkg --preview ships.png
+
+    The result in one line goes to stdout, unless --json, --progress jsonl or '-o -' owns it. Finding nothing is no
+    error: the layer is then empty. Ctrl-C leaves nothing under the output's name.
+    """
+    options.check_stdout_owner(as_json, progress_mode, output)
+    if output is None and preview is None and not as_json and progress_mode != "jsonl":
+        raise click.UsageError("Nothing would come out: give -o PATH, --preview PATH or --json.")
+    to_stdout = output == Path("-")
+
+    from rtmdet_geo.catalog import find_model, read_spec
+    from rtmdet_geo.detect import detect_scene
+
+    model_path = find_model(model)
+    start: dict[str, Any] = {"scene": scene, "output": str(output) if output else None, "model": str(model_path)}
+    if progress_mode == "jsonl":
+        spec = read_spec(model_path)
+        start |= {"model_name": spec.name, "classes": list(spec.classes), "device": "cpu"}
+    with report.progress(ctx, progress_mode, "detect", start) as advance:
+        result = detect_scene(
+            scene,
+            None if to_stdout else output,
+            model=model_path,
+            bands=options.parse_bands(bands),
+            classes=list(classes) or None,
+            preview=preview,
+            progress=advance,
+            cancelled=report.cancel_requested.is_set,
+            **settings,
+        )
+    if to_stdout:
+        _write_features(result.features)
+    elif as_json:
+        report.echo_json(result.summary)
+    elif progress_mode == "jsonl":
+        report.emit_event(ctx, {"event": "done", **result.summary})
+    elif report.verbosity(ctx) >= 0:
+        click.echo(str(result))
+
+
+def _write_features(features: Any) -> None:
+    """Write one GeoJSON feature a line, in longitude and latitude where the scene has a CRS."""
+    if features.crs is not None:
+        features = features.to_crs("EPSG:4326")
+    for feature in features.iterfeatures(na="null", drop_id=True):
+        report.echo_json(feature)

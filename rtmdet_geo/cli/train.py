@@ -1,0 +1,85 @@
+"""``rtmdet-geo train``: a recipe in, trained weights out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rtmdet_geo.cli import options, report
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE")
+@options.output_option("Folder of the run.  [default: runs/NAME of the recipe]", required=False)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value, such as optim.lr=1e-3; repeat."
+)
+@click.option("--show-config", is_flag=True, help="Print the whole recipe as YAML and stop.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of chips.  [default: the recipe's data.chips]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto: cuda if there is one.")
+@click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Begin anew in a folder that already holds a run.")
+@options.json_option
+@options.progress_option
+@options.verbosity_options
+@click.pass_context
+def train(
+    ctx: click.Context,
+    recipe: str,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    show_config: bool,
+    data: Path | None,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    progress_mode: str,
+) -> None:
+    r"""Train by RECIPE: the name of a recipe that comes with the package, or a YAML file.
+
+    \b
+    Example:
+      rtmdet-geo train sen2ships_r -o runs/mine --set optim.iterations=2000
+
+    Ctrl-C saves a checkpoint; --resume goes on from it.
+    """
+    options.check_stdout_owner(as_json, progress_mode)
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on and --overwrite begins anew; choose one.")
+
+    from rtmdet_geo.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if show_config:
+        click.echo(loaded.to_yaml(), nl=False)
+        return
+    folder = output if output is not None else Path("runs") / loaded.name
+
+    from rtmdet_geo.backends import require_package
+
+    require_package("torch", extra="train")
+    from rtmdet_geo.training.loop import train_model
+
+    start = {"recipe": loaded.name, "out": str(folder), "iterations": loaded.optim.iterations}
+    with (
+        report.signals_are_polled(),
+        report.progress(ctx, progress_mode, "train", start) as advance,
+    ):
+        summary = train_model(
+            loaded,
+            folder,
+            data=data,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            progress=advance,
+            cancelled=report.cancel_requested.is_set,
+        )
+    if as_json:
+        report.echo_json(summary)
+    elif progress_mode == "jsonl":
+        report.emit_event(ctx, {"event": "done", **summary})
+    elif report.verbosity(ctx) >= 0:
+        click.echo(f"{summary['weights']}: {summary['iterations']} iterations in {summary['seconds']:.0f} s")

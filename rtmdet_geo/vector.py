@@ -461,14 +461,14 @@ def _json_value(value: Any) -> Any:
 
 def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
     """Write a FeatureCollection, one feature a line."""
-    corners = shapely.get_coordinates(frame.geometry.array).reshape(len(frame), -1, 2)
+    corners = shapely.get_coordinates(frame.geometry.array).reshape(-1, 5, 2)
     head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
     if frame.crs is None:
-        head["crs"] = None  # readers would take a missing member as longitude and latitude
+        head["crs"] = None  # GeoJSON of 2008: unknown; a missing member means longitude and latitude
     elif not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
         logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
-        corners = _unwrap_longitudes(_project(corners, frame.crs, WGS84)) if len(frame) else corners
-        corners = shapely.get_coordinates(_polygons(corners[:, :4])).reshape(len(frame), -1, 2)
+        corners = _unwrap_longitudes(_project(corners, frame.crs, WGS84))
+        corners = shapely.get_coordinates(_polygons(corners[:, :4])).reshape(-1, 5, 2)
     if not np.isfinite(corners).all():
         raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg) instead")
     if metadata:

@@ -16,7 +16,7 @@ MAX_LINES = 500
 BASE = {"__init__", "errors", "structures", "config", "catalog", "cache"}
 STAGES = {
     *("boxes", "nms", "annotations", "gis_labels", "tiles"),
-    *("raster", "bands", "georeference", "resample", "scene_tags", "stretch"),
+    *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "evaluation"),
 }
 BACKENDS = {"backends"}

@@ -41,7 +41,7 @@ def command_faults(group: click.Command, arguments: list[str]) -> list[str]:
     except click.UsageError as error:
         return [error.format_message()]
     faults = [f"unexpected argument {word!r}" for word in left]
-    is_eager = any(parameter.is_eager and values.get(parameter.name) for parameter in command.params)
+    is_eager = any(parameter.is_eager and values.get(parameter.name) for parameter in command.get_params(context))
     for parameter in command.params:
         value = values.get(parameter.name)
         if parameter.required and not isinstance(value, str | tuple | list) and not is_eager:
@@ -76,6 +76,26 @@ def test_documented_command_parses(document, line):
     from rtmdet_geo.cli import cli
 
     assert command_faults(cli, shlex.split(line)) == [], f"{document}: rtmdet-geo {line}"
+
+
+def all_commands(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
+    """Return (path, help text) of a command and everything below it."""
+    found = [(context.command_path, command.get_help(context))]
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            found += all_commands(child, click.Context(child, info_name=name, parent=context))
+    return found
+
+
+def test_help_texts_are_clean():
+    """A raw docstring would show click's mark for kept lines to the user and join the example's lines."""
+    from rtmdet_geo.cli import cli
+
+    texts = dict(all_commands(cli, click.Context(cli, info_name="rtmdet-geo")))
+    assert len(texts) > 5
+    assert [path for path, text in texts.items() if "\\b" in text or "\b" in text] == []
+    assert [path for path, text in texts.items() if "Example" not in text] == []
 
 
 @pytest.mark.slow

@@ -128,7 +128,11 @@ class DynamicSoftLabelAssigner:
             (V,) int64, rising.
         """
         if self._runs_kernels(gt_boxes):
-            found = points_in_any(priors.numpy(), gt_boxes.float().numpy(), INSIDE_MARGIN_PX)
+            found = points_in_any(
+                np.ascontiguousarray(priors.float().numpy()),
+                np.ascontiguousarray(gt_boxes.float().numpy()),
+                INSIDE_MARGIN_PX,
+            )
             return torch.from_numpy(np.flatnonzero(found))
         inside = torch.zeros(len(priors), dtype=torch.bool, device=priors.device)
         step = max(1, self.max_pairs // max(1, len(priors)))
@@ -179,19 +183,27 @@ class DynamicSoftLabelAssigner:
 
         Returns:
             :class:`Assignment` with indices into the V candidates.
+
+        Raises:
+            ValueError: a label is outside [0, C).
         """
         device = boxes.device
         if len(boxes) == 0 or len(gt_boxes) == 0:
             nothing = torch.zeros(0, dtype=torch.int64, device=device)
             return Assignment(nothing, nothing, torch.zeros(0, device=device), len(boxes))
+        if int(gt_labels.min()) < 0 or int(gt_labels.max()) >= logits.shape[1]:
+            raise ValueError(
+                f"labels {int(gt_labels.min())} to {int(gt_labels.max())} for {logits.shape[1]} classes; "
+                "check the class list of the labels against the model's"
+            )
         with torch.autocast(device.type, enabled=False):
-            boxes, logits, gt_boxes, priors = boxes.float(), logits.float(), gt_boxes.float(), priors.float()
+            boxes, logits, gt_boxes, priors = (part.detach().float() for part in (boxes, logits, gt_boxes, priors))
             if gt_centers is None:
                 gt_centers = gt_boxes[:, :2] if gt_boxes.shape[1] == 5 else (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
             if boxes.shape[1] == 5:
                 boxes, gt_boxes = _as_measurable(boxes), _as_measurable(gt_boxes)
             match = self._match_numba if self._runs_kernels(gt_boxes) else self._match_torch
-            return match(boxes, logits, priors, gt_boxes, gt_labels, gt_centers.float())
+            return match(boxes, logits, priors, gt_boxes, gt_labels.long(), gt_centers.float())
 
     def _runs_kernels(self, gt_boxes: Tensor) -> bool:
         return self.use_numba and gt_boxes.device.type == "cpu" and gt_boxes.shape[1] == 5
@@ -200,24 +212,42 @@ class DynamicSoftLabelAssigner:
         self, boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_centers: Tensor
     ) -> Assignment:
         number = len(boxes)
-        raw, points, centers, labels = logits.numpy(), priors.numpy(), gt_centers.numpy(), gt_labels.numpy()
-        predicted, wanted = boxes.numpy(), gt_boxes.numpy()
-        terms = class_terms(raw)
+        # One memory layout, so that numba compiles one version.
+        raw, points, predicted, wanted, centers, labels = (
+            np.ascontiguousarray(part.numpy()) for part in (logits, priors, boxes, gt_boxes, gt_centers, gt_labels)
+        )
+        probability, softplus, all_wrong = class_terms(raw)
         count, taken_gt, lowest_gt = (np.zeros(number, np.int64) for _ in range(3))
         taken_iou, lowest_iou, lowest_cost = np.zeros(number), np.zeros(number), np.full(number, np.inf)
         step = max(1, self.max_pairs // number)
         for start in range(0, len(wanted), step):
             part = slice(start, start + step)
+            ious = rotated_iou(wanted[part], predicted)
             match_chunk(
-                *(rotated_iou(wanted[part], predicted), raw, *terms, points, labels[part], centers[part], start),
-                *(min(self.topk, number), self.soft_center_radius, self.iou_weight),
-                *(count, taken_gt, taken_iou, lowest_cost, lowest_gt, lowest_iou),
+                ious,
+                raw,
+                probability,
+                softplus,
+                all_wrong,
+                points,
+                labels[part],
+                centers[part],
+                start,
+                min(self.topk, number),
+                self.soft_center_radius,
+                self.iou_weight,
+                count,
+                taken_gt,
+                taken_iou,
+                lowest_cost,
+                lowest_gt,
+                lowest_iou,
             )
         positive = np.flatnonzero(count)
         contested = count[positive] > 1
         gts = np.where(contested, lowest_gt[positive], taken_gt[positive])
-        ious = np.where(contested, lowest_iou[positive], taken_iou[positive]).astype(np.float32)
-        return Assignment(torch.from_numpy(positive), torch.from_numpy(gts), torch.from_numpy(ious), number)
+        soft_labels = np.where(contested, lowest_iou[positive], taken_iou[positive]).astype(np.float32)
+        return Assignment(torch.from_numpy(positive), torch.from_numpy(gts), torch.from_numpy(soft_labels), number)
 
     def _match_torch(
         self, boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_centers: Tensor

@@ -131,17 +131,15 @@ class RotatedCriterion(nn.Module):
         )
 
         distances = batch.distances.flatten(0, 1)
-        # An empty batch must leave a gradient (0) on every output, or distributed training waits for it forever.
-        level_bbox = batch.distances.new_zeros(len(batch.level_sizes)) + distances.sum() * 0
-        if len(positive):
-            prior = positive % num_priors
-            predicted = decode_distances(batch.priors[prior, :2], distances[positive])
-            wanted = torch.cat(
-                [target[0].float()[found.gts] for target, found in zip(targets, assignments, strict=True)]
-            )
-            loss_bbox = rotated_iou_loss(predicted, regularize_le90(wanted), weight=ious, reduction="none")
-            ends = torch.tensor(batch.level_sizes, device=device).cumsum(0)
-            level_bbox = level_bbox.index_add(0, torch.bucketize(prior, ends, right=True), loss_bbox)
+        # Without positives this is 0 with gradient 0 on every output: distributed training waits for all of them.
+        prior = positive % num_priors
+        predicted = decode_distances(batch.priors[prior, :2], distances[positive])
+        wanted = torch.cat([target[0].float()[found.gts] for target, found in zip(targets, assignments, strict=True)])
+        loss_bbox = rotated_iou_loss(predicted, regularize_le90(wanted), weight=ious, reduction="none")
+        ends = torch.tensor(batch.level_sizes, device=device).cumsum(0)
+        level_bbox = torch.zeros(len(ends), device=device).index_add(
+            0, torch.bucketize(prior, ends, right=True), loss_bbox
+        )
         return {
             "loss_cls": level_cls * (self.loss_cls_weight / average_factor),
             "loss_bbox": level_bbox * (self.loss_bbox_weight / average_factor),

@@ -448,15 +448,18 @@ def _write_geopackage(
         raise OutputError(f"cannot write {str(path)!r}: {written} of {len(frame)} features arrived; is the disk full?")
 
 
-def _json_value(value: Any) -> Any:
-    """Return a cell as JSON has it: NaN and NaT null, float32 with the digits that it holds, times ISO 8601 in UTC."""
-    if value is None or value is pd.NaT or (isinstance(value, float | np.floating) and not np.isfinite(value)):
-        return None
-    if isinstance(value, pd.Timestamp):
-        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    if isinstance(value, np.float32):
-        return float(str(value))
-    return value.item() if isinstance(value, np.generic) else value
+def _json_column(column: pd.Series) -> list[Any]:
+    """Return cells as JSON has them: NaN and NaT null, float32 with the digits it holds, times ISO 8601 in UTC."""
+    if isinstance(column.dtype, pd.DatetimeTZDtype):
+        cells = [
+            "" if stamp is pd.NaT else stamp.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            for stamp in column
+        ]
+    elif column.dtype == np.float32:
+        cells = [float(text) for text in column.to_numpy().astype(str).tolist()]
+    else:
+        cells = column.tolist()
+    return [None if is_null else value for value, is_null in zip(cells, column.isna().tolist(), strict=True)]
 
 
 def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
@@ -476,12 +479,13 @@ def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, m
     stream.write(json.dumps(head, default=str, ensure_ascii=False)[:-1] + ', "features": [')
     corners = np.round(corners, _GEOJSON_DECIMALS)
     names = [name for name in frame.columns if name != frame.geometry.name]
-    columns = [[_json_value(value) for value in frame[name].array] for name in names]
+    columns = [_json_column(frame[name]) for name in names]
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     for index, values in enumerate(zip(*columns, strict=True)):
         feature = {
             "type": "Feature",
             "properties": dict(zip(names, values, strict=True)),
             "geometry": {"type": "Polygon", "coordinates": [corners[index].tolist()]},
         }
-        stream.write(("\n" if index == 0 else ",\n") + json.dumps(feature, ensure_ascii=False, allow_nan=False))
+        stream.write(("\n" if index == 0 else ",\n") + encode(feature))
     stream.write("\n]}\n")

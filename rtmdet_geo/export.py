@@ -1,8 +1,8 @@
 """torch -> ONNX by the model-file contract, and the check that both give the same numbers.
 
-The exported graph computes what :class:`rtmdet_geo.models.decode.DetectionGraph` does (opset 17, dynamic batch): uint8 ``images``
-(N, C, H, W) in; fp32 ``boxes`` (N, K, 5), ``scores`` (N, K), ``labels`` (N, K) out; normalisation, decoding and top-K
-inside, NMS outside, standard operators only. Batch norms are folded into the convolutions first.
+The exported graph computes what :class:`rtmdet_geo.models.decode.DetectionGraph` does (opset 17, dynamic batch):
+uint8 ``images`` (N, C, H, W) in; fp32 ``boxes`` (N, K, 5), ``scores`` (N, K), ``labels`` (N, K) out; normalisation,
+decoding and top-K inside, NMS outside, standard operators only. Batch norms are folded into the convolutions first.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def verify_export(
         levels = rows_per_level(backend.spec.kind, len(backend.spec.classes), side, side)
         worst_score = max(worst_score, float(np.abs(expected[1] - found[1]).max(initial=0.0)))
         for image in range(number):
-            one, other = ([output[image] for output in side_outputs] for side_outputs in (expected, found))
-            worst_box = max(worst_box, _box_difference(one, other, levels))
+            rows = [output[image] for output in expected], [output[image] for output in found]
+            worst_box = max(worst_box, _box_difference(*rows, levels))
     logger.info("export check: boxes differ by at most %.2g px, scores by %.2g", worst_box, worst_score)
     if worst_box > BOX_TOLERANCE or worst_score > SCORE_TOLERANCE:
         raise ExportMismatchError(

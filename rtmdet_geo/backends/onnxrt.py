@@ -78,9 +78,7 @@ def rows_to_detections(
     if not multi_label and len(order):
         rows = np.ascontiguousarray(boxes[order]).view(f"V{boxes.itemsize * boxes.shape[1]}").ravel()
         order = order[np.sort(np.unique(rows, return_index=True)[1])]
-    chosen = boxes[order]
-    if kind == "rotated":
-        chosen = regularize_le90(chosen)
+    chosen = regularize_le90(boxes[order]) if kind == "rotated" else boxes[order]
     return Detections(chosen, scores[order], labels[order].astype(np.int64), "tile", kind)
 
 

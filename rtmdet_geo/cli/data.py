@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,12 +12,12 @@ from rtmdet_geo.cli import options, report
 
 @click.group()
 def data() -> None:
-    r"""Prepare training data.
+    """Prepare training data.
 
     \b
     Example:
       rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port
-    """
+    """  # noqa: D301 - click wants a backspace
 
 
 @data.command()
@@ -84,14 +85,14 @@ def chips(
     as_json: bool,
     progress_mode: str,
 ) -> None:
-    r"""Cut SCENEs and their labels into chips for `train`: .npy images and one chips.json.
+    """Cut SCENEs and their labels into chips for `train`: .npy images and one chips.json.
 
     \b
     Example:
       rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port --recipe sen2ships_r
-    """
+    """  # noqa: D301 - click wants a backspace
     options.check_stdout_owner(as_json, progress_mode)
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     if recipe is not None:
         from rtmdet_geo.config import load_recipe
 
@@ -124,7 +125,7 @@ def chips(
             keep_empty=keep_empty,
             overwrite=overwrite,
             progress=advance,
-            **settings,  # type: ignore[arg-type] - one value each, checked by cut_chips
+            **settings,
         )
     if as_json:
         report.echo_json(summary)

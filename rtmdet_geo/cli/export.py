@@ -42,14 +42,14 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Turn WEIGHTS, the .safetensors file of a training run, into a model file for `detect`.
+    """Turn WEIGHTS, the .safetensors file of a training run, into a model file for `detect`.
 
     \b
     Example:
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
 
     The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it.
-    """
+    """  # noqa: D301 - click wants a backspace
     from rtmdet_geo.backends import require_package
     from rtmdet_geo.catalog import read_spec
 

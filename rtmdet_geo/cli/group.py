@@ -113,7 +113,7 @@ def describe(error: Exception) -> tuple[str, int]:
 )
 @click.version_option(__version__, prog_name="rtmdet-geo")
 def cli() -> None:
-    r"""RTMDet for satellite scenes: pixels go in, georeferenced polygons come out.
+    """RTMDet for satellite scenes: pixels go in, georeferenced polygons come out.
 
     \b
     Example:
@@ -121,7 +121,7 @@ def cli() -> None:
 
     Data go to stdout, everything else to stderr. Exit codes: 0 done (nothing found is done), 1 error, 2 wrong
     command line, 3 ran but the verdict is no, 130 cancelled.
-    """
+    """  # noqa: D301 - click wants a backspace
 
 
 def main(args: list[str] | None = None) -> None:

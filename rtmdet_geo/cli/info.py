@@ -15,12 +15,12 @@ from rtmdet_geo.cli import options, report
 @options.json_option
 @options.verbosity_options
 def info(path: str, as_json: bool) -> None:
-    r"""Say what the program sees in a scene (bands, resolution, CRS) or in a model (its card).
+    """Say what the program sees in a scene (bands, resolution, CRS) or in a model (its card).
 
     \b
     Example:
       rtmdet-geo info scene.tif
-    """
+    """  # noqa: D301 - click wants a backspace
     from rtmdet_geo.catalog import CATALOG, MODEL_SUFFIXES
 
     if path in CATALOG or Path(path).suffix.lower() in MODEL_SUFFIXES:

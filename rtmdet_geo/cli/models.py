@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 @click.group()
 def models() -> None:
-    r"""List models and print model cards.
+    """List models and print model cards.
 
     \b
     Example:
       rtmdet-geo models show sen2ships_r
-    """
+    """  # noqa: D301 - click wants a backspace
 
 
 @models.command("list")
 @options.json_option
 @options.verbosity_options
 def list_command(as_json: bool) -> None:
-    r"""List the models that can be asked for by name.
+    """List the models that can be asked for by name.
 
     \b
     Example:
       rtmdet-geo models list
-    """
+    """  # noqa: D301 - click wants a backspace
     from rtmdet_geo.catalog import DEFAULT_MODEL, list_models
 
     entries = [
@@ -59,12 +59,12 @@ def list_command(as_json: bool) -> None:
 @options.json_option
 @options.verbosity_options
 def show_command(model: str, as_json: bool) -> None:
-    r"""Print the model card that travels in a model file (.onnx) or weights file (.safetensors).
+    """Print the model card that travels in a model file (.onnx) or weights file (.safetensors).
 
     \b
     Example:
       rtmdet-geo models show sen2ships_r
-    """
+    """  # noqa: D301 - click wants a backspace
     show_model(model, as_json)
 
 

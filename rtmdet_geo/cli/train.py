@@ -37,14 +37,14 @@ def train(
     as_json: bool,
     progress_mode: str,
 ) -> None:
-    r"""Train by RECIPE: the name of a recipe that comes with the package, or a YAML file.
+    """Train by RECIPE: the name of a recipe that comes with the package, or a YAML file.
 
     \b
     Example:
       rtmdet-geo train sen2ships_r -o runs/mine --set optim.iterations=2000
 
     Ctrl-C saves a checkpoint; --resume goes on from it.
-    """
+    """  # noqa: D301 - click wants a backspace
     options.check_stdout_owner(as_json, progress_mode)
     if resume and overwrite:
         raise click.UsageError("--resume goes on and --overwrite begins anew; choose one.")

@@ -13,7 +13,7 @@ from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
 from rtmdet_geo.merge import merge_detections
-from rtmdet_geo.models.decode import decode_rotated
+from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.training.augment import PAD_VALUE
@@ -26,7 +26,7 @@ def detect_chip(
     """Run the network over one chip in tiles and merge.
 
     Args:
-        network: in eval mode; takes normalised (N, C, H, W) float32.
+        network: in eval mode; normalisation is added as in a model file.
         chip: pixels (C, H, W) uint8.
         recipe: tile size, overlap, normalisation, thresholds.
         dropped: names of bands to overwrite with their fill value, as if the scene lacked them.
@@ -36,8 +36,7 @@ def detect_chip(
         Detections in chip px (frame "scene"), score at or above ``validation.score_threshold``, score order.
     """
     model, section = recipe.model, recipe.validation
-    mean = torch.tensor(model.mean).view(1, -1, 1, 1)
-    std = torch.tensor(model.std).view(1, -1, 1, 1)
+    graph = DetectionGraph(network, model.mean, model.std).to(device)
     _, height, width = chip.pixels.shape
     grid = TileGrid(width, height, model.tile_size, model.overlap)
     parts = []
@@ -47,9 +46,8 @@ def detect_chip(
         image[:, : tile.height, : tile.width] = window
         for band in dropped:
             image[model.bands.index(band)] = model.optional_bands[band]
-        normalised = (torch.from_numpy(image)[None].float() - mean) / std
         with torch.inference_mode():
-            boxes, scores, labels = decode_rotated(network(normalised.to(device)))
+            boxes, scores, labels = graph(torch.from_numpy(image)[None].to(device))
         parts.append((tile, _above(boxes[0], scores[0], labels[0], section.score_threshold)))
     return merge_detections(parts, grid, iou_threshold=section.nms_iou_threshold).detections
 

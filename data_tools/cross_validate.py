@@ -1,0 +1,108 @@
+"""Train one network per fold of a recipe and score all left-out scenes together.
+
+    python -m data_tools.cross_validate configs/sen2ships_r.yaml --out runs/cv --csv table.csv
+
+A fold whose run is finished is not trained again; one that was broken off goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import logging
+import os
+import platform
+from pathlib import Path
+
+import click
+import torch
+
+from rtmdet_geo.config import Recipe, load_recipe
+from rtmdet_geo.evaluation.rotated import Truth, precision_recall
+from rtmdet_geo.models.weights import build_from_weights
+from rtmdet_geo.training.datasets import load_chips, split_chips
+from rtmdet_geo.training.loop import CHECKPOINT, train_model
+from rtmdet_geo.training.validate import detect_chip
+
+COLUMNS = (
+    "recipe", "model", "parameters", "iterations", "scene", "bands", "iou", "ap", "best_f1", "best_score", "objects",
+    "cpu", "torch", "date",
+)  # fmt: skip
+
+
+def train_folds(recipe_path: str, overrides: tuple[str, ...], out: Path, data: str | None) -> dict[str, Recipe]:
+    """Train the folds that are not finished. Returns the recipe of each fold."""
+    recipes = {}
+    for fold in load_recipe(recipe_path).data.folds:
+        recipe = load_recipe(recipe_path, [*overrides, f"data.fold={fold}"])
+        run = out / fold
+        if not (run / "model.safetensors").is_file():
+            train_model(recipe, run, data=data, resume=(run / CHECKPOINT).is_file(), overwrite=True)
+        recipes[fold] = recipe
+    return recipes
+
+
+def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list[dict[str, object]]:
+    """Score every left-out scene with the network that never saw it: rows per scene and for all scenes together."""
+    first = next(iter(recipes.values()))
+    chips = load_chips(Path(data or first.data.chips), first.model)
+    facts = {
+        "recipe": first.name,
+        "model": first.model.name,
+        "iterations": first.optim.iterations,
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    rows: list[dict[str, object]] = []
+    for dropped in first.validation.drop_bands:
+        found, truths, scenes = [], [], []
+        for fold, recipe in recipes.items():
+            network, _ = build_from_weights(out / fold / "model.safetensors")
+            network.eval()
+            facts["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+            for chip in split_chips(chips, recipe)[1]:
+                found.append(detect_chip(network, chip, recipe, dropped=dropped))
+                truths.append(Truth(chip.boxes, chip.labels, chip.ignored))
+                scenes.append(chip.scene)
+        bands = "+".join(band for band in first.model.bands if band not in dropped)
+        groups = {"all left-out": range(len(scenes))} | {scene: [index] for index, scene in enumerate(scenes)}
+        for name, members in groups.items():
+            for iou in first.validation.iou_thresholds:
+                curve = precision_recall(
+                    [found[index] for index in members],
+                    [truths[index] for index in members],
+                    label=0,
+                    iou_threshold=iou,
+                )
+                f1, score = curve.best_f1
+                rows.append(
+                    facts
+                    | {"scene": name, "bands": bands, "iou": iou, "ap": round(curve.average_precision, 4)}
+                    | {"best_f1": round(f1, 4), "best_score": round(score, 3), "objects": curve.num_objects}
+                )
+    return rows
+
+
+@click.command(help=__doc__.splitlines()[0])
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs, one per fold.")
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="Table to write; default OUT/table.csv.")
+@click.option("--data", help="Folder of chips; default as the recipe says.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe.")
+def main(recipe: str, out: Path, table: Path | None, data: str | None, overrides: tuple[str, ...]) -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recipes = train_folds(recipe, overrides, out, data)
+    rows = pooled_rows(recipes, out, data)
+    path = table or out / "table.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        click.echo(f"{row['scene']:>14}  {row['bands']:<20} IoU {row['iou']:.2f}  AP {row['ap']:.4f}  F1 {row['best_f1']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -187,10 +187,12 @@ def read_coco(path: str | Path) -> CocoLabels:
             f"label file {str(path)!r} has a malformed image or category ({error!r}); each needs id and name"
         ) from error
     for number, annotation in enumerate(content["annotations"]):
+        label = annotation.get("id", number) if isinstance(annotation, dict) else number
         try:
-            label = annotation.get("id", number)
             entry = _object(annotation, categories, images)
-        except (AnnotationError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise AnnotationError(f"label file {str(path)!r}, annotation {label!r}: it has no {error}") from error
+        except (AnnotationError, TypeError, ValueError) as error:
             raise AnnotationError(f"label file {str(path)!r}, annotation {label!r}: {error}") from error
         objects[entry.image_id].append(entry)
     return CocoLabels(images, tuple(categories.values()), objects)

@@ -164,9 +164,9 @@ def test_not_a_number_is_not_hidden() -> None:
     assert rotated_iou_aligned(boxes, torch.tensor([[0.0, 0, 4, 2, 0]] * 3)).isnan().all()
 
 
-_box = st.tuples(
-    st.floats(-50, 50), st.floats(-50, 50), st.floats(0.1, 80), st.floats(0.1, 80), st.floats(-7, 7)
-).map(np.array)
+_box = st.tuples(st.floats(-50, 50), st.floats(-50, 50), st.floats(0.1, 80), st.floats(0.1, 80), st.floats(-7, 7)).map(
+    np.array
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -207,7 +207,9 @@ def test_pairwise_equals_aligned_whatever_the_chunks() -> None:
     boxes1, boxes2 = torch.tensor(_random_boxes(rng, 23, 80)), torch.tensor(_random_boxes(rng, 31, 80))
     expected = rotated_iou_aligned(boxes1.repeat_interleave(31, 0), boxes2.repeat(23, 1)).view(23, 31)
     for pairs_per_chunk in (1, 50, 1 << 20):
-        assert torch.allclose(rotated_iou_pairwise(boxes1, boxes2, pairs_per_chunk=pairs_per_chunk), expected, atol=1e-15)
+        assert torch.allclose(
+            rotated_iou_pairwise(boxes1, boxes2, pairs_per_chunk=pairs_per_chunk), expected, atol=1e-15
+        )
     assert rotated_iou_pairwise(boxes1[:0], boxes2).shape == (0, 31)
     assert rotated_iou_pairwise(boxes1, boxes2[:0]).shape == (23, 0)
     assert rotated_iou_aligned(boxes1[:0], boxes2[:0]).shape == (0,)

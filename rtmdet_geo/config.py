@@ -36,6 +36,7 @@ class ModelSection(_Section):
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
     gsd_m: float | None = Field(None, gt=0)
+    trained_gsd_m: tuple[float, float] | None = None
     stretch: StretchSpec = Field(default_factory=StretchSpec)
     tile_size: int = Field(1024, ge=32, multiple_of=32)
     overlap: int = Field(200, ge=0)

@@ -47,8 +47,17 @@ def ground_sample_distance(
     return float(gsd_x), float(gsd_y)
 
 
-def check_resolution(where: str, gsd_x_m: float, gsd_y_m: float, model_gsd_m: float) -> None:
+def check_resolution(
+    where: str,
+    gsd_x_m: float,
+    gsd_y_m: float,
+    model_gsd_m: float,
+    trained_gsd_m: tuple[float, float] | None = None,
+) -> None:
     """Warn outside 0.5-2x the model's ground sample distance, refuse outside 0.1-10x; along either axis.
+
+    A scene whose ground sample distance lies within ``trained_gsd_m`` (lowest and highest of the training scenes before
+    resampling, 2 % added) needs no warning: the model has proven itself there.
 
     Raises:
         ResolutionError: outside 0.1-10x.
@@ -60,7 +69,8 @@ def check_resolution(where: str, gsd_x_m: float, gsd_y_m: float, model_gsd_m: fl
             f"{where} has {worst:.4g} m per pixel, the model expects {model_gsd_m:g} m; "
             "state the scene's with --gsd if the file is wrong, or choose a model for it with --model"
         )
-    if not 0.5 <= ratio <= 2.0:
+    low, high = trained_gsd_m if trained_gsd_m is not None else (math.inf, -math.inf)
+    if not 0.5 <= ratio <= 2.0 and not low / 1.02 <= worst <= high * 1.02:
         warnings.warn(
             f"{where} has {worst:.4g} m per pixel, the model expects {model_gsd_m:g} m; results may be poor",
             ResolutionWarning,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,7 @@ def cut_chips(
                 stretch=stretch,
                 model_gsd_m=gsd_m,
                 gsd_m=scene_gsd_m,
+                trained_gsd_m=(0.0, math.inf),  # whatever is cut is what will be trained on
                 nodata=nodata,
             ) as scene:
                 chips += _cut_scene(scene, reader, folder, chip_size, overlap, keep_empty, counts)

@@ -46,6 +46,7 @@ def open_scene(
     stretch: StretchSpec | None = None,
     model_gsd_m: float | None = None,
     gsd_m: float | None = None,
+    trained_gsd_m: tuple[float, float] | None = None,
     nodata: float | None = None,
 ) -> Scene:
     """Open a scene for one model.
@@ -60,6 +61,8 @@ def open_scene(
         stretch: values to uint8 (``ModelSpec.stretch``); None is the default StretchSpec.
         model_gsd_m: metres per pixel the model expects; None: no resampling.
         gsd_m: ``--gsd``, the user's statement of the scene's metres per pixel, over what the file says.
+        trained_gsd_m: lowest and highest metres per pixel of the model's training scenes (``ModelSpec.trained_gsd_m``);
+            within them no resolution is warned of.
         nodata: ``--nodata``, over what the file says.
 
     Raises:
@@ -78,6 +81,7 @@ def open_scene(
             stretch=stretch or StretchSpec(),
             model_gsd_m=model_gsd_m,
             gsd_m=gsd_m,
+            trained_gsd_m=trained_gsd_m,
             nodata=nodata,
         )
     except BaseException:

@@ -122,6 +122,7 @@ class Scene:
         stretch: StretchSpec,
         model_gsd_m: float | None,
         gsd_m: float | None,
+        trained_gsd_m: tuple[float, float] | None,
         nodata: float | None,
     ) -> None:
         """Take over ``source``; ``raster.open_scene`` explains the arguments."""
@@ -147,7 +148,7 @@ class Scene:
         source.check_values(self._read_indexes)
         self._nodata = nodata
         self.mask_kind = source.mask_kind(self._read_indexes)
-        self._set_size(model_gsd_m, gsd_m)
+        self._set_size(model_gsd_m, gsd_m, trained_gsd_m)
         self._stretches, self.stretch_record = self._make_stretches(stretch, choice, model_bands)
         self._luts = {index: band.lut(source.dtype(index)) for index, band in self._stretches.items()}
 
@@ -229,7 +230,9 @@ class Scene:
         """Close the file."""
         self.close()
 
-    def _set_size(self, model_gsd_m: float | None, gsd_m: float | None) -> None:
+    def _set_size(
+        self, model_gsd_m: float | None, gsd_m: float | None, trained_gsd_m: tuple[float, float] | None
+    ) -> None:
         """Set width, height and scales from the scene's and the model's ground sample distance."""
         self.width, self.height = self.source_width, self.source_height
         if gsd_m is not None and not (math.isfinite(gsd_m) and gsd_m > 0):
@@ -237,7 +240,7 @@ class Scene:
         gsd_x = gsd_m if gsd_m is not None else self.gsd_x_m
         gsd_y = gsd_m if gsd_m is not None else self.gsd_y_m
         if model_gsd_m is not None and gsd_x is not None and gsd_y is not None:
-            check_resolution(f"scene {self.path!r}", gsd_x, gsd_y, model_gsd_m)
+            check_resolution(f"scene {self.path!r}", gsd_x, gsd_y, model_gsd_m, trained_gsd_m)
             self.width = max(1, round(self.source_width * gsd_x / model_gsd_m))
             self.height = max(1, round(self.source_height * gsd_y / model_gsd_m))
         self.scale_x, self.scale_y = self.source_width / self.width, self.source_height / self.height

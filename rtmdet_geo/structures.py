@@ -142,6 +142,7 @@ class ModelSpec(_Frozen):
         tile_size: side of the square input in px. stride_multiple: tile sides are multiples of it.
         max_detections: K, rows that the model file returns per image.
         gsd_m: metres per pixel on the ground that the model expects; None means any.
+        trained_gsd_m: lowest and highest metres per pixel of the training scenes before they were resampled to gsd_m.
         score_threshold, iou_threshold: defaults of detect; the first maximises F1 on left-out data.
         overlap: default tile overlap in px.
     """
@@ -161,6 +162,7 @@ class ModelSpec(_Frozen):
     stride_multiple: int = 32
     max_detections: int = 2000
     gsd_m: float | None = Field(None, gt=0)
+    trained_gsd_m: tuple[float, float] | None = None
     stretch: StretchSpec = Field(default_factory=StretchSpec)
     score_threshold: float = Field(0.3, ge=0, le=1)
     iou_threshold: float = Field(0.1, ge=0, le=1)

@@ -29,7 +29,7 @@ from rtmdet_geo.errors import (
     ResolutionError,
     ResolutionWarning,
 )
-from rtmdet_geo.georeference import ground_sample_distance
+from rtmdet_geo.georeference import check_resolution, ground_sample_distance
 from rtmdet_geo.raster import describe_scene, open_scene
 from rtmdet_geo.resample import axis_taps, resample
 from rtmdet_geo.scene_tags import acquisition_time, iso_time, scene_stem, sensor_name
@@ -754,3 +754,14 @@ def test_real_port_in_metres(data_dir):
         assert scene.band_indexes == (1, 2, 3, 4) and scene.acquired_at == "2022-05-14T00:00:00"
         assert 8.1 < scene.gsd_x_m < 8.3  # 10 m of Mercator at 35 degrees north
         assert abs(scene.width * 4 - scene.source_width * scene.gsd_x_m) <= 2
+
+
+def test_a_resolution_the_model_was_trained_on_needs_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_resolution("scene", 8.3, 8.3, 4.0, (5.8, 10.0))
+        check_resolution("scene", 10.05, 10.05, 4.0, (5.8, 10.0))
+    with pytest.warns(ResolutionWarning, match="12 m per pixel"):
+        check_resolution("scene", 12.0, 12.0, 4.0, (5.8, 10.0))
+    with pytest.raises(ResolutionError):
+        check_resolution("scene", 41.0, 41.0, 4.0, (5.8, 50.0))

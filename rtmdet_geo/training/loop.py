@@ -157,6 +157,7 @@ def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) ->
         mean=model.mean,
         std=model.std,
         gsd_m=model.gsd_m,
+        trained_gsd_m=model.trained_gsd_m,
         stretch=model.stretch,
         tile_size=model.tile_size,
         overlap=model.overlap,

@@ -65,10 +65,16 @@ class DataSection(_Section):
 
 
 class AugmentSection(_Section):
-    """Random changes of a training crop; lengths in px of the model's ground sample distance."""
+    """Random changes of a training crop; lengths in px of the model's ground sample distance.
+
+    A crop looks at an object (``object_crop_prob``), at a false alarm of the network as it was when last mined
+    (``false_alarm_crop_prob``), or at the liveliest of ``background_tries`` random places.
+    """
 
     crop_size: int = Field(512, ge=32, multiple_of=32)
-    object_crop_prob: float = Field(0.8, ge=0, le=1)
+    object_crop_prob: float = Field(0.5, ge=0, le=1)
+    false_alarm_crop_prob: float = Field(0.0, ge=0, le=1)
+    background_tries: int = Field(3, ge=1)
     mosaic_prob: float = Field(0.3, ge=0, le=1)
     max_rotation_deg: float = Field(180.0, ge=0, le=180)
     flip_prob: float = Field(0.5, ge=0, le=1)
@@ -100,11 +106,12 @@ class OptimSection(_Section):
 
 
 class LoopSection(_Section):
-    """How often to write, and how many threads prepare crops."""
+    """How often to write and to mine false alarms (0: never), and how many threads prepare crops."""
 
     seed: int = 0
     log_interval: int = Field(20, gt=0)
     checkpoint_interval: int = Field(200, gt=0)
+    mine_interval: int = Field(0, ge=0)
     workers: int = Field(1, ge=0)
     channels_last: bool = True
 

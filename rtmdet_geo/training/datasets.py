@@ -153,6 +153,8 @@ class CropSampler:
         self.object_weight = np.sqrt(objects) / np.sqrt(objects).sum()
         area = np.array([chip.pixels.shape[1] * chip.pixels.shape[2] for chip in chips], float)
         self.area_weight = area / area.sum()
+        #: (M, 4) chip index, x, y (chip px), score of false alarms; what :func:`validate.find_false_alarms` returns.
+        self.false_alarms: Array = np.zeros((0, 4))
 
     def draw(self, iteration: int, position: int) -> Sample:
         """Return the crop at a position of an iteration's batch; the same arguments give the same crop."""
@@ -186,19 +188,35 @@ class CropSampler:
     def _crop(self, rng: np.random.Generator, width: int, height: int) -> tuple[Array, Array, Array, Array]:
         """Cut one crop: around a random object, or anywhere. Returns image, boxes, labels, and which boxes to ignore."""
         section = self.section
-        if rng.random() < section.object_crop_prob:
-            chip = self.chips[rng.choice(len(self.chips), p=self.object_weight)]
-            focus = chip.boxes[rng.choice(np.flatnonzero(~chip.ignored)), :2]
-            centre = focus + rng.uniform(-0.45, 0.45, 2) * (width, height)
-        else:
-            chip = self.chips[rng.choice(len(self.chips), p=self.area_weight)]
-            centre = rng.random(2) * (chip.pixels.shape[2], chip.pixels.shape[1])
+        chip, centre = self._look_at(rng, width, height)
         matrix = augment.random_similarity(rng, section, (centre[0], centre[1]), (width, height))
         boxes = augment.transform_boxes(chip.boxes, matrix)
         share = augment.visible_share(boxes, (width, height))
         seen = (share > 0.05) & (boxes[:, 2:4].min(axis=1, initial=np.inf) >= section.min_size_px)
         cut = chip.ignored[seen] | (share[seen] < section.min_visible)
         return augment.warp_crop(chip.pixels, matrix, (width, height)), boxes[seen], chip.labels[seen], cut
+
+
+    def _look_at(self, rng: np.random.Generator, width: int, height: int) -> tuple[Chip, Array]:
+        """Choose a chip and the centre of a crop in it: near an object, near a false alarm, or anywhere."""
+        draw = rng.random()
+        jitter = rng.uniform(-0.45, 0.45, 2) * (width, height)
+        if draw < self.section.object_crop_prob:
+            chip = self.chips[rng.choice(len(self.chips), p=self.object_weight)]
+            return chip, chip.boxes[rng.choice(np.flatnonzero(~chip.ignored)), :2] + jitter
+        if draw < self.section.object_crop_prob + self.section.false_alarm_crop_prob and len(self.false_alarms):
+            weight = self.false_alarms[:, 3]
+            index, x, y, _ = self.false_alarms[rng.choice(len(weight), p=weight / weight.sum())]
+            return self.chips[int(index)], (x, y) + jitter
+        tries = []
+        for _ in range(self.section.background_tries):
+            chip = self.chips[rng.choice(len(self.chips), p=self.area_weight)]
+            centre = rng.random(2) * (chip.pixels.shape[2], chip.pixels.shape[1])
+            x0, y0 = np.maximum(centre.astype(int) - (width // 2, height // 2), 0)
+            window = chip.pixels[0, y0 : y0 + height : 8, x0 : x0 + width : 8]
+            tries.append((float(window.std()), chip, centre))
+        _, chip, centre = max(tries, key=lambda item: item[0])
+        return chip, centre
 
 
 class BatchLoader:
@@ -219,6 +237,12 @@ class BatchLoader:
                 if (step, position) not in self._ahead:
                     self._ahead[step, position] = self._pool.submit(self.sampler.draw, step, position)
         return [self._ahead.pop((iteration, position)).result() for position in range(self.batch_size)]
+
+    def forget(self) -> None:
+        """Give up crops drawn ahead, because the sampler has changed since."""
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
 
     def close(self) -> None:
         """Stop the threads; crops not yet begun are given up."""

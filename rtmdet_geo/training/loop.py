@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import rtmdet_geo
@@ -29,10 +30,10 @@ from rtmdet_geo.models import get_model
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.training.criterion import RotatedCriterion
-from rtmdet_geo.training.datasets import BatchLoader, CropSampler, Sample, load_chips, split_chips
+from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, Sample, load_chips, split_chips
 from rtmdet_geo.training.ema import ModelEMA
 from rtmdet_geo.training.schedule import learning_rate, param_groups
-from rtmdet_geo.training.validate import validate
+from rtmdet_geo.training.validate import find_false_alarms, validate
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +86,9 @@ def train_model(
     ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
     optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
     criterion = RotatedCriterion(len(recipe.model.classes))
-    start = _load_checkpoint(run, network, ema, optimizer, device) if resume else 0
-    loader = BatchLoader(
-        CropSampler(training, recipe), batch_size=recipe.optim.batch_size, workers=recipe.loop.workers
-    )
+    sampler = CropSampler(training, recipe)
+    start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
+    loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)
     logger.info(
         "training %s on %s: %d chips, %d objects, iterations %d to %d",
         *(recipe.model.name, device, len(training), sum(int((~chip.ignored).sum()) for chip in training)),
@@ -99,6 +99,9 @@ def train_model(
     try:
         for iteration in range(start, recipe.optim.iterations):
             tick = time.perf_counter()
+            if recipe.loop.mine_interval and iteration and iteration % recipe.loop.mine_interval == 0:
+                sampler.false_alarms = _mine(ema, training, recipe, iteration, device)
+                loader.forget()
             rate = _set_rate(optimizer, recipe, iteration)
             samples = loader.batch(iteration)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
@@ -122,7 +125,7 @@ def train_model(
                 progress(done, recipe.optim.iterations)
             stop = cancelled is not None and cancelled()
             if stop or done % recipe.loop.checkpoint_interval == 0 or done == recipe.optim.iterations:
-                _save_checkpoint(run, done, network, ema, optimizer)
+                _save_checkpoint(run, done, network, ema, optimizer, sampler)
             if stop and done < recipe.optim.iterations:
                 raise Cancelled(f"training stopped at iteration {done}; go on with --resume --out {run}")
     finally:
@@ -206,6 +209,15 @@ def _open_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
         raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
 
 
+def _mine(ema: ModelEMA, chips: list[Chip], recipe: Recipe, iteration: int, device: str) -> NDArray[np.float64]:
+    """False alarms of the averaged network on the training chips, in turn with all bands and with bands missing."""
+    sets = recipe.validation.drop_bands
+    dropped = sets[iteration // recipe.loop.mine_interval % len(sets)]
+    alarms = find_false_alarms(ema.module, chips, recipe, dropped=dropped, device=device)
+    logger.info("iteration %d: %d false alarms mined", iteration, len(alarms))
+    return alarms
+
+
 def _to_input(samples: list[Sample], recipe: Recipe, device: str) -> torch.Tensor:
     """Stack to (N, C, H, W) float32, normalised by the recipe's mean and std."""
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).to(device, non_blocking=True).float()
@@ -274,14 +286,20 @@ def _trim_log(run: Path, iteration: int) -> None:
 
 
 def _save_checkpoint(
-    run: Path, iteration: int, network: nn.Module, ema: ModelEMA, optimizer: torch.optim.Optimizer
+    run: Path,
+    iteration: int,
+    network: nn.Module,
+    ema: ModelEMA,
+    optimizer: torch.optim.Optimizer,
+    sampler: CropSampler,
 ) -> None:
     state = {
         "iteration": iteration,
         "network": network.state_dict(),
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "versions": {"rtmdet_geo": rtmdet_geo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "false_alarms": torch.from_numpy(sampler.false_alarms),
+        "versions": {"rtmdet_geo": rtmdet_geo.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     temporary = run / f".{CHECKPOINT}.{os.getpid()}"
     try:
@@ -294,12 +312,18 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    run: Path, network: nn.Module, ema: ModelEMA, optimizer: torch.optim.Optimizer, device: str
+    run: Path,
+    network: nn.Module,
+    ema: ModelEMA,
+    optimizer: torch.optim.Optimizer,
+    sampler: CropSampler,
+    device: str,
 ) -> int:
     state = torch.load(run / CHECKPOINT, map_location=device, weights_only=True)
     network.load_state_dict(state["network"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
+    sampler.false_alarms = state["false_alarms"].cpu().numpy()
     _trim_log(run, state["iteration"])
     return int(state["iteration"])
 

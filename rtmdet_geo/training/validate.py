@@ -14,6 +14,7 @@ from rtmdet_geo.config import Recipe
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
 from rtmdet_geo.merge import merge_detections
 from rtmdet_geo.models.decode import DetectionGraph
+from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.training.augment import PAD_VALUE
@@ -95,6 +96,43 @@ def validate(
         rows += _rows(bands, found, truths, recipe)
     network.train(was_training)
     return rows
+
+
+def find_false_alarms(
+    network: torch.nn.Module,
+    chips: Sequence[Chip],
+    recipe: Recipe,
+    *,
+    dropped: Sequence[str] = (),
+    device: str = "cpu",
+    score_threshold: float = 0.1,
+    max_iou: float = 0.1,
+    limit: int = 300,
+) -> NDArray[np.float64]:
+    """Return where the network sees objects that nobody labelled, to train on these places next.
+
+    Args:
+        network: in eval mode.
+        chips: training images with labels.
+        recipe: see :func:`detect_chip`.
+        dropped: see :func:`detect_chip`.
+        device: where the network is.
+        score_threshold: lowest score that alarms.
+        max_iou: detections that overlap no label by more are false.
+        limit: at most so many per chip, best scores first.
+
+    Returns:
+        (M, 4) float64: chip index, x, y in chip px, score.
+    """
+    rows = []
+    for index, chip in enumerate(chips):
+        found = detect_chip(network, chip, recipe, dropped=dropped, device=device)
+        found = found.select(found.scores >= score_threshold)
+        if len(found) and len(chip.boxes):
+            found = found.select(rotated_iou(found.boxes, chip.boxes).max(axis=1) <= max_iou)
+        found = found.select(slice(limit))
+        rows.append(np.column_stack([np.full(len(found), index), found.boxes[:, :2], found.scores]))
+    return np.concatenate(rows) if rows else np.zeros((0, 4))
 
 
 def _rows(bands: str, found: list[Detections], truths: list[Truth], recipe: Recipe) -> list[dict[str, Any]]:

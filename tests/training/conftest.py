@@ -55,9 +55,9 @@ def recipe_values(chips_dir):
             "overlap": 64,
         },
         "data": {"chips": str(chips_dir), "folds": {"a": ["alpha"]}, "fold": "a"},
-        "augment": {"crop_size": 128, "band_dropout": {"nir": 0.5}, "mosaic_prob": 0.5},
+        "augment": {"crop_size": 128, "false_alarm_crop_prob": 0.3, "band_dropout": {"nir": 0.5}, "mosaic_prob": 0.5},
         "optim": {"batch_size": 2, "iterations": 6, "warmup_iterations": 2},
-        "loop": {"checkpoint_interval": 2, "log_interval": 1},
+        "loop": {"mine_interval": 3, "checkpoint_interval": 2, "log_interval": 1},
         "validation": {"drop_bands": [[], ["nir"]]},
     }
 

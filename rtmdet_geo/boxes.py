@@ -1,0 +1,330 @@
+"""Rotated boxes: the one angle convention, and conversions between boxes, polygons and horizontal boxes. numpy only.
+
+A box is ``cx, cy, w, h`` in pixels and an angle in radians. The angle turns the w axis **clockwise on screen** (x to
+the right, y down); le90, the convention of all results, makes w the long side and the angle lie in [-pi/2, pi/2)::
+
+    o----> x    p3 _____w_____ p2     angle 0     u = ( cos a, sin a)  along w     p1 = centre + w/2 u + h/2 v
+    |             |           |                   v = (-sin a, cos a)  along h     p2 = centre + w/2 u - h/2 v
+    v             |___________| h                                                  p3 = centre - w/2 u - h/2 v
+    y           p4             p1                                                  p4 = centre - w/2 u + h/2 v
+
+:mod:`rtmdet_geo.structures` states the same convention for detections. Every function takes anything that numpy turns
+into an array, computes and returns **float64**, leaves its arguments alone and accepts N = 0. Functions that move boxes
+(flip, rotate, rescale) keep the meaning of w and h and do not regularise: call :func:`regularize_le90` on their result
+where le90 is wanted.
+
+Behaviour follows mmrotate 1.x ``structures/bbox`` (RotatedBoxes, QuadriBoxes), in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+FlipDirection = Literal["horizontal", "vertical", "diagonal"]
+
+#: Corner signs along (w axis, h axis), in the order in which mmrotate's rbox2qbox lists the corners.
+_CORNER_SIGNS = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]])
+#: The six point pairs of a quadrilateral: every edge of its convex hull is one of them.
+_QUAD_FROM = np.array([0, 1, 2, 3, 0, 1])
+_QUAD_TO = np.array([1, 2, 3, 0, 2, 3])
+#: Hull edges handled at a time by minimum_area_rectangle; bounds its memory.
+_EDGE_CHUNK = 256
+
+
+def as_boxes(boxes: ArrayLike, *, columns: int = 5, name: str = "boxes") -> FloatArray:
+    """Return ``boxes`` as a contiguous float64 array of shape (N, columns); any empty array gives (0, columns).
+
+    Raises:
+        ValueError: the shape is another one.
+    """
+    array = np.ascontiguousarray(boxes, np.float64)
+    if array.size == 0:
+        return array.reshape(0, columns)
+    if array.ndim != 2 or array.shape[1] != columns:
+        raise ValueError(f"{name} has shape {array.shape}; give an (N, {columns}) array")
+    return array
+
+
+def as_polygons(polygons: ArrayLike) -> FloatArray:
+    """Return quadrilaterals given as (N, 4, 2) or (N, 8) as a float64 array (N, 4, 2).
+
+    Raises:
+        ValueError: the shape is another one.
+    """
+    array = np.ascontiguousarray(polygons, np.float64)
+    if array.size == 0:
+        return array.reshape(0, 4, 2)
+    if array.shape[1:] not in ((4, 2), (8,)):
+        raise ValueError(f"polygons has shape {array.shape}; give an (N, 4, 2) or (N, 8) array")
+    return array.reshape(-1, 4, 2)
+
+
+def normalize_angle(angle_rad: ArrayLike) -> FloatArray:
+    """Wrap angles in rad into [-pi/2, pi/2), the same line turned by multiples of pi. Any shape."""
+    half_turn = np.pi / 2
+    wrapped = np.mod(np.asarray(angle_rad, np.float64) + half_turn, np.pi) - half_turn
+    # np.mod of a tiny negative number rounds to pi itself
+    return np.where(wrapped >= half_turn, -half_turn, wrapped)
+
+
+def regularize_le90(boxes: ArrayLike) -> FloatArray:
+    """Return the same rectangles in le90: w > h, angle in [-pi/2, pi/2).
+
+    A square has two such forms; like mmrotate's ``regularize_boxes`` this takes the one turned by pi/2 from the input.
+
+    Args:
+        boxes: (N, 5) cx, cy, w, h in px, angle in rad.
+
+    Returns:
+        (N, 5) float64.
+    """
+    boxes = as_boxes(boxes)
+    width, height, angle = boxes[:, 2], boxes[:, 3], boxes[:, 4]
+    is_wide = width > height
+    result = boxes.copy()
+    result[:, 2] = np.where(is_wide, width, height)
+    result[:, 3] = np.where(is_wide, height, width)
+    result[:, 4] = normalize_angle(np.where(is_wide, angle, angle + np.pi / 2))
+    return result
+
+
+def box_areas(boxes: ArrayLike) -> FloatArray:
+    """Return the areas w * h in px², (N,); negative where exactly one of the sides is negative."""
+    boxes = as_boxes(boxes)
+    return np.asarray(boxes[:, 2] * boxes[:, 3])
+
+
+def _axes(boxes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the half side vectors along w and along h, (N, 2) each."""
+    cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+    half_width = boxes[:, 2:3] / 2 * np.stack([cos, sin], axis=1)
+    half_height = boxes[:, 3:4] / 2 * np.stack([-sin, cos], axis=1)
+    return half_width, half_height
+
+
+def boxes_to_polygons(boxes: ArrayLike) -> FloatArray:
+    """Return the corners p1..p4 of the drawing above, (N, 4, 2) x y in px (mmrotate rbox2qbox)."""
+    boxes = as_boxes(boxes)
+    axes = np.stack(_axes(boxes), axis=1)  # (N, 2 axes, 2)
+    return np.asarray(boxes[:, None, :2] + _CORNER_SIGNS @ axes)
+
+
+def boxes_to_hboxes(boxes: ArrayLike) -> FloatArray:
+    """Return the enclosing horizontal boxes, (N, 4) x1 y1 x2 y2 in px (mmrotate rbox2hbox)."""
+    boxes = as_boxes(boxes)
+    half_width, half_height = _axes(boxes)
+    extent = np.abs(half_width) + np.abs(half_height)
+    return np.concatenate([boxes[:, :2] - extent, boxes[:, :2] + extent], axis=1)
+
+
+def hboxes_to_boxes(hboxes: ArrayLike) -> FloatArray:
+    """Return horizontal boxes (N, 4) x1 y1 x2 y2 as (N, 5) with angle 0; w stays along x even where it is shorter."""
+    hboxes = as_boxes(hboxes, columns=4, name="hboxes")
+    low, high = hboxes[:, :2], hboxes[:, 2:]
+    return np.concatenate([low + (high - low) / 2, high - low, np.zeros((len(hboxes), 1))], axis=1)
+
+
+def polygons_to_hboxes(polygons: ArrayLike) -> FloatArray:
+    """Return the enclosing horizontal boxes of quadrilaterals, (N, 4) x1 y1 x2 y2 in px (mmrotate qbox2hbox)."""
+    polygons = as_polygons(polygons)
+    return np.concatenate([polygons.min(axis=1), polygons.max(axis=1)], axis=1)
+
+
+def _best_rectangle(points: FloatArray, directions: FloatArray) -> FloatArray:
+    """Return the smallest of the rectangles around ``points`` that have a side along one of ``directions``.
+
+    Args:
+        points: (N, P, 2).
+        directions: (N, D, 2), any length; a zero vector stands for (1, 0).
+
+    Returns:
+        (N, 5) with w >= h and an angle in [-pi/2, pi/2); of several smallest the first direction's.
+    """
+    length = np.hypot(directions[..., 0], directions[..., 1])[..., None]
+    unit = np.where(length > 0, directions, [1.0, 0.0]) / np.where(length > 0, length, 1.0)  # (N, D, 2)
+    normal = np.stack([-unit[..., 1], unit[..., 0]], axis=-1)
+    along = unit @ points.transpose(0, 2, 1)  # (N, D, P)
+    across = normal @ points.transpose(0, 2, 1)
+    along_low, along_high = along.min(axis=2), along.max(axis=2)
+    across_low, across_high = across.min(axis=2), across.max(axis=2)
+    best = np.argmin((along_high - along_low) * (across_high - across_low), axis=1)
+    rows = np.arange(len(points))
+    unit, normal = unit[rows, best], normal[rows, best]
+    u_low, u_high = along_low[rows, best], along_high[rows, best]
+    v_low, v_high = across_low[rows, best], across_high[rows, best]
+    centre = ((u_low + u_high) / 2)[:, None] * unit + ((v_low + v_high) / 2)[:, None] * normal
+    sides = np.stack([u_high - u_low, v_high - v_low], axis=1)
+    angle = np.arctan2(unit[:, 1], unit[:, 0])
+    is_wide = sides[:, 0] >= sides[:, 1]
+    angle = normalize_angle(np.where(is_wide, angle, angle + np.pi / 2))
+    return np.concatenate([centre, np.sort(sides, axis=1)[:, ::-1], angle[:, None]], axis=1)
+
+
+def polygons_to_boxes(polygons: ArrayLike) -> FloatArray:
+    """Return the rectangle of least area around each quadrilateral, in le90.
+
+    The least rectangle has a side along an edge of the convex hull (Freeman and Shapira 1975); all six point pairs are
+    tried, so concave, crossed and degenerate quadrilaterals are right as well. A segment gives h = 0 along itself, a
+    point w = h = 0. The form of a square is ambiguous; the first edge's angle, wrapped, is taken.
+
+    Args:
+        polygons: (N, 4, 2) or (N, 8) x y in px, any vertex order.
+
+    Returns:
+        (N, 5) float64, w >= h.
+    """
+    polygons = as_polygons(polygons)
+    origin = polygons[:, :1]
+    points = polygons - origin  # locally centred: scene coordinates cost no digits
+    result = _best_rectangle(points, points[:, _QUAD_TO] - points[:, _QUAD_FROM])
+    result[:, :2] += origin[:, 0]
+    return result
+
+
+def convex_hull(points: ArrayLike) -> FloatArray:
+    """Return the convex hull of (M, 2) points without collinear vertices, (H, 2) (Andrew's monotone chain)."""
+    ordered: list[list[float]] = np.unique(as_boxes(points, columns=2, name="points"), axis=0).tolist()
+    if len(ordered) < 3:
+        return np.array(ordered, np.float64).reshape(-1, 2)
+    chains: list[list[list[float]]] = []
+    for sequence in (ordered, ordered[::-1]):
+        chain: list[list[float]] = []
+        for x, y in sequence:
+            while len(chain) >= 2:
+                (ax, ay), (bx, by) = chain[-2], chain[-1]
+                if (bx - ax) * (y - ay) - (by - ay) * (x - ax) > 0:
+                    break
+                chain.pop()
+            chain.append([x, y])
+        chains.append(chain[:-1])
+    return np.array(chains[0] + chains[1], np.float64)
+
+
+def minimum_area_rectangle(points: ArrayLike) -> FloatArray:
+    """Return the rectangle of least area around (M, 2) points x y in px, such as the outline of a mask.
+
+    Returns:
+        (5,) cx, cy, w, h, angle in le90; degenerate sets as in :func:`polygons_to_boxes`.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    array = as_boxes(points, columns=2, name="points")
+    if len(array) == 0:
+        raise ValueError("minimum_area_rectangle needs at least one point")
+    origin = array[0]
+    hull = convex_hull(array - origin)
+    edges = np.roll(hull, -1, axis=0) - hull
+    best: FloatArray | None = None
+    for start in range(0, len(edges), _EDGE_CHUNK):
+        candidate = _best_rectangle(hull[None], edges[None, start : start + _EDGE_CHUNK])[0]
+        if best is None or candidate[2] * candidate[3] < best[2] * best[3]:
+            best = candidate
+    assert best is not None  # the hull of at least one point has at least one edge
+    best[:2] += origin
+    return best
+
+
+def translate_boxes(boxes: ArrayLike, offset_x: float, offset_y: float) -> FloatArray:
+    """Return boxes (N, 5) moved by an offset in px."""
+    return np.asarray(as_boxes(boxes) + np.array([offset_x, offset_y, 0.0, 0.0, 0.0]))
+
+
+def rescale_boxes(boxes: ArrayLike, scale_x: float, scale_y: float) -> FloatArray:
+    """Return boxes (N, 5) in coordinates multiplied by ``scale_x`` and ``scale_y`` (> 0).
+
+    With equal factors this is exact. With unequal ones a rectangle becomes a parallelogram; like mmrotate's
+    ``RotatedBoxes.rescale_`` each side is scaled along its own direction and the angle follows the w axis, which is
+    exact for boxes along the axes; scaling back gives the first box only when the factors are equal.
+
+    Raises:
+        ValueError: a factor is not positive and finite.
+    """
+    boxes = as_boxes(boxes)
+    if not (0 < scale_x < np.inf and 0 < scale_y < np.inf):
+        raise ValueError(f"scale factors ({scale_x!r}, {scale_y!r}) must be positive and finite")
+    cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+    angle = boxes[:, 4] if scale_x == scale_y else np.arctan2(scale_y * sin, scale_x * cos)
+    return np.stack(
+        [
+            boxes[:, 0] * scale_x,
+            boxes[:, 1] * scale_y,
+            boxes[:, 2] * np.hypot(scale_x * cos, scale_y * sin),
+            boxes[:, 3] * np.hypot(scale_x * sin, scale_y * cos),
+            angle,
+        ],
+        axis=1,
+    )
+
+
+def flip_boxes(boxes: ArrayLike, width: float, height: float, direction: FlipDirection) -> FloatArray:
+    """Return boxes (N, 5) of the mirrored image (mmrotate ``RotatedBoxes.flip_``); the angle is not wrapped.
+
+    Args:
+        boxes: (N, 5).
+        width: width of the image in px.
+        height: height of the image in px.
+        direction: "horizontal" mirrors x, "vertical" y, "diagonal" both (a half turn: the angle stays).
+
+    Raises:
+        ValueError: unknown direction.
+    """
+    if direction not in ("horizontal", "vertical", "diagonal"):
+        raise ValueError(f"unknown flip direction {direction!r}; use horizontal, vertical or diagonal")
+    flipped = as_boxes(boxes).copy()
+    if direction != "vertical":
+        flipped[:, 0] = width - flipped[:, 0]
+    if direction != "horizontal":
+        flipped[:, 1] = height - flipped[:, 1]
+    if direction != "diagonal":
+        flipped[:, 4] = -flipped[:, 4]
+    return flipped
+
+
+def rotate_boxes(boxes: ArrayLike, angle_rad: float, centre: tuple[float, float]) -> FloatArray:
+    """Return boxes (N, 5) turned clockwise on screen about ``centre`` (x, y in px); the angle is not wrapped."""
+    rotated = as_boxes(boxes).copy()
+    cos, sin = np.cos(angle_rad), np.sin(angle_rad)
+    offset = rotated[:, :2] - np.asarray(centre, np.float64)
+    rotated[:, :2] = offset @ np.array([[cos, sin], [-sin, cos]]) + np.asarray(centre, np.float64)
+    rotated[:, 4] += angle_rad
+    return rotated
+
+
+def project_boxes(boxes: ArrayLike, matrix: ArrayLike) -> FloatArray:
+    """Return the le90 least-area rectangles around boxes (N, 5) whose corners a 3 x 3 homography maps.
+
+    The matrix acts on columns (x, y, 1) and the result is divided by its third component (mmrotate
+    ``RotatedBoxes.project_``).
+
+    Raises:
+        ValueError: the matrix is not 3 x 3.
+    """
+    homography = np.asarray(matrix, np.float64)
+    if homography.shape != (3, 3):
+        raise ValueError(f"the matrix has shape {homography.shape}; give a 3 x 3 homography")
+    mapped = boxes_to_polygons(boxes) @ homography[:, :2].T + homography[:, 2]
+    return polygons_to_boxes(mapped[..., :2] / mapped[..., 2:])
+
+
+def points_in_boxes(points: ArrayLike, boxes: ArrayLike, *, margin: float = 0.01) -> NDArray[np.bool_]:
+    """Tell which points lie in which boxes, at least ``margin`` px from the outline.
+
+    Args:
+        points: (M, 2) x y in px.
+        boxes: (N, 5).
+        margin: in px; 0.01 is mmrotate's ``RotatedBoxes.find_inside_points``.
+
+    Returns:
+        (M, N) bool.
+    """
+    boxes = as_boxes(boxes)
+    offset = as_boxes(points, columns=2, name="points")[:, None] - boxes[None, :, :2]  # (M, N, 2)
+    cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
+    along = np.abs(offset[..., 0] * cos + offset[..., 1] * sin)
+    across = np.abs(offset[..., 1] * cos - offset[..., 0] * sin)
+    return np.asarray((along <= boxes[:, 2] / 2 - margin) & (across <= boxes[:, 3] / 2 - margin))

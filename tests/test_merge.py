@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -74,7 +74,8 @@ def stub_detector(objects: NDArray[np.float64], grid: TileGrid, rng: np.random.G
                 score = min(0.99, score * rng.uniform(0.5, 1.3))
             rows.append((*box, score, row[6]))
             for _ in range(3):
-                jitter = rng.uniform(-0.4, 0.4, 4) * (1, 1, 0.5, 0.5)
+                # small against the short side too: duplicates reach every IoU threshold in use
+                jitter = rng.uniform(-1, 1, 4) * min(0.4, 0.05 * box[3]) * (1, 1, 0.5, 0.5)
                 rows.append((*(box[:4] + jitter), box[4], score * rng.uniform(0.3, 0.9), row[6]))
         parts.append((tile, detections(rows)))
     return parts
@@ -83,13 +84,14 @@ def stub_detector(objects: NDArray[np.float64], grid: TileGrid, rng: np.random.G
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[TileGrid, int]:
     tile_size = draw(st.integers(48, 160))
-    overlap = draw(st.integers(30, tile_size - 8))
-    return TileGrid(draw(st.integers(20, 400)), draw(st.integers(20, 400)), tile_size, overlap), draw(
+    overlap = draw(st.integers(30, max(30, tile_size * 3 // 4)))
+    return TileGrid(draw(st.integers(20, 300)), draw(st.integers(20, 300)), tile_size, overlap), draw(
         st.integers(0, 2**31)
     )
 
 
 @settings(deadline=None, max_examples=40)
+@example((TileGrid(56, 38, 48, 30), 854), 0.65)
 @given(scenes(), st.sampled_from([0.1, 0.3, 0.65]))
 def test_planted_objects_come_back_once_whatever_the_grid(scene: tuple[TileGrid, int], iou_threshold: float) -> None:
     grid, seed = scene
@@ -226,8 +228,8 @@ def test_scene_edge_is_kept_and_flagged() -> None:
 def test_jitter_never_makes_both_tiles_defer() -> None:
     grid = TileGrid(180, 100, tile_size=100, overlap=20)  # overlap x 80..100
     rng = np.random.default_rng(3)
-    for length in np.arange(8.0, 24.0, 0.5):
-        for centre in np.arange(80.0, 100.5, 0.5):
+    for length in np.arange(8.0, 24.0):
+        for centre in np.arange(80.0, 100.5):
             parts = []
             for tile in grid:
                 low, high = max(centre - length / 2 - tile.x, 0), min(centre + length / 2 - tile.x, 100)
@@ -304,7 +306,7 @@ def test_time_grows_about_linearly() -> None:
     """Work, not seconds: pairs looked at per box do not grow with the scene at constant density."""
     rng = np.random.default_rng(0)
     ratios = []
-    for number in (2000, 32000):
+    for number in (2000, 16000):
         low = rng.uniform(0, 20 * number**0.5, (number, 2))
         bounds = np.concatenate([low, low + rng.uniform(5, 40, (number, 2))], axis=1)
         ratios.append(len(overlapping_pairs(bounds, bounds)[0]) / number)

@@ -58,11 +58,13 @@ def stub_detector(objects: NDArray[np.float64], grid: TileGrid, rng: np.random.G
     A fragment may score higher than the whole; every object comes with jittered duplicates of lower score.
     """
     parts = []
+    polygons, bounds = boxes_to_polygons(objects[:, :5]), boxes_to_hboxes(objects[:, :5])
     for tile in grid:
         rows = []
         frame = np.array([[0, 0], [tile.width, 0], [tile.width, tile.height], [0, tile.height]], np.float32)
-        for row in objects:
-            polygon = boxes_to_polygons(row[None, :5])[0] - (tile.x, tile.y)
+        low, high = (tile.x, tile.y), (tile.x + tile.width, tile.y + tile.height)
+        near = ((bounds[:, 2:] > low) & (bounds[:, :2] < high)).all(axis=1)
+        for row, polygon in zip(objects[near], polygons[near] - low, strict=True):
             whole = (polygon >= 0).all() and (polygon <= (tile.width, tile.height)).all()
             box, score = row[:5] - (tile.x, tile.y, 0, 0, 0), row[5]
             if not whole:

@@ -51,7 +51,7 @@ def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list
         "model": first.model.name,
         "iterations": first.optim.iterations,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "date": datetime.date.today().isoformat(),
     }
     rows: list[dict[str, object]] = []

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Threads of a math library that wait by spinning stop one another where tests share the cores with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TESTS = Path(__file__).parent
 
 

@@ -29,6 +29,7 @@ from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import file_sha256, find_model
 from rtmdet_geo.errors import Cancelled, ConfigError, NodataWarning, SaturatedTileWarning, UnknownClassError
 from rtmdet_geo.merge import Merged, merge_detections
+from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.structures import Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
@@ -175,6 +176,7 @@ def detect_scene(
         stretch=spec.stretch,
         model_gsd_m=spec.gsd_m,
         gsd_m=gsd,
+        trained_gsd_m=spec.trained_gsd_m,
         nodata=nodata,
     ) as source:
         if target_crs is not None and not source.is_georeferenced:
@@ -230,7 +232,7 @@ def detect_scene(
         if cancelled is not None and cancelled():
             raise Cancelled(_cancel_message(counts.num_tiles, len(grid), output))
         if preview is not None:
-            _draw_preview(source, features, preview, overwrite)
+            draw_preview(source, merged.detections, preview, classes=spec.classes, overwrite=overwrite)
         if output is not None:
             write_features(features, output, driver=driver, overwrite=overwrite, metadata=summary)
     summary["seconds"] = time.perf_counter() - started
@@ -244,8 +246,6 @@ def _check_outputs(
     if output is not None:
         check_output(output, overwrite, driver=driver)
     if preview is not None:
-        from rtmdet_geo.preview import check_preview
-
         check_preview(preview, overwrite)
 
 
@@ -397,14 +397,6 @@ def _make_features(
         dst_crs=dst_crs,
         kind=spec.kind,
     )
-
-
-def _draw_preview(
-    source: Scene, features: geopandas.GeoDataFrame, path: str | os.PathLike[str], overwrite: bool
-) -> None:
-    from rtmdet_geo.preview import draw_preview
-
-    draw_preview(source, features, path, overwrite=overwrite)
 
 
 def _cancel_message(num_done: int, num_tiles: int, output: str | os.PathLike[str] | None) -> str:

@@ -43,8 +43,8 @@ CHECK_SCORE = 0.05
 #: ... and so many rows of every image at least.
 NUM_CHECK_ROWS = 100
 #: Largest difference allowed between torch and the exported graph: boxes in px and rad, scores.
-BOX_TOLERANCE = 0.05
-SCORE_TOLERANCE = 1e-3
+BOX_TOLERANCE = 0.02
+SCORE_TOLERANCE = 2e-4
 #: Side in px of the batch of three in the self-check when the file takes any size.
 _CHECK_SIDE = 256
 #: Largest finite fp16 number.

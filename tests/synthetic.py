@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -145,24 +146,37 @@ def small_model() -> Path:
 
     torch.manual_seed(0)
     network = get_model("rtmdet_r_test", num_classes=1, in_channels=3)
-    shuffle_statistics(network)
+    calibrate(network)
     path = Path(tempfile.mkdtemp(prefix="rtmdet_geo_test_")) / "small.onnx"
     export_model(network, path, spec=make_spec(name="small", training_data="noise", licence="Apache-2.0"))
     return path
 
 
-def shuffle_statistics(network: object) -> None:
-    """Give an untrained network random weights and batch statistics, so that its outputs differ from place to place."""
+def calibrate(network: object) -> None:
+    """Give an untrained network batch statistics of real activations and strong predictors: its outputs then vary."""
     import torch
     from torch import nn
 
+    from rtmdet_geo.export import make_check_tiles
+
     assert isinstance(network, nn.Module)
-    generator = torch.Generator().manual_seed(1)
+    channels = next(network.parameters()).shape[1]
+    tiles = torch.from_numpy(make_check_tiles(4, channels, 128, seed=0)).float()
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
-        for name, parameter in network.named_parameters():
-            if name.startswith("bbox_head.rtm_") and name.endswith("weight"):
-                parameter.normal_(0, 0.5, generator=generator)
+                module.momentum = None  # cumulative average
+        network.train()
+        network((tiles - 40) / 35)
+        network.eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):  # channels that hardly vary would blow up rounding errors
+                module.running_var.clamp_(min=0.2)
+        head: Any = network.bbox_head
+        for level, raw in enumerate(zip(*network((tiles - 40) / 35), strict=True)):
+            # logits around -1 that vary by 2, distances that vary by a stride, angles by half a radian
+            for predictors, values, spread in zip(
+                (head.rtm_cls, head.rtm_reg, head.rtm_ang), raw, (2.0, head.strides[level], 0.5), strict=True
+            ):
+                predictors[level].weight *= spread / values.std()
+            head.rtm_cls[level].bias += -1 - network((tiles - 40) / 35)[0][level].mean()

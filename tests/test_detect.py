@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import cv2
 import geopandas
 import numpy as np
 import pyproj
@@ -257,6 +258,17 @@ def test_output_crs(engine, scene, tmp_path):
     detect_scene(scene, tmp_path / "ships.geojson", dst_crs="EPSG:4326")
     layer = geopandas.read_file(tmp_path / "ships.geojson").to_crs("EPSG:32630")
     assert match(layer) < 0.75
+
+
+def test_preview_is_drawn_and_checked_first(engine, scene, tmp_path):
+    picture = tmp_path / "ships.png"
+    assert detect_scene(scene, preview=picture).summary["preview"] == str(picture)
+    image = cv2.imread(str(picture))
+    assert image.shape[0] >= 400 and image.shape[1] >= 500
+    with pytest.raises(OutputError, match="overwrite"):
+        detect_scene(scene, preview=picture)
+    with pytest.raises(OutputError, match="png"):
+        detect_scene(scene, preview=tmp_path / "ships.jpg")
 
 
 def test_one_band_is_repeated_with_a_warning(engine, tmp_path):

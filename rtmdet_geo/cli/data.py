@@ -17,7 +17,7 @@ def data() -> None:
     \b
     Example:
       rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port
-    """  # noqa: D301 - click wants a backspace
+    """
 
 
 @data.command()
@@ -90,7 +90,7 @@ def chips(
     \b
     Example:
       rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port --recipe sen2ships_r
-    """  # noqa: D301 - click wants a backspace
+    """
     options.check_stdout_owner(as_json, progress_mode)
     settings: dict[str, Any] = {}
     if recipe is not None:

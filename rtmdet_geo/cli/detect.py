@@ -91,7 +91,7 @@ def detect(
 
     The result in one line goes to stdout, unless --json, --progress jsonl or '-o -' owns it. Finding nothing is no
     error: the layer is then empty. Ctrl-C leaves nothing under the output's name.
-    """  # noqa: D301 - click wants a backspace
+    """
     options.check_stdout_owner(as_json, progress_mode, output)
     if output is None and preview is None and not as_json and progress_mode != "jsonl":
         raise click.UsageError("Nothing would come out: give -o PATH, --preview PATH or --json.")

@@ -49,7 +49,7 @@ def export(
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
 
     The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it.
-    """  # noqa: D301 - click wants a backspace
+    """
     from rtmdet_geo.backends import require_package
     from rtmdet_geo.catalog import read_spec
 

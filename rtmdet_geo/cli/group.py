@@ -121,7 +121,7 @@ def cli() -> None:
 
     Data go to stdout, everything else to stderr. Exit codes: 0 done (nothing found is done), 1 error, 2 wrong
     command line, 3 ran but the verdict is no, 130 cancelled.
-    """  # noqa: D301 - click wants a backspace
+    """
 
 
 def main(args: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def info(path: str, as_json: bool) -> None:
     \b
     Example:
       rtmdet-geo info scene.tif
-    """  # noqa: D301 - click wants a backspace
+    """
     from rtmdet_geo.catalog import CATALOG, MODEL_SUFFIXES
 
     if path in CATALOG or Path(path).suffix.lower() in MODEL_SUFFIXES:

@@ -19,7 +19,7 @@ def models() -> None:
     \b
     Example:
       rtmdet-geo models show sen2ships_r
-    """  # noqa: D301 - click wants a backspace
+    """
 
 
 @models.command("list")
@@ -31,7 +31,7 @@ def list_command(as_json: bool) -> None:
     \b
     Example:
       rtmdet-geo models list
-    """  # noqa: D301 - click wants a backspace
+    """
     from rtmdet_geo.catalog import DEFAULT_MODEL, list_models
 
     entries = [
@@ -64,7 +64,7 @@ def show_command(model: str, as_json: bool) -> None:
     \b
     Example:
       rtmdet-geo models show sen2ships_r
-    """  # noqa: D301 - click wants a backspace
+    """
     show_model(model, as_json)
 
 

@@ -44,7 +44,7 @@ def train(
       rtmdet-geo train sen2ships_r -o runs/mine --set optim.iterations=2000
 
     Ctrl-C saves a checkpoint; --resume goes on from it.
-    """  # noqa: D301 - click wants a backspace
+    """
     options.check_stdout_owner(as_json, progress_mode)
     if resume and overwrite:
         raise click.UsageError("--resume goes on and --overwrite begins anew; choose one.")

@@ -1,6 +1,6 @@
 """A classical ship detector to compare with: water index, bright blobs in water, minimum rectangles. Nothing is learnt.
 
-    python -m data_tools.blob_baseline configs/sen2ships_r.yaml --csv tests/benchmarks/results/sen2ships_baseline.csv
+python -m data_tools.blob_baseline configs/sen2ships_r.yaml --csv tests/benchmarks/results/sen2ships_baseline.csv
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def detect_blobs(chip: Chip, bands: tuple[str, ...], gsd_m: float) -> Detections
         x, y, width, height = stats[region, :4]
         rows, columns = np.nonzero(regions[y : y + height, x : x + width] == region)
         corners = np.concatenate([np.stack([columns + dx, rows + dy], 1) for dx in (0, 1) for dy in (0, 1)])
-        box = minimum_area_rectangle(corners.astype(float) + (x, y))
+        box = minimum_area_rectangle(corners + np.array([x, y], float))
         if box[3] * gsd_m <= MAX_WIDTH_M and area_m2 >= MIN_FILL * box[2] * box[3] * gsd_m**2:
             boxes.append(box)
             bright = float(brightness[y : y + height, x : x + width][rows, columns].mean())
@@ -84,7 +84,9 @@ def main(recipe: str, table: Path, data: str | None) -> None:
             curve = precision_recall(found, truths, label=0, iou_threshold=iou)
             values = [round(curve.average_precision, 4), len(curve.scores), curve.num_objects]
             writer.writerow(["water index and blobs", len(chips), iou, *values, datetime.date.today().isoformat()])
-            click.echo(f"water index and blobs: IoU {iou:.2f}  AP {values[0]:.4f}  ({values[1]} found, {values[2]} there)")
+            click.echo(
+                f"water index and blobs: IoU {iou:.2f}  AP {values[0]:.4f}  ({values[1]} found, {values[2]} there)"
+            )
 
 
 if __name__ == "__main__":

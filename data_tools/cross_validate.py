@@ -101,7 +101,9 @@ def main(recipe: str, out: Path, table: Path | None, data: str | None, overrides
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        click.echo(f"{row['scene']:>14}  {row['bands']:<20} IoU {row['iou']:.2f}  AP {row['ap']:.4f}  F1 {row['best_f1']}")
+        click.echo(
+            f"{row['scene']:>14}  {row['bands']:<20} IoU {row['iou']:.2f}  AP {row['ap']:.4f}  F1 {row['best_f1']}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Recipes: one YAML file per dataset and task, read into frozen, typed objects.
 
-``base: other.yaml`` inherits from one parent (two levels at most): mappings merge, lists and scalars replace. Values may
-be changed with ``KEY=VALUE`` overrides (``optim.lr=1e-3``). An unknown key is an error that names its nearest
+``base: other.yaml`` inherits from one parent (two levels at most): mappings merge, lists and scalars replace. Values
+may be changed with ``KEY=VALUE`` overrides (``optim.lr=1e-3``). An unknown key is an error that names its nearest
 neighbour. Defaults live here and nowhere else.
 """
 

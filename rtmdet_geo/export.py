@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from rtmdet_geo.catalog import SPEC_KEY
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, OutputError
 from rtmdet_geo.models.decode import DetectionGraph, decode_distances, flatten_level
 from rtmdet_geo.models.weights import build_from_weights, fuse_batch_norm, weights_sha256
+from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import ModelSpec
 
 if TYPE_CHECKING:
@@ -108,25 +108,18 @@ def export_model(
             "exporter": f"rtmdet-geo {__version__}, torch {torch.__version__}",
         }
     )
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            temporary = Path(folder) / target.name
-            _trace(graph, temporary, channels=len(spec.bands), side=side, is_fixed=tile_size is not None)
-            proto = onnx.load(temporary)
-            if tile_size is None:
-                _make_top_k_dynamic(proto, limit)
-            if half_weights:
-                _store_half(proto)
-            _write_metadata(proto, spec)
-            onnx.checker.check_model(proto, full_check=True)
-            onnx.save(proto, temporary)
-            if verify:
-                verify_export(graph, temporary, batches=[(1, side), (3, tile_size or min(side, _CHECK_SIDE))])
-            os.replace(temporary, target)
-    except OSError as error:
-        if isinstance(error, OutputError) or error.strerror is None:
-            raise
-        raise OutputError(f"cannot write {str(target)!r}: {error.strerror}; choose another place") from error
+    with staged_output(target) as staged:
+        _trace(graph, staged, channels=len(spec.bands), side=side, is_fixed=tile_size is not None)
+        proto = onnx.load(staged)
+        if tile_size is None:
+            _make_top_k_dynamic(proto, limit)
+        if half_weights:
+            _store_half(proto)
+        _write_metadata(proto, spec)
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.save(proto, staged)
+        if verify:
+            verify_export(graph, staged, batches=[(1, side), (3, tile_size or min(side, _CHECK_SIDE))])
     return spec
 
 
@@ -211,11 +204,7 @@ def _load(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None) -> 
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.suffix.lower() != ".onnx":
         raise OutputError(f"{str(target)!r} must end in .onnx")
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
-        raise OutputError(f"{str(target)!r} {what}; choose another place")
-    if target.exists() and not overwrite:
-        raise OutputError(f"{str(target)!r} exists; pass --overwrite to replace it")
+    check_folder(target, overwrite)
 
 
 def _check_spec(network: Any, spec: ModelSpec, tile_size: int | None) -> None:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import OutputError
+from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import Detections
-from rtmdet_geo.vector import check_folder, staged_output
 
 logger = logging.getLogger(__name__)
 

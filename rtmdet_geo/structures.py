@@ -1,4 +1,4 @@
-"""What crosses the borders between stages: :class:`Tile`, :class:`Detections`, :class:`ModelSpec`. numpy only.
+r"""What crosses the borders between stages: :class:`Tile`, :class:`Detections`, :class:`ModelSpec`. numpy only.
 
 Conventions (stated once, used everywhere):
 
@@ -8,8 +8,8 @@ Conventions (stated once, used everywhere):
   side's, in [-pi/2, pi/2), positive **clockwise on screen**::
 
       o----> x          angle 0: ship lies along x      angle +pi/4: bow to the lower right (or upper left)
-      |   \\
-      v    \\  (+)
+      |   \
+      v    \  (+)
       y
 """
 

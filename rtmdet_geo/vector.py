@@ -13,12 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sqlite3
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +30,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import ConfigError, OutputError
+from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import Kind
 
 logger = logging.getLogger(__name__)
@@ -312,25 +310,6 @@ def driver_of(path: str | os.PathLike[str], driver: str | None = None) -> str:
     return DRIVERS[suffix]
 
 
-def check_folder(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Check that a file could be written to ``path``, whatever its format.
-
-    Raises:
-        OutputError: the folder is missing or not writable, ``path`` is a folder, or it exists and ``overwrite`` is
-            False.
-    """
-    path = Path(path)
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"folder {str(folder)!r} of the output does not exist; make it first")
-    if path.is_dir():
-        raise OutputError(f"output {str(path)!r} is a folder; give a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"output {str(path)!r} exists; add --overwrite to replace it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"folder {str(folder)!r} of the output is not writable; choose another")
-
-
 def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, driver: str | None = None) -> None:
     """Check before a long run that :func:`write_features` could write ``path``.
 
@@ -339,44 +318,6 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, drive
     """
     driver_of(path, driver)
     check_folder(path, overwrite)
-
-
-@contextmanager
-def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) -> Iterator[Path]:
-    """Give a temporary path to write; rename it to ``path`` when the block ends well, remove it when it does not.
-
-    The temporary file lies in its own folder beside ``path``, so side files (SQLite's journals) go with it.
-
-    Args:
-        path: final name; replaced if it exists.
-        suffix: extension of the temporary file; None: that of ``path``.
-
-    Raises:
-        OutputError: the operating system refuses (folder not writable, disk full).
-    """
-    path = Path(path)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
-    try:
-        staged = folder / (path.name if suffix is None else path.stem + suffix)
-        yield staged
-        with staged.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        for ending in (
-            "-wal",
-            "-shm",
-            "-journal",
-        ):  # of a file to be replaced: SQLite would replay them into the new one
-            path.with_name(path.name + ending).unlink(missing_ok=True)
-        os.replace(staged, path)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_features(

@@ -17,7 +17,7 @@ BASE = {"__init__", "errors", "structures", "config", "catalog", "cache"}
 STAGES = {
     *("boxes", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
-    *("merge", "vector", "preview", "evaluation"),
+    *("merge", "vector", "preview", "outputs", "evaluation"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

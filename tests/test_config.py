@@ -32,7 +32,7 @@ def test_unknown_key_names_its_neighbour():
 
 
 def test_unknown_key_inside_the_stretch():
-    with pytest.raises(ConfigError, match="model.stretch.hihg.*did you mean 'high'"):
+    with pytest.raises(ConfigError, match=r"model\.stretch\.hihg.*did you mean 'high'"):
         parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "stretch": {"hihg": 1}}})
 
 

@@ -44,7 +44,9 @@ def test_second_hit_on_one_object_is_a_miss():
 
 
 def test_ignored_objects_count_neither_way():
-    curve = precision_recall([found((100, 0.9), (200, 0.8))], [truth(100, 200, ignored=[0])], label=0, iou_threshold=0.5)
+    curve = precision_recall(
+        [found((100, 0.9), (200, 0.8))], [truth(100, 200, ignored=[0])], label=0, iou_threshold=0.5
+    )
     assert (curve.num_objects, curve.average_precision, len(curve.scores)) == (1, 1.0, 1)
 
 
@@ -57,6 +59,8 @@ def test_threshold_is_inclusive_and_classes_are_apart():
 
 
 def test_nothing_found_and_nothing_there():
-    assert precision_recall([Detections.empty("scene")], [truth(100)], label=0, iou_threshold=0.5).average_precision == 0
+    assert (
+        precision_recall([Detections.empty("scene")], [truth(100)], label=0, iou_threshold=0.5).average_precision == 0
+    )
     empty = precision_recall([], [], label=0, iou_threshold=0.5)
     assert math.isnan(empty.average_precision) and empty.best_f1 == (0.0, 1.0)

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """Labelled objects of one image: boxes (N, 5) px le90, labels (N,) int64, ignored (N,) bool (neither hit nor miss)."""
+    """Labelled objects of one image: boxes (N, 5) px le90, labels (N,) int64, ignored (N,) bool (no hit, no miss)."""
 
     boxes: Array
     labels: Array

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from rtmdet_geo.errors import ChecksumError, WeightsError
 from rtmdet_geo.models.blocks import ConvModule
 from rtmdet_geo.models.rtmdet import BUILDERS, RTMDet, get_model
+from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def save_weights(
 
     Raises:
         WeightsError: a value is not finite, or leaves the range of float16.
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     path = Path(path)
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
@@ -98,16 +98,8 @@ def save_weights(
         stored[name] = values.contiguous()
     spec = spec.model_copy(update={"weights_sha256": weights_sha256(_restore(stored, shared))})
     metadata = {"format": "pt", "model_spec": spec.model_dump_json(), "shared": json.dumps(shared)}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(stored, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with staged_output(path) as staged:
+        save_file(stored, staged, metadata=metadata)
     return spec
 
 

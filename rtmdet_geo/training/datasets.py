@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Chip:
-    """One image with its labels. boxes (N, 5) float64 chip px, labels (N,) int64, ignored (N,) bool; pixels CHW uint8."""
+    """One image with its labels. boxes (N, 5) float64 chip px, labels (N,) int64, ignored (N,) bool; pixels CHW."""
 
     scene: str
     pixels: Array
@@ -63,8 +63,8 @@ def load_chips(folder: Path, model: ModelSection) -> list[Chip]:
     index_path = folder / "chips.json"
     if not index_path.is_file():
         raise DatasetNotFoundError(
-            f"no chips in {str(folder)!r} (chips.json is missing): cut them with 'rtmdet-geo data chips', or name their "
-            "folder with --data or --set data.chips=FOLDER"
+            f"no chips in {str(folder)!r} (chips.json is missing): cut them with 'rtmdet-geo data chips', or name "
+            "their folder with --data or --set data.chips=FOLDER"
         )
     try:
         index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -97,7 +97,9 @@ def _read_chip(folder: Path, entry: dict[str, Any], order: list[int], label_of: 
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise DatasetNotFoundError(f"chip {str(path)!r} is named in chips.json but missing: cut the chips again") from error
+        raise DatasetNotFoundError(
+            f"chip {str(path)!r} is named in chips.json but missing: cut the chips again"
+        ) from error
     except (ValueError, OSError, EOFError) as error:
         raise AnnotationError(f"chip {str(path)!r} is broken ({error}): cut the chips again") from error
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (entry["height"], entry["width"]) or len(pixels) <= max(order):
@@ -106,7 +108,9 @@ def _read_chip(folder: Path, entry: dict[str, Any], order: list[int], label_of: 
     labels = np.array([label_of[label] for label in entry["labels"]], np.int64)
     ignored = np.array(entry["ignore"], bool)
     if not (len(boxes) == len(labels) == len(ignored)) or not np.isfinite(boxes).all() or (boxes[:, 2:4] <= 0).any():
-        raise AnnotationError(f"labels of chip {entry['file']!r} in chips.json are not finite boxes with one label each")
+        raise AnnotationError(
+            f"labels of chip {entry['file']!r} in chips.json are not finite boxes with one label each"
+        )
     if order != list(range(len(pixels))):
         pixels = pixels[order]
     return Chip(entry["scene"], pixels, boxes, labels, ignored)
@@ -186,7 +190,7 @@ class CropSampler:
         return image, boxes, labels, cut
 
     def _crop(self, rng: np.random.Generator, width: int, height: int) -> tuple[Array, Array, Array, Array]:
-        """Cut one crop: around a random object, or anywhere. Returns image, boxes, labels, and which boxes to ignore."""
+        """Cut one crop: around a random object, or anywhere. Gives image, boxes, labels, which boxes to ignore."""
         section = self.section
         chip, centre = self._look_at(rng, width, height)
         matrix = augment.random_similarity(rng, section, (centre[0], centre[1]), (width, height))
@@ -195,7 +199,6 @@ class CropSampler:
         seen = (share > 0.05) & (boxes[:, 2:4].min(axis=1, initial=np.inf) >= section.min_size_px)
         cut = chip.ignored[seen] | (share[seen] < section.min_visible)
         return augment.warp_crop(chip.pixels, matrix, (width, height)), boxes[seen], chip.labels[seen], cut
-
 
     def _look_at(self, rng: np.random.Generator, width: int, height: int) -> tuple[Chip, Array]:
         """Choose a chip and the centre of a crop in it: near an object, near a false alarm, or anywhere."""
@@ -207,7 +210,7 @@ class CropSampler:
         if draw < self.section.object_crop_prob + self.section.false_alarm_crop_prob and len(self.false_alarms):
             weight = self.false_alarms[:, 3]
             index, x, y, _ = self.false_alarms[rng.choice(len(weight), p=weight / weight.sum())]
-            return self.chips[int(index)], (x, y) + jitter
+            return self.chips[int(index)], np.array([x, y]) + jitter
         tries = []
         for _ in range(self.section.background_tries):
             chip = self.chips[rng.choice(len(self.chips), p=self.area_weight)]

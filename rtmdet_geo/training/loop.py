@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import platform
 import random
 import time
@@ -28,6 +27,7 @@ from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
 from rtmdet_geo.models.weights import save_weights
+from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.training.criterion import RotatedCriterion
 from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, Sample, load_chips, split_chips
@@ -66,7 +66,7 @@ def train_model(
         cancelled: asked after every iteration; True saves a checkpoint and raises Cancelled.
 
     Returns:
-        Summary: ``weights`` (path), ``iterations``, ``seconds``, ``loss`` (mean of the last logged), ``validation`` rows.
+        ``weights`` (path), ``iterations``, ``seconds``, ``loss`` (of the last iteration), ``validation`` rows.
 
     Raises:
         DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or cut for another recipe.
@@ -186,7 +186,7 @@ def _choose_device(device: str) -> str:
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the global state
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -299,16 +299,17 @@ def _save_checkpoint(
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
         "false_alarms": torch.from_numpy(sampler.false_alarms),
-        "versions": {"rtmdet_geo": rtmdet_geo.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": {
+            "rtmdet_geo": rtmdet_geo.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
     }
-    temporary = run / f".{CHECKPOINT}.{os.getpid()}"
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, run / CHECKPOINT)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {run / CHECKPOINT}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_output(run / CHECKPOINT) as staged:
+        try:
+            torch.save(state, staged)
+        except RuntimeError as error:  # torch's own writer: a full disk, for one
+            raise OutputError(f"cannot write {run / CHECKPOINT}: {error}") from error
 
 
 def _load_checkpoint(

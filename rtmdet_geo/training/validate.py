@@ -130,7 +130,7 @@ def find_false_alarms(
         found = found.select(found.scores >= score_threshold)
         if len(found) and len(chip.boxes):
             found = found.select(rotated_iou(found.boxes, chip.boxes).max(axis=1) <= max_iou)
-        found = found.select(slice(limit))
+        found = found.select(np.arange(min(limit, len(found))))
         rows.append(np.column_stack([np.full(len(found), index), found.boxes[:, :2], found.scores]))
     return np.concatenate(rows) if rows else np.zeros((0, 4))
 

@@ -31,6 +31,8 @@ _CORNER_SIGNS = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]])
 #: The six point pairs of a quadrilateral: every edge of its convex hull is one of them.
 _QUAD_FROM = np.array([0, 1, 2, 3, 0, 1])
 _QUAD_TO = np.array([1, 2, 3, 0, 2, 3])
+#: Areas that differ by less are equal but for rounding.
+_AREA_TIE = 1e-9
 #: Hull edges handled at a time by minimum_area_rectangle; bounds its memory.
 _EDGE_CHUNK = 256
 
@@ -134,6 +136,16 @@ def polygons_to_hboxes(polygons: ArrayLike) -> FloatArray:
     return np.concatenate([polygons.min(axis=1), polygons.max(axis=1)], axis=1)
 
 
+def _smallest(along: FloatArray, across: FloatArray) -> NDArray[np.int64]:
+    """Return the column of the least area in side lengths (N, D); among equal areas the least perimeter decides.
+
+    Equal areas are common, not a curiosity: all three rectangles on the edges of a triangle have twice its area.
+    """
+    area = along * across
+    is_least = area <= area.min(axis=1, keepdims=True) * (1 + _AREA_TIE)
+    return np.argmin(np.where(is_least, along + across, np.inf), axis=1)
+
+
 def _best_rectangle(points: FloatArray, directions: FloatArray) -> FloatArray:
     """Return the smallest of the rectangles around ``points`` that have a side along one of ``directions``.
 
@@ -142,7 +154,7 @@ def _best_rectangle(points: FloatArray, directions: FloatArray) -> FloatArray:
         directions: (N, D, 2), any length; a zero vector stands for (1, 0).
 
     Returns:
-        (N, 5) with w >= h and an angle in [-pi/2, pi/2); of several smallest the first direction's.
+        (N, 5) with w >= h and an angle in [-pi/2, pi/2).
     """
     length = np.hypot(directions[..., 0], directions[..., 1])[..., None]
     unit = np.where(length > 0, directions, [1.0, 0.0]) / np.where(length > 0, length, 1.0)  # (N, D, 2)
@@ -151,7 +163,7 @@ def _best_rectangle(points: FloatArray, directions: FloatArray) -> FloatArray:
     across = normal @ points.transpose(0, 2, 1)
     along_low, along_high = along.min(axis=2), along.max(axis=2)
     across_low, across_high = across.min(axis=2), across.max(axis=2)
-    best = np.argmin((along_high - along_low) * (across_high - across_low), axis=1)
+    best = _smallest(along_high - along_low, across_high - across_low)
     rows = np.arange(len(points))
     unit, normal = unit[rows, best], normal[rows, best]
     u_low, u_high = along_low[rows, best], along_high[rows, best]
@@ -169,7 +181,8 @@ def polygons_to_boxes(polygons: ArrayLike) -> FloatArray:
 
     The least rectangle has a side along an edge of the convex hull (Freeman and Shapira 1975); all six point pairs are
     tried, so concave, crossed and degenerate quadrilaterals are right as well. A segment gives h = 0 along itself, a
-    point w = h = 0. The form of a square is ambiguous; the first edge's angle, wrapped, is taken.
+    point w = h = 0. The form of a square is ambiguous; the first edge's angle, wrapped, is taken. Of several
+    rectangles of equal area the one of least perimeter is taken.
 
     Args:
         polygons: (N, 4, 2) or (N, 8) x y in px, any vertex order.
@@ -219,12 +232,13 @@ def minimum_area_rectangle(points: ArrayLike) -> FloatArray:
     origin = array[0]
     hull = convex_hull(array - origin)
     edges = np.roll(hull, -1, axis=0) - hull
-    best: FloatArray | None = None
-    for start in range(0, len(edges), _EDGE_CHUNK):
-        candidate = _best_rectangle(hull[None], edges[None, start : start + _EDGE_CHUNK])[0]
-        if best is None or candidate[2] * candidate[3] < best[2] * best[3]:
-            best = candidate
-    assert best is not None  # the hull of at least one point has at least one edge
+    candidates = np.array(
+        [
+            _best_rectangle(hull[None], edges[None, start : start + _EDGE_CHUNK])[0]
+            for start in range(0, len(edges), _EDGE_CHUNK)
+        ]
+    )
+    best = np.asarray(candidates[_smallest(candidates[None, :, 2], candidates[None, :, 3])[0]])
     best[:2] += origin
     return best
 
@@ -234,21 +248,38 @@ def translate_boxes(boxes: ArrayLike, offset_x: float, offset_y: float) -> Float
     return np.asarray(as_boxes(boxes) + np.array([offset_x, offset_y, 0.0, 0.0, 0.0]))
 
 
-def rescale_boxes(boxes: ArrayLike, scale_x: float, scale_y: float) -> FloatArray:
+def rescale_boxes(
+    boxes: ArrayLike, scale_x: float, scale_y: float, *, follow: Literal["long", "h"] = "long"
+) -> FloatArray:
     """Return boxes (N, 5) in coordinates multiplied by ``scale_x`` and ``scale_y`` (> 0).
 
-    With equal factors this is exact. With unequal ones a rectangle becomes a parallelogram; like mmrotate's
-    ``RotatedBoxes.rescale_`` each side is scaled along its own direction and the angle follows the w axis, which is
-    exact for boxes along the axes; scaling back gives the first box only when the factors are equal.
+    With equal factors this is exact. With unequal ones a rectangle becomes a parallelogram: each side is scaled along
+    its own direction, and the box can follow the direction of one of them only. The default is the long side, so that
+    the heading of a ship stays right on pixels that are not square.
+
+    Args:
+        boxes: (N, 5) cx, cy, w, h in px, angle in rad.
+        scale_x: factor of x.
+        scale_y: factor of y.
+        follow: "long" keeps the direction of the longer side (of w where they are equal), "h" that of the h side, which
+            is what mmrotate's ``RotatedBoxes.rescale_`` does for every box.
+
+    Returns:
+        (N, 5) float64; w and h keep their meaning, the angle is not wrapped to le90.
 
     Raises:
-        ValueError: a factor is not positive and finite.
+        ValueError: a factor is not positive and finite, or ``follow`` is unknown.
     """
     boxes = as_boxes(boxes)
     if not (0 < scale_x < np.inf and 0 < scale_y < np.inf):
         raise ValueError(f"scale factors ({scale_x!r}, {scale_y!r}) must be positive and finite")
+    if follow not in ("long", "h"):
+        raise ValueError(f"unknown follow {follow!r}; use 'long' or 'h'")
     cos, sin = np.cos(boxes[:, 4]), np.sin(boxes[:, 4])
-    angle = boxes[:, 4] if scale_x == scale_y else np.arctan2(scale_y * sin, scale_x * cos)
+    along_w = np.arctan2(scale_y * sin, scale_x * cos)
+    along_h = np.arctan2(scale_x * sin, scale_y * cos)  # the h side runs along (-sin, cos)
+    is_w = boxes[:, 2] >= boxes[:, 3] if follow == "long" else np.zeros(len(boxes), bool)
+    angle = boxes[:, 4] if scale_x == scale_y else np.where(is_w, along_w, along_h)
     return np.stack(
         [
             boxes[:, 0] * scale_x,

@@ -188,10 +188,10 @@ def _suppresses(frames: FloatArray, j: int, i: int, iou_threshold: float, is_str
 
 @_compiled
 def _is_hit_in_cell(
-    frames: FloatArray, i: int, head: int, iou_threshold: float, is_strict: bool, work: FloatArray
+    frames: FloatArray, i: int, head: np.int64, iou_threshold: float, is_strict: bool, work: FloatArray
 ) -> bool:
     """Tell whether a kept box of the cell whose last one is ``head`` (-1: empty) suppresses box ``i``."""
-    j = head
+    j = int(head)
     while j >= 0:
         if _suppresses(frames, j, i, iou_threshold, is_strict, work):
             return True
@@ -204,31 +204,40 @@ def _greedy(
     frames: FloatArray,
     levels: IntArray,
     cell_sizes: FloatArray,
-    cell_head: NDArray[np.int32],
+    bounds: FloatArray,
     iou_threshold: float,
     is_strict: bool,
-) -> NDArray[np.bool_]:
-    """Return which of the boxes, given in descending score order, are kept.
+    is_kept: NDArray[np.bool_],
+    cell_head: NDArray[np.int32],
+    is_used: NDArray[np.uint8],
+    level_head: IntArray,
+    level_next: IntArray,
+    level_count: IntArray,
+    work: FloatArray,
+) -> None:
+    """Write which of the boxes, given in descending score order, are kept.
+
+    The caller allocates: compiling the allocations would add a second to the first call, and numpy asks the system for
+    huge pages.
 
     Args:
-        frames: (N, 8) as of _fill_frames.
+        frames: (N, 8) as of _fill_frames, with labels.
         levels: (N,) index into cell_sizes; the enclosing box is not larger than that cell.
         cell_sizes: (L,) rising powers of two.
-        cell_head: (C,) filled with -1, C a power of two >= 2 N and >= 8.
+        bounds: least x, least y, and the largest differences from them, of all centres.
         iou_threshold: in [0, 1].
         is_strict: suppress where IoU > threshold, not >=.
+        is_kept: (N,) False; the result.
+        cell_head: (C,) -1: last kept box of a cell; C is a power of two, >= 2 N and >= 8.
+        is_used: (C / 8,) 0: a bit per cell. Most cells are empty, and this fits the processor's cache.
+        level_head: (L,) -1: last kept box of a level.
+        level_next: (N,) the box of the same level that was kept before.
+        level_count: (L,) 0: number of kept boxes of a level.
+        work: of _WORK_SHAPE.
     """
     num_boxes, num_levels = frames.shape[0], cell_sizes.shape[0]
-    is_kept = np.zeros(num_boxes, np.bool_)
     mask = cell_head.shape[0] - 1
-    # a bit per cell: most are empty, and this fits the processor's cache
-    is_used = np.zeros(cell_head.shape[0] // 8, np.uint8)
-    level_head = np.full(num_levels, -1, np.int64)  # last kept box of a level ...
-    level_next = np.empty(num_boxes, np.int32)  # ... and the one kept before it
-    level_count = np.zeros(num_levels, np.int64)
-    work = np.empty(_WORK_SHAPE)
-    origin_x, origin_y = frames[:, 0].min(), frames[:, 1].min()
-    span_x, span_y = frames[:, 0].max() - origin_x, frames[:, 1].max() - origin_y
+    origin_x, origin_y, span_x, span_y = bounds[0], bounds[1], bounds[2], bounds[3]
 
     for i in range(num_boxes):
         half_w, half_h, cos, sin = frames[i, 2], frames[i, 3], abs(frames[i, 4]), abs(frames[i, 5])
@@ -240,7 +249,7 @@ def _greedy(
         own_row = _bucket(label, own_level, math.floor(y / cell_sizes[own_level]), mask)
         own_bucket = (own_row + math.floor(x / cell_sizes[own_level])) & mask
         # duplicates are what NMS mostly meets, and they lie in the same cell
-        if _is_hit_in_cell(frames, i, cell_head[own_bucket], iou_threshold, is_strict, work):
+        if _is_hit_in_cell(frames, i, np.int64(cell_head[own_bucket]), iou_threshold, is_strict, work):
             continue
         # Overlap of a box with long side w by one of diagonal d is at most d times the short side, so IoU >= t needs
         # d >= t w; and d is at most sqrt 2 w. Levels go by d: cell / 2 <= d < cell.
@@ -271,7 +280,7 @@ def _greedy(
                 for column in range(first_column, last_column + 1):
                     bucket = (row_bucket + column) & mask
                     if (is_used[bucket >> 3] >> (bucket & 7)) & 1 and bucket != own_bucket:
-                        is_hit = _is_hit_in_cell(frames, i, cell_head[bucket], iou_threshold, is_strict, work)
+                        is_hit = _is_hit_in_cell(frames, i, np.int64(cell_head[bucket]), iou_threshold, is_strict, work)
                         if is_hit:
                             break
                 if is_hit:
@@ -282,7 +291,6 @@ def _greedy(
             is_used[own_bucket >> 3] |= np.uint8(1 << (own_bucket & 7))
             level_next[i], level_head[own_level] = level_head[own_level], i
             level_count[own_level] += 1
-    return is_kept
 
 
 def _check_boxes(boxes: ArrayLike, columns: int, name: str) -> FloatArray:
@@ -410,11 +418,26 @@ def _nms(
         return np.asarray(order[np.sort(first)], np.int64)
     boxes = boxes[order]
     levels, cell_sizes = _grid_levels(boxes)
-    frames = np.empty((num_boxes, _FRAME_COLUMNS))  # by numpy: it asks for huge pages, numba does not
+    frames = np.empty((num_boxes, _FRAME_COLUMNS))
     _fill_frames(boxes, frames)
     frames[:, _LABEL] = label_array
-    cell_head = np.full(max(8, 1 << (2 * num_boxes - 1).bit_length()), -1, np.int32)
-    is_kept = _greedy(frames, levels, cell_sizes, cell_head, float(iou_threshold), is_strict)
+    num_cells = max(8, 1 << (2 * num_boxes - 1).bit_length())
+    is_kept = np.zeros(num_boxes, np.bool_)
+    _greedy(
+        frames,
+        levels,
+        cell_sizes,
+        np.concatenate([boxes[:, :2].min(axis=0), np.ptp(boxes[:, :2], axis=0)]),
+        float(iou_threshold),
+        is_strict,
+        is_kept,
+        np.full(num_cells, -1, np.int32),
+        np.zeros(num_cells // 8, np.uint8),
+        np.full(len(cell_sizes), -1, np.int64),
+        np.empty(num_boxes, np.int64),
+        np.zeros(len(cell_sizes), np.int64),
+        np.empty(_WORK_SHAPE),
+    )
     return np.asarray(order[is_kept], np.int64)
 
 

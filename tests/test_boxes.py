@@ -38,15 +38,15 @@ def angle_distance(actual, expected, period):
     return np.abs((np.asarray(actual) - expected + period / 2) % period - period / 2)
 
 
-def assert_same_boxes(actual, expected, *, period=None):
+def assert_same_boxes(actual, expected, *, period=None, tolerance=TOLERANCE):
     """Compare number by number; ``period`` (per row or one) compares angles modulo it."""
     expected = np.asarray(expected, np.float64).reshape(-1, 5)
     assert actual.shape == expected.shape and actual.dtype == np.float64
-    np.testing.assert_allclose(actual[:, :4], expected[:, :4], rtol=1e-6, atol=TOLERANCE)
+    np.testing.assert_allclose(actual[:, :4], expected[:, :4], rtol=1e-6, atol=tolerance)
     if period is None:
-        np.testing.assert_allclose(actual[:, 4], expected[:, 4], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(actual[:, 4], expected[:, 4], rtol=0, atol=tolerance)
     else:
-        assert angle_distance(actual[:, 4], expected[:, 4], period).max(initial=0) < TOLERANCE
+        assert angle_distance(actual[:, 4], expected[:, 4], period).max(initial=0) < tolerance
 
 
 def square_period(boxes):
@@ -71,14 +71,28 @@ def test_oracle_polygons_and_horizontal_boxes(oracle):
     np.testing.assert_allclose(bx.polygons_to_hboxes(qboxes), oracle["qbox2hbox"], **options)
 
 
-def test_oracle_minimum_area_rectangles(oracle):
-    polygons = as_fed(oracle["qboxes"])
-    expected = np.array(oracle["qbox2rbox_le90"])
-    actual = bx.polygons_to_boxes(polygons)
+def assert_minimum_rectangles(actual, expected, polygons, tolerance):
+    """Same boxes, or, where the reference's float32 chose otherwise, one of equal area around the same points."""
     assert_le90(actual)
-    assert_same_boxes(actual, expected, period=square_period(expected))
-    single = np.array([bx.minimum_area_rectangle(polygon.reshape(4, 2)) for polygon in polygons])
-    assert_same_boxes(single, expected, period=square_period(expected))
+    area, expected_area = actual[:, 2] * actual[:, 3], expected[:, 2] * expected[:, 3]
+    np.testing.assert_allclose(area, expected_area, rtol=1e-4, atol=1e-3)
+    is_tie = np.abs(actual - expected).max(axis=1) > 0.01
+    is_tie &= np.abs(area / expected_area - 1) < 1e-6
+    is_tie &= angle_distance(actual[:, 4], expected[:, 4], PI / 2) > 1e-4
+    for polygon, found in zip(polygons[is_tie], actual[is_tie], strict=True):
+        assert bx.points_in_boxes(polygon, [found], margin=-1e-6).all()
+    other = ~is_tie
+    assert other.sum() >= len(actual) / 2
+    assert_same_boxes(actual[other], expected[other], period=square_period(expected[other]), tolerance=tolerance)
+
+
+def test_oracle_minimum_area_rectangles(oracle):
+    polygons = as_fed(oracle["qboxes"]).reshape(-1, 4, 2)
+    expected = np.array(oracle["qbox2rbox_le90"])
+    # OpenCV works in float32: centres are off by up to 2e-4 px
+    assert_minimum_rectangles(bx.polygons_to_boxes(polygons), expected, polygons, 5e-4)
+    single = np.array([bx.minimum_area_rectangle(polygon) for polygon in polygons])
+    assert_minimum_rectangles(single, expected, polygons, 5e-4)
 
 
 def test_oracle_regularize(oracle):
@@ -107,8 +121,8 @@ def test_oracle_rotate(oracle, name):
 
 @pytest.mark.parametrize("name", ["rescale_iso", "rescale_aniso"])
 def test_oracle_rescale(oracle, name):
-    # the reference's arctan2 wraps angles beyond +-pi, which means the same box
-    actual = bx.rescale_boxes(as_fed(oracle["rboxes"]), *oracle[name]["factor"])
+    """The reference follows the h side; arctan2 wraps angles beyond +-pi, which means the same box."""
+    actual = bx.rescale_boxes(as_fed(oracle["rboxes"]), *oracle[name]["factor"], follow="h")
     assert_same_boxes(actual, oracle[name]["out"], period=PI)
 
 
@@ -173,19 +187,18 @@ def test_areas_and_signs():
         ([[0, 0], [0, 3], [0, 1], [0, 2]], [0, 1.5, 3, 0, -PI / 2]),
         ([[0, 0], [4, 0], [4, 1], [0, 1]], [2, 0.5, 4, 1, 0]),
         ([[0, 0], [4, 1], [4, 0], [0, 1]], [2, 0.5, 4, 1, 0]),  # crossed
-        ([[0, 0], [6, 0], [1, 1], [0, 6]], [1.5, 1.5, np.sqrt(72), np.sqrt(18), -PI / 4]),  # concave: the triangle
+        ([[0, 0], [6, 0], [1, 1], [0, 6]], [3, 3, 6, 6, 0]),  # concave; its triangle has two such areas
     ],
 )
 def test_degenerate_and_odd_polygons(points, expected):
     rectangle = bx.minimum_area_rectangle(points)
     area = expected[2] * expected[3]
     assert rectangle[2] * rectangle[3] == pytest.approx(area, abs=1e-12)
-    if len(points) == 4:
-        quad = bx.polygons_to_boxes([points])[0]
-        np.testing.assert_allclose(quad[2] * quad[3], area, atol=1e-12)
-    if "concave" not in str(points) and not (area == 36):  # the triangle's rectangle is not unique
-        np.testing.assert_allclose(rectangle[:4], expected[:4], atol=1e-12)
-        assert angle_distance(rectangle[4], expected[4], PI) < 1e-12
+    period = PI / 2 if expected[2] == expected[3] else PI
+    results = [rectangle, bx.polygons_to_boxes([points])[0]] if len(points) == 4 else [rectangle]
+    for result in results:
+        np.testing.assert_allclose(result[:4], expected[:4], atol=1e-12)
+        assert angle_distance(result[4], expected[4], period) < 1e-12
 
 
 def test_minimum_area_rectangle_of_a_large_round_outline():
@@ -202,6 +215,16 @@ def test_convex_hull_drops_collinear_points():
 def test_rescale_of_axis_aligned_boxes_is_exact():
     result = bx.rescale_boxes([[10, 20, 4, 2, 0], [10, 20, 4, 2, PI / 2]], 2, 3)
     np.testing.assert_allclose(result, [[20, 60, 8, 6, 0], [20, 60, 12, 4, PI / 2]])
+
+
+def test_rescale_keeps_the_heading_of_the_long_side():
+    heading = np.arctan2(0.5, 1)  # (1, 1) on pixels half as high
+    for values in ([0, 0, 10, 2, PI / 4], [0, 0, 2, 10, -PI / 4]):
+        result = bx.regularize_le90(bx.rescale_boxes([values], 1, 0.5))[0]
+        assert result[4] == pytest.approx(heading)
+        assert result[2] == pytest.approx(10 * np.hypot(1, 0.5) / np.sqrt(2))
+    reference = bx.rescale_boxes([[0, 0, 10, 2, PI / 4]], 1, 0.5, follow="h")[0]
+    assert reference[4] == pytest.approx(PI / 2 - heading)
 
 
 def test_points_on_the_outline_need_no_margin_to_be_inside():
@@ -248,6 +271,7 @@ def test_arguments_are_left_alone():
         (lambda: bx.flip_boxes([[1, 2, 3, 4, 5]], 1, 1, "sideways"), "sideways"),
         (lambda: bx.rescale_boxes([[1, 2, 3, 4, 5]], 0, 1), "positive"),
         (lambda: bx.rescale_boxes([[1, 2, 3, 4, 5]], 1, float("nan")), "positive"),
+        (lambda: bx.rescale_boxes([[1, 2, 3, 4, 5]], 1, 2, follow="w"), "follow"),
         (lambda: bx.project_boxes([[1, 2, 3, 4, 5]], np.eye(2)), "3 x 3"),
     ],
 )
@@ -321,7 +345,7 @@ def test_minimum_area_rectangle_equals_shapely(points):
     if len(points) == 4:
         quad = bx.polygons_to_boxes([points])[0]
         assert quad[2] * quad[3] == pytest.approx(expected.area, rel=1e-9, abs=1e-9)
-    grown = rectangle + [0, 0, 1e-9, 1e-9, 0]
+    grown = rectangle + np.array([0, 0, 1e-9, 1e-9, 0])
     assert bx.points_in_boxes(points, [grown], margin=0).all()
 
 

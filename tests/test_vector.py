@@ -21,7 +21,7 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtmdet_geo import vector
+from rtmdet_geo import outputs, vector
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.vector import SCHEMA, build_features, check_output, pixel_to_world, write_features
 
@@ -389,7 +389,7 @@ def test_folder_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(**_: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(vector.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(outputs.tempfile, "mkdtemp", refuse)
     with pytest.raises(OutputError, match="Permission denied"):
         write_features(features(BOXES), tmp_path / "ships.gpkg")
 

@@ -143,7 +143,8 @@ def _smallest(along: FloatArray, across: FloatArray) -> NDArray[np.int64]:
     """
     area = along * across
     is_least = area <= area.min(axis=1, keepdims=True) * (1 + _AREA_TIE)
-    return np.argmin(np.where(is_least, along + across, np.inf), axis=1)
+    best: NDArray[np.int64] = np.argmin(np.where(is_least, along + across, np.inf), axis=1)
+    return best
 
 
 def _best_rectangle(points: FloatArray, directions: FloatArray) -> FloatArray:

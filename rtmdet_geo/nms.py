@@ -15,18 +15,14 @@ absolute value; a box without area has IoU 0 with everything.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from rtmdet_geo.boxes import as_boxes, hboxes_to_boxes
-
-logger = logging.getLogger(__name__)
+from rtmdet_geo.jit import compiled
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -44,20 +40,8 @@ _LABEL, _NEXT = 6, 7
 #: Two polygons of at most 64 vertices: clipping by a side at most doubles the four that a rectangle has.
 _WORK_SHAPE = (4, 64)
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def _compiled(function: _Function) -> _Function:
-    """Compile on first call; keep the machine code in __pycache__, else in the user's cache folder, else not at all."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return cast(_Function, njit(cache=True, **options)(function))
-    except RuntimeError as error:  # numba found no folder to write to: read-only installation and home
-        logger.debug("compiled code of %s is not cached: %s", function.__name__, error)
-        return cast(_Function, njit(**options)(function))
-
-
-@_compiled
+@compiled
 def _fill_frames(boxes: FloatArray, frames: FloatArray) -> None:
     """Write cx, cy, w/2, h/2, cos, sin of boxes (N, 5) into frames (N, 8); the columns of NMS stay."""
     for i in range(boxes.shape[0]):
@@ -66,7 +50,7 @@ def _fill_frames(boxes: FloatArray, frames: FloatArray) -> None:
         frames[i, 4], frames[i, 5] = math.cos(boxes[i, 4]), math.sin(boxes[i, 4])
 
 
-@_compiled
+@compiled
 def _clip_area(half_w: float, half_h: float, work: FloatArray) -> float:
     """Return the area inside |x| <= half_w, |y| <= half_h of the rectangle in work[:2, :4]; work is overwritten."""
     count, source, target = 4, 0, 2
@@ -100,7 +84,7 @@ def _clip_area(half_w: float, half_h: float, work: FloatArray) -> float:
     return abs(doubled) / 2
 
 
-@_compiled
+@compiled
 def _intersection(frames1: FloatArray, i: int, frames2: FloatArray, j: int, needed: float, work: FloatArray) -> float:
     """Return the area common to two boxes, or 0 where cheap bounds show that it is less than ``needed``."""
     dx, dy = frames2[j, 0] - frames1[i, 0], frames2[j, 1] - frames1[i, 1]
@@ -140,7 +124,7 @@ def _intersection(frames1: FloatArray, i: int, frames2: FloatArray, j: int, need
     return float(min(_clip_area(a_w, a_h, work), area))
 
 
-@_compiled
+@compiled
 def _pairwise(boxes1: FloatArray, boxes2: FloatArray, is_aligned: bool, is_iof: bool) -> FloatArray:
     """Return overlaps of all pairs (N, M), or of equal rows (N, 1)."""
     frames1 = np.empty((boxes1.shape[0], _FRAME_COLUMNS))
@@ -161,7 +145,7 @@ def _pairwise(boxes1: FloatArray, boxes2: FloatArray, is_aligned: bool, is_iof: 
     return result
 
 
-@_compiled
+@compiled
 def _bucket(label: int, level: int, row: int, mask: int) -> int:
     """Return the hash of one row of cells; cell ``column`` is the bucket ``column`` further on, so rows stay together.
 
@@ -173,7 +157,7 @@ def _bucket(label: int, level: int, row: int, mask: int) -> int:
     return (mixed ^ (mixed >> 29)) & mask
 
 
-@_compiled
+@compiled
 def _suppresses(frames: FloatArray, j: int, i: int, iou_threshold: float, is_strict: bool, work: FloatArray) -> bool:
     """Tell whether the kept box ``j`` suppresses box ``i``."""
     both = 4 * frames[i, 2] * frames[i, 3] + 4 * frames[j, 2] * frames[j, 3]
@@ -186,7 +170,7 @@ def _suppresses(frames: FloatArray, j: int, i: int, iou_threshold: float, is_str
     return iou > iou_threshold or (iou == iou_threshold and not is_strict)
 
 
-@_compiled
+@compiled
 def _is_hit_in_cell(
     frames: FloatArray, i: int, head: np.int64, iou_threshold: float, is_strict: bool, work: FloatArray
 ) -> bool:
@@ -199,7 +183,7 @@ def _is_hit_in_cell(
     return False
 
 
-@_compiled
+@compiled
 def _greedy(
     frames: FloatArray,
     levels: IntArray,

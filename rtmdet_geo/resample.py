@@ -12,8 +12,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from rtmdet_geo.jit import compiled
 
 
 def axis_taps(
@@ -46,7 +47,7 @@ def axis_taps(
     return first, weights.astype(np.float32), nearest
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _rows(source: Any, first: Any, weights: Any, out: Any) -> None:
     """Filter along x: source (C, h, w) uint8, first (n,), weights (n, k), out (C, h, n) float32."""
     channels, height, _ = source.shape
@@ -61,7 +62,7 @@ def _rows(source: Any, first: Any, weights: Any, out: Any) -> None:
                 out[channel, row, column] = total
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _columns(rows: Any, first: Any, weights: Any, out: Any) -> None:
     """Filter along y: rows (C, h, n) float32, first (m,), weights (m, k), out (C, m, n) float32."""
     channels, _, width = rows.shape

@@ -15,7 +15,7 @@ MAX_LINES = 500
 # Rooms from the bottom up. A new module gets its place here, deliberately.
 BASE = {"__init__", "errors", "structures", "config", "catalog", "cache"}
 STAGES = {
-    *("boxes", "nms", "annotations", "gis_labels", "tiles"),
+    *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.nms import _compiled as compiled
+from rtmdet_geo.jit import compiled
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]

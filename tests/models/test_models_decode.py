@@ -127,11 +127,7 @@ def detect(outputs, case, image):
     boxes, scores, labels = boxes[keep].astype(np.float64), scores[keep], labels[keep]
     if case["rescale"]:
         scale_x, scale_y = case["img_metas"][image]["scale_factor"]
-        sine, cosine = np.sin(boxes[:, 4]), np.cos(boxes[:, 4])
-        boxes = boxes_module.rescale_boxes(boxes, 1 / scale_x, 1 / scale_y)
-        if scale_x != scale_y:
-            # mmrotate's RotatedBoxes.rescale_ has the two factors swapped in the angle; the golden results carry that
-            boxes[:, 4] = np.arctan2(sine / scale_x, cosine / scale_y)
+        boxes = boxes_module.rescale_boxes(boxes, 1 / scale_x, 1 / scale_y, follow="h")  # as the reference
     keep = (boxes[:, 2] > config["min_bbox_size"]) & (boxes[:, 3] > config["min_bbox_size"])
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     kept = nms_module.nms_rotated(boxes, scores, labels, iou_threshold=config["nms"]["iou_threshold"])

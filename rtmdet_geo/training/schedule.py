@@ -24,6 +24,7 @@ def learning_rate(
     start_factor: float = 1e-5,
     eta_min: float = 0.0,
     cosine_begin: int | None = None,
+    cosine_length: int | None = None,
 ) -> float:
     """Return the learning rate of one iteration: a pure function, so that a resumed training needs no scheduler state.
 
@@ -39,6 +40,8 @@ def learning_rate(
         start_factor: first factor of the warm-up, > 0.
         eta_min: rate the cosine falls to.
         cosine_begin: first iteration of the cosine; half of ``total_iterations`` by default.
+        cosine_length: iterations from the top of the cosine to its bottom; the rest of the training by default. The
+            published recipes take ``max_epochs // 2`` epochs, one less than the rest when the number of epochs is odd.
 
     Returns:
         The rate.
@@ -49,7 +52,7 @@ def learning_rate(
     if iteration < 0 or total_iterations < 1:
         raise ValueError(f"iteration {iteration} of {total_iterations}; iterations count from 0 and need a length >= 1")
     begin = total_iterations // 2 if cosine_begin is None else cosine_begin
-    length = max(1, total_iterations - begin)
+    length = max(1, total_iterations - begin if cosine_length is None else cosine_length)
 
     def warmup(index: int) -> float:
         if index >= warmup_iterations - 1:

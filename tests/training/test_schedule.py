@@ -28,6 +28,7 @@ def test_oracle_learning_rates(oracle_dir: Path) -> None:
             "start_factor": case["start_factor"],
             "eta_min": case["eta_min"],
             "cosine_begin": case["max_epochs"] // 2 * case["iters_per_epoch"],
+            "cosine_length": case["max_epochs"] // 2 * case["iters_per_epoch"],
         }
         for iteration, expected in [*case["lr"], [total, case["lr_after_last"]]]:
             ours = learning_rate(iteration, **arguments)

@@ -22,12 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from affine import Affine
 from numpy.typing import NDArray
 
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import file_sha256, find_model
-from rtmdet_geo.errors import Cancelled, ConfigError, NodataWarning, SaturatedTileWarning, UnknownClassError
+from rtmdet_geo.errors import (
+    Cancelled,
+    ConfigError,
+    NodataWarning,
+    OutputError,
+    SaturatedTileWarning,
+    UnknownClassError,
+)
 from rtmdet_geo.merge import Merged, merge_detections
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
@@ -160,7 +168,7 @@ def detect_scene(
         >>> result.features[["class_name", "score", "length_m"]]  # doctest: +SKIP
     """
     started = time.perf_counter()
-    _check_outputs(output, preview, driver, overwrite)
+    _check_outputs(scene, output, preview, driver, overwrite)
     target_crs = parse_crs(dst_crs)
     model_path = find_model(model)
     engine = open_backend(model_path, name=backend, threads=threads)
@@ -240,9 +248,18 @@ def detect_scene(
 
 
 def _check_outputs(
-    output: str | os.PathLike[str] | None, preview: str | os.PathLike[str] | None, driver: str | None, overwrite: bool
+    scene: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    preview: str | os.PathLike[str] | None,
+    driver: str | None,
+    overwrite: bool,
 ) -> None:
-    """Refuse before any work what could not be written at the end."""
+    """Refuse before any work what could not be written at the end, or would replace what is read."""
+    for path in (output, preview):
+        if path is not None and os.path.exists(path) and os.path.exists(scene) and os.path.samefile(path, scene):
+            raise OutputError(f"output {os.fspath(path)!r} is the scene itself; give another name")
+    if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
+        raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
     if output is not None:
         check_output(output, overwrite, driver=driver)
     if preview is not None:
@@ -374,17 +391,24 @@ def _warn(source: Scene, counts: _Counts, num_saturated: int, plan: _Plan) -> No
 def _make_features(
     source: Scene, merged: Merged, spec: ModelSpec, gsd: float | None, dst_crs: Any, run_id: str
 ) -> geopandas.GeoDataFrame:
-    """Resampled px -> source px -> geometries and attributes."""
+    """Resampled px -> geometries in the scene's CRS (source px without one) and attributes."""
     measured = None
     if source.gsd_x_m is not None and source.gsd_y_m is not None:
         measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
+    boxes, transform = merged.detections.boxes, source.transform
+    if source.is_georeferenced:  # a rectangle on the ground is none in pixels of unequal sides: go straight to the CRS
+        a, b, c, d, e, f = tuple(transform)[:6]
+        x, y = source.scale_x, source.scale_y
+        transform = Affine(a * x, b * y, c, d * x, e * y, f)
+    else:
+        boxes = source.to_source(boxes)
     return build_features(
-        source.to_source(merged.detections.boxes),
+        boxes,
         merged.detections.scores,
         merged.detections.labels,
         merged.num_merged,
         merged.on_edge,
-        transform=source.transform,
+        transform=transform,
         crs=source.crs,
         classes=spec.classes,
         gsd_m=gsd if gsd is not None else measured,

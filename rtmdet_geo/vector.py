@@ -15,7 +15,7 @@ import logging
 import os
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -202,12 +202,12 @@ def build_features(
     """Return the features of one scene with the whole schema (:data:`SCHEMA`), highest score first.
 
     Args:
-        boxes: (N, 5) float64 cx, cy, w, h in px of the **source** scene, angle in rad (le90).
+        boxes: (N, 5) float64 cx, cy, w, h in px that ``transform`` takes to the world, angle in rad (le90).
         scores: (N,) in [0, 1].
         labels: (N,) indexes into ``classes``.
         num_merged: (N,) int, see merge.Merged.
         on_edge: (N,) bool, see merge.Merged.
-        transform: source px -> world; ignored without a CRS.
+        transform: px -> world; ignored without a CRS, where the boxes must be in px of the source scene.
         crs: the scene's CRS, anything pyproj accepts; None: pixel coordinates and null metric attributes.
         classes: class names in label order.
         gsd_m: metres per pixel on the ground of the scene, or None.
@@ -403,30 +403,45 @@ def _json_column(column: pd.Series) -> list[Any]:
     return [None if is_null else value for value, is_null in zip(cells, column.isna().tolist(), strict=True)]
 
 
-def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
-    """Write a FeatureCollection, one feature a line."""
+def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
+    """Return features as GeoJSON texts without line breaks, in EPSG:4326 (RFC 7946, 4), or pixels without a CRS.
+
+    Raises:
+        OutputError: a polygon has no longitude and latitude; raised at once, before the first text.
+    """
     corners = shapely.get_coordinates(frame.geometry.array).reshape(-1, 5, 2)
-    head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
-    if frame.crs is None:
-        head["crs"] = None  # GeoJSON of 2008: unknown; a missing member means longitude and latitude
-    elif not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
+    if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
         logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
         corners = _unwrap_longitudes(_project(corners, frame.crs, WGS84))
         corners = shapely.get_coordinates(_polygons(corners[:, :4])).reshape(-1, 5, 2)
     if not np.isfinite(corners).all():
         raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg) instead")
-    if metadata:
-        head["metadata"] = dict(metadata)
-    stream.write(json.dumps(head, default=str, ensure_ascii=False)[:-1] + ', "features": [')
-    corners = np.round(corners, _GEOJSON_DECIMALS)
+    return _feature_texts(frame, np.round(corners, _GEOJSON_DECIMALS))
+
+
+def _feature_texts(frame: geopandas.GeoDataFrame, corners: FloatArray) -> Iterator[str]:
     names = [name for name in frame.columns if name != frame.geometry.name]
     columns = [_json_column(frame[name]) for name in names]
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     for index, values in enumerate(zip(*columns, strict=True)):
-        feature = {
-            "type": "Feature",
-            "properties": dict(zip(names, values, strict=True)),
-            "geometry": {"type": "Polygon", "coordinates": [corners[index].tolist()]},
-        }
-        stream.write(("\n" if index == 0 else ",\n") + encode(feature))
+        yield encode(
+            {
+                "type": "Feature",
+                "properties": dict(zip(names, values, strict=True)),
+                "geometry": {"type": "Polygon", "coordinates": [corners[index].tolist()]},
+            }
+        )
+
+
+def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
+    """Write a FeatureCollection, one feature a line."""
+    head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
+    if frame.crs is None:
+        head["crs"] = None  # GeoJSON of 2008: unknown; a missing member means longitude and latitude
+    lines = geojson_features(frame)
+    if metadata:
+        head["metadata"] = dict(metadata)
+    stream.write(json.dumps(head, default=str, ensure_ascii=False)[:-1] + ', "features": [')
+    for index, line in enumerate(lines):
+        stream.write(("\n" if index == 0 else ",\n") + line)
     stream.write("\n]}\n")

@@ -146,6 +146,10 @@ def test_detect_to_stdout_is_a_sequence_of_features(engine, scene):
     result = run("detect", scene, "-o", "-")
     features = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(features) == 5 and {feature["type"] for feature in features} == {"Feature"}
+    in_file = run("detect", scene, "-o", (path := scene.with_name("same.geojson"))) and json.loads(path.read_text())
+    for feature in (*features, *in_file["features"]):
+        feature["properties"]["run_id"] = None
+    assert features == in_file["features"]
     lon, lat = features[0]["geometry"]["coordinates"][0][0]
     assert -3.1 < lon < -2.9 and 40.6 < lat < 40.7
     assert features[0]["properties"]["class_name"] == "ship"
@@ -166,6 +170,12 @@ def test_progress_jsonl_reports_errors(engine, tmp_path):
     last = json.loads(result.stdout.splitlines()[-1])
     assert (last["event"], last["code"]) == ("error", 1) and "nosuch.tif" in last["message"]
     assert result.exit_code == 1 and result.stderr.startswith("rtmdet-geo: error: ")
+
+
+def test_progress_jsonl_reports_errors_before_the_start(tmp_path):
+    result = run("detect", "scene.tif", "-m", "nosuch.onnx", "-o", tmp_path / "a.gpkg", "--progress", "jsonl")
+    (event,) = map(json.loads, result.stdout.splitlines())
+    assert (event["event"], event["code"]) == ("error", 1) and "nosuch.onnx" in event["message"]
 
 
 def test_progress_bar_goes_to_stderr(engine, scene, tmp_path):

@@ -11,6 +11,9 @@ import geopandas
 import numpy as np
 import pyproj
 import pytest
+import rasterio
+import shapely
+from affine import Affine
 from synthetic import GROUND, SHIP, SHIPS, TRANSFORM, BlobBackend, draw_ships, make_spec, write_scene
 
 from rtmdet_geo import detect as pipeline
@@ -281,3 +284,44 @@ def test_result_reads_well(engine, scene):
     result = detect_scene(scene)
     assert str(result).startswith(f"{scene}: 5 detections (5 ship) in 6 tiles, ")
     assert dataclasses.is_dataclass(result)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:3857", "EPSG:4326", "EPSG:32634"])
+def test_a_ship_keeps_its_measures_where_pixels_are_not_square(monkeypatch, tmp_path, crs):
+    """A rectangle on the ground at 54 degrees north, 240 x 60 m, heading 30 degrees; the model wants 3 m pixels."""
+    geod, lon, lat = pyproj.Geod(ellps="WGS84"), 18.5, 54.0
+    offsets = np.array([[120, 30], [120, -30], [-120, -30], [-120, 30]], float)  # m ahead, m to starboard
+    azimuths = 30 + np.degrees(np.arctan2(offsets[:, 1], offsets[:, 0]))
+    corners = geod.fwd(np.full(4, lon), np.full(4, lat), azimuths, np.hypot(*offsets.T))[:2]
+    to_scene = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+    truth = shapely.Polygon(np.column_stack(to_scene.transform(*corners)))
+    pixel = 5e-5 if crs == "EPSG:4326" else 5.5
+    x, y = to_scene.transform(lon, lat)
+    transform = Affine(pixel, 0, x - 150.3 * pixel, 0, -pixel, y + 140.7 * pixel)
+    columns, rows = np.meshgrid(np.arange(320) + 0.5, np.arange(300) + 0.5)
+    inside = shapely.contains_xy(truth, transform.c + pixel * columns, transform.f - pixel * rows)
+    image = np.where(inside, SHIP, GROUND).astype(np.uint8)
+    profile = {"driver": "GTiff", "width": 320, "height": 300, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(tmp_path / "north.tif", "w", **profile, crs=crs, transform=transform) as dataset:
+        dataset.write(np.stack([image] * 3))
+    backend = BlobBackend(make_spec(gsd_m=3.0))
+    monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: backend)
+    monkeypatch.setattr(pipeline, "find_model", lambda model: Path(__file__))
+    features = detect_scene(tmp_path / "north.tif").features
+    assert len(features) == 1
+    ship, outline = features.iloc[0], features.geometry.iloc[0]
+    assert outline.intersection(truth).area / outline.union(truth).area > 0.85
+    assert geod.inv(ship["lon"], ship["lat"], lon, lat)[2] < 1.5
+    assert ship["length_m"] == pytest.approx(240, abs=10) and ship["width_m"] == pytest.approx(60, abs=10)
+    assert ship["azimuth_deg"] == pytest.approx(30, abs=1)
+
+
+def test_the_scene_is_never_an_output(engine, tmp_path):
+    image = tmp_path / "port.png"
+    assert cv2.imwrite(str(image), draw_ships(500, 400))
+    before = image.read_bytes()
+    with pytest.raises(OutputError, match="the scene itself"):
+        detect_scene(image, preview=image, overwrite=True)
+    with pytest.raises(OutputError, match="two names"):
+        detect_scene(image, tmp_path / "a.png", preview=tmp_path / "a.png", driver="GPKG")
+    assert image.read_bytes() == before and len(os.listdir(tmp_path)) == 1

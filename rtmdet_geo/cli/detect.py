@@ -99,6 +99,7 @@ def detect(
 
     from rtmdet_geo.catalog import find_model, read_spec
     from rtmdet_geo.detect import detect_scene
+    from rtmdet_geo.vector import geojson_features
 
     model_path = find_model(model)
     start: dict[str, Any] = {"scene": scene, "output": str(output) if output else None, "model": str(model_path)}
@@ -118,18 +119,11 @@ def detect(
             **settings,
         )
     if to_stdout:
-        _write_features(result.features)
+        for line in geojson_features(result.features):
+            click.echo(line)
     elif as_json:
         report.echo_json(result.summary)
     elif progress_mode == "jsonl":
         report.emit_event(ctx, {"event": "done", **result.summary})
     elif report.verbosity(ctx) >= 0:
         click.echo(str(result))
-
-
-def _write_features(features: Any) -> None:
-    """Write one GeoJSON feature a line, in longitude and latitude where the scene has a CRS."""
-    if features.crs is not None:
-        features = features.to_crs("EPSG:4326")
-    for feature in features.iterfeatures(na="null", drop_id=True):
-        report.echo_json(feature)

@@ -58,12 +58,19 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write a JSON object to stdout, nothing else.")
 
+
+def _choose_progress(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    report.choose_progress(ctx, value)
+    return value
+
+
 progress_option = click.option(
     "--progress",
     "progress_mode",
     type=click.Choice(["auto", "bar", "none", "jsonl"]),
     default="auto",
     show_default=True,
+    callback=_choose_progress,
     help="Bar on stderr (auto: only on a terminal), or JSON lines start/progress/error/done on stdout.",
 )
 

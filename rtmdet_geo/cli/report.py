@@ -130,6 +130,11 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
 
 
+def choose_progress(ctx: click.Context, mode: str) -> None:
+    """Let ``--progress jsonl`` own stdout from the first moment on, so that early failures are events too."""
+    ctx.meta[_EVENTS] = mode == "jsonl"
+
+
 def emit_event(ctx: click.Context, event: dict[str, Any]) -> None:
     """Write an event to stdout if ``--progress jsonl`` is on."""
     if ctx.meta.get(_EVENTS):
@@ -154,7 +159,6 @@ def progress(ctx: click.Context, mode: str, description: str, start: dict[str, A
     with ExitStack() as stack:
         bar = None
         if mode == "jsonl":
-            ctx.meta[_EVENTS] = True
             emit_event(ctx, {"event": "start", **start})
         elif mode == "bar" or (mode == "auto" and sys.stderr.isatty() and verbosity(ctx) >= 0):
             bar = stack.enter_context(_open_bar())

@@ -302,7 +302,7 @@ class _LayerReader:
                 f"label layer {str(path)!r} has no column {class_column!r}; it has "
                 f"{', '.join(str(name) for name in layer.columns if name != 'geometry')}"
             )
-        geometries = layer.geometry if "geometry" in layer.columns or len(layer) else None
+        geometries = layer.geometry if isinstance(layer, geopandas.GeoDataFrame) else None
         if geometries is None:
             raise AnnotationError(f"label layer {str(path)!r} has no geometries; give a layer of polygons")
         keep = ~(geometries.isna() | geometries.is_empty)
@@ -313,6 +313,11 @@ class _LayerReader:
         if not kinds <= {"Polygon", "MultiPolygon"}:
             raise AnnotationError(
                 f"label layer {str(path)!r} holds {', '.join(sorted(kinds))}; objects must be polygons"
+            )
+        if class_column is not None and self._layer[class_column].isna().any():
+            number = int(self._layer[class_column].isna().sum())
+            raise AnnotationError(
+                f"label layer {str(path)!r} has {number} features without a value in {class_column!r}; name their class"
             )
         names = [None] * len(self._layer) if class_column is None else [str(v) for v in self._layer[class_column]]
         self._names: list[str | None] = list(names)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.config import AugmentSection, ModelSection, Recipe
-from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
+from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RTMDetGeoError
 from rtmdet_geo.structures import StretchSpec
 from rtmdet_geo.training import augment
 
@@ -72,7 +72,9 @@ def load_chips(folder: Path, model: ModelSection) -> list[Chip]:
         order = [index["bands"].index(band) for band in model.bands]
         label_of = {position: _class_index(name, model, index_path) for position, name in enumerate(index["classes"])}
         return [_read_chip(folder, entry, order, label_of) for entry in index["chips"]]
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RTMDetGeoError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # ValueError: JSON, text, numbers, stretch
         raise AnnotationError(f"{index_path} is not an index of chips ({error!r}): cut the chips again") from error
 
 
@@ -80,8 +82,10 @@ def _check_fits(index: dict[str, Any], model: ModelSection, path: Path) -> None:
     missing = [band for band in model.bands if band not in index["bands"]]
     if missing:
         raise ConfigError(f"{path}: chips have bands {index['bands']}, the recipe also wants {missing}")
-    if model.gsd_m is not None and abs(index["gsd_m"] / model.gsd_m - 1) > 0.01:
-        raise ConfigError(f"{path}: chips were cut at {index['gsd_m']} m a pixel, the recipe wants {model.gsd_m}")
+    gsd_m = index["gsd_m"]
+    if model.gsd_m is not None and (gsd_m is None or abs(gsd_m / model.gsd_m - 1) > 0.01):
+        found = "at the scenes' own resolution" if gsd_m is None else f"at {gsd_m} m a pixel"
+        raise ConfigError(f"{path}: chips were cut {found}, the recipe wants {model.gsd_m} m: cut them with --recipe")
     if StretchSpec.model_validate(index["stretch"]) != model.stretch:
         raise ConfigError(f"{path}: chips were stretched by {index['stretch']}, not as the recipe's model.stretch says")
 

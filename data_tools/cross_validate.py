@@ -18,6 +18,7 @@ import click
 import torch
 
 from rtmdet_geo.config import Recipe, load_recipe
+from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.evaluation.rotated import Truth, precision_recall
 from rtmdet_geo.models.weights import build_from_weights
 from rtmdet_geo.training.datasets import load_chips, split_chips
@@ -31,13 +32,19 @@ COLUMNS = (
 
 
 def train_folds(recipe_path: str, overrides: tuple[str, ...], out: Path, data: str | None) -> dict[str, Recipe]:
-    """Train the folds that are not finished. Returns the recipe of each fold."""
+    """Train the folds that are not finished. Returns the recipe of each fold.
+
+    Raises:
+        ConfigError: a finished run is of another recipe (the card apart).
+    """
     recipes = {}
     for fold in load_recipe(recipe_path).data.folds:
         recipe = load_recipe(recipe_path, [*overrides, f"data.fold={fold}"])
         run = out / fold
         if not (run / "model.safetensors").is_file():
             train_model(recipe, run, data=data, resume=(run / CHECKPOINT).is_file(), overwrite=True)
+        elif load_recipe(run / "recipe.yaml").model_copy(update={"card": recipe.card}) != recipe:
+            raise ConfigError(f"{str(run)!r} holds a run of another recipe; name another --out or remove it")
         recipes[fold] = recipe
     return recipes
 

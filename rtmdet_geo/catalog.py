@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 #: Metadata key that holds the ModelSpec as JSON.
 SPEC_KEY = "model_spec"
+#: Metadata key that holds the SHA-256 of an ONNX file's graph (weights included) as JSON text.
+GRAPH_SHA256_KEY = "graph_sha256"
 #: Suffixes of files that hold a ModelSpec.
 MODEL_SUFFIXES = (".onnx", ".safetensors")
 #: A safetensors header longer than this is taken as a sign of another file type (the format's own limit is 100 MB).
@@ -147,6 +150,27 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ModelFileError(f"cannot read model file {str(path)!r}: {error.strerror or error}") from error
 
 
+def check_graph(path: str | os.PathLike[str]) -> None:
+    """Compare an ONNX file's graph with the SHA-256 in its metadata; a file without one (a foreign one) passes.
+
+    Raises:
+        ModelFileError: they differ, or the file is missing or no ONNX file.
+    """
+    stated = read_metadata(path).get(GRAPH_SHA256_KEY)
+    if stated is not None and stated != json.dumps(graph_sha256(path)):
+        raise ModelFileError(f"{os.fspath(path)!r} is damaged: its graph is not what was exported; copy it again")
+
+
+def graph_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of the graph in an ONNX file (its bytes, without the metadata) as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for field, length in _onnx_fields(file, size):
+            if field == 7:
+                return hashlib.sha256(file.read(length)).hexdigest()
+    raise ModelFileError(f"{os.fspath(path)!r} is no ONNX file: it holds no graph")
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
@@ -174,25 +198,34 @@ def _onnx_metadata(file: BinaryIO, size: int) -> dict[str, str]:
     """Walk the top-level protobuf fields of a ModelProto; onnx.proto: 1 ir_version, 7 graph, 14 metadata_props."""
     metadata: dict[str, str] = {}
     seen: set[int] = set()
-    while file.tell() < size:
-        field, wire_type = _read_key(file)
+    for field, length in _onnx_fields(file, size):
         seen.add(field)
-        if wire_type == 0:
-            _read_varint(file)
-            continue
-        if wire_type not in (1, 2, 5):
-            raise _MalformedError(f"not an ONNX file: wire type {wire_type}")
-        length = _read_varint(file) if wire_type == 2 else (8 if wire_type == 1 else 4)
-        if file.tell() + length > size:
-            raise _MalformedError(f"it ends {file.tell() + length - size} bytes too early")
-        if field == 14 and wire_type == 2:
+        if field == 14:
             key, value = _read_string_entry(file.read(length))
             metadata[key] = value
-        else:
-            file.seek(length, os.SEEK_CUR)
     if not {1, 7} <= seen:
         raise _MalformedError("not an ONNX file: it holds no graph" if size else "it is empty")
     return metadata
+
+
+def _onnx_fields(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (field, bytes) of the top-level protobuf fields, the file placed where the value begins.
+
+    Numbers are read already and yield 0 bytes.
+    """
+    while file.tell() < size:
+        field, wire_type = _read_key(file)
+        if wire_type not in (0, 1, 2, 5):
+            raise _MalformedError(f"not an ONNX file: wire type {wire_type}")
+        length = {1: 8, 5: 4}.get(wire_type, 0)
+        if wire_type in (0, 2):
+            number = _read_varint(file)
+            length = number if wire_type == 2 else 0
+        end = file.tell() + length
+        if end > size:
+            raise _MalformedError(f"it ends {end - size} bytes too early")
+        yield field, length
+        file.seek(end)
 
 
 def _read_string_entry(data: bytes) -> tuple[str, str]:

@@ -8,6 +8,7 @@ decoding and top-K inside, NMS outside, standard operators only. Batch norms are
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.onnxrt import MAX_ROWS_PER_LEVEL, STRIDES, OnnxRuntimeBackend, rows_per_level
-from rtmdet_geo.catalog import SPEC_KEY
+from rtmdet_geo.catalog import GRAPH_SHA256_KEY, SPEC_KEY
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, OutputError
 from rtmdet_geo.models.decode import DetectionGraph, decode_distances, flatten_level
 from rtmdet_geo.models.weights import build_from_weights, fuse_batch_norm, weights_sha256
@@ -346,6 +347,7 @@ def _write_metadata(proto: onnx.ModelProto, spec: ModelSpec) -> None:
         "det_conf": json.dumps(spec.score_threshold),
         "det_iou_thresh": json.dumps(spec.iou_threshold),
         "det_type": json.dumps("RTMDet_rotated"),
+        GRAPH_SHA256_KEY: json.dumps(hashlib.sha256(proto.graph.SerializeToString()).hexdigest()),
     }
     if spec.gsd_m is not None:
         metadata["resolution"] = json.dumps(spec.gsd_m * 100)

@@ -245,3 +245,9 @@ def test_wrong_names():
 def test_missing_package_names_the_extra():
     with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[tensorrt\]'"):
         require_package("no_such_package_here", extra="tensorrt")
+
+
+def test_scores_that_are_no_numbers_are_an_error(tmp_path):
+    backend = open_backend(write_model(tmp_path / "nan.onnx", rows=[[1, 1, 2, 2, 0, np.nan, 0]]))
+    with pytest.raises(ModelFileError, match="damaged"):
+        backend.predict(image(), score_threshold=0.3)

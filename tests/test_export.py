@@ -224,3 +224,14 @@ def test_check_tiles_are_images():
 
 def test_small_model_is_usable():
     assert small_model().is_file()
+
+
+def test_damage_inside_the_weights_is_noticed(exported, tmp_path):
+    content = bytearray(exported.read_bytes())
+    OnnxRuntimeBackend(exported)
+    proto = onnx.load(exported)
+    weights = max((tensor.raw_data for tensor in proto.graph.initializer), key=len)
+    content[content.index(weights) + 7] ^= 0x40
+    (tmp_path / "damaged.onnx").write_bytes(content)
+    with pytest.raises(ModelFileError, match="damaged"):
+        OnnxRuntimeBackend(tmp_path / "damaged.onnx")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.boxes import regularize_le90
-from rtmdet_geo.catalog import read_spec
+from rtmdet_geo.catalog import check_graph, read_spec
 from rtmdet_geo.errors import ConfigError, ModelFileError, SaturatedTileWarning
 from rtmdet_geo.structures import Detections, Kind, ModelSpec
 
@@ -105,6 +105,7 @@ class OnnxRuntimeBackend:
         self._session = _open_session(onnxruntime, self.path, threads or _usable_cores())
         height, width = _check_signature(self._session, self.path)
         self.spec: ModelSpec = read_spec(self.path)
+        check_graph(self.path)
         if self.spec.kind == "mask":
             raise ModelFileError(f"{str(self.path)!r} is of kind 'mask', which this version cannot run")
         channels = self._session.get_inputs()[0].shape[1]
@@ -123,10 +124,14 @@ class OnnxRuntimeBackend:
 
         Raises:
             ConfigError: a batch has another dtype, number of channels or side than the file takes.
+            ModelFileError: a score is not finite.
         """
         for images in batches:
-            self._check_batch(images)
-            boxes, scores, labels = self._session.run(["boxes", "scores", "labels"], {"images": images})
+            boxes, scores, labels = self.raw(images)
+            if not np.isfinite(scores).all():
+                raise ModelFileError(
+                    f"{str(self.path)!r} returns no numbers as scores; the file is damaged: copy or export it again"
+                )
             self.num_saturated += self._count_saturated(scores, images.shape[2], images.shape[3], score_threshold)
             yield [
                 rows_to_detections(*rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.kind)

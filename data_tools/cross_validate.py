@@ -12,7 +12,9 @@ import datetime
 import logging
 import os
 import platform
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -26,8 +28,8 @@ from rtmdet_geo.training.loop import CHECKPOINT, train_model
 from rtmdet_geo.training.validate import detect_chip
 
 COLUMNS = (
-    "recipe", "model", "parameters", "iterations", "scene", "bands", "iou", "ap", "best_f1", "best_score", "objects",
-    "cpu", "torch", "date",
+    "recipe", "model", "parameters", "iterations", "scene", "class", "bands", "iou", "ap", "best_f1", "best_score",
+    "objects", "cpu", "torch", "date",
 )  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def train_folds(recipe_path: str, overrides: tuple[str, ...], out: Path, data: s
     """Train the folds that are not finished. Returns the recipe of each fold.
 
     Raises:
-        ConfigError: a finished run is of another recipe (the card apart).
+        ConfigError: a finished run is of another recipe; what only scoring uses may differ.
     """
     recipes = {}
     for fold in load_recipe(recipe_path).data.folds:
@@ -43,10 +45,18 @@ def train_folds(recipe_path: str, overrides: tuple[str, ...], out: Path, data: s
         run = out / fold
         if not (run / "model.safetensors").is_file():
             train_model(recipe, run, data=data, resume=(run / CHECKPOINT).is_file(), overwrite=True)
-        elif load_recipe(run / "recipe.yaml").model_copy(update={"card": recipe.card}) != recipe:
+        elif _what_trains(load_recipe(run / "recipe.yaml")) != _what_trains(recipe):
             raise ConfigError(f"{str(run)!r} holds a run of another recipe; name another --out or remove it")
         recipes[fold] = recipe
     return recipes
+
+
+def _what_trains(recipe: Recipe) -> dict[str, Any]:
+    """Everything of a recipe that its weights depend on."""
+    values = recipe.model_dump(exclude={"card": True, "validation": {"score_threshold", "iou_thresholds"}})
+    for name in ("score_threshold", "trained_gsd_m"):
+        del values["model"][name]
+    return values
 
 
 def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list[dict[str, object]]:
@@ -74,18 +84,24 @@ def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list
                 scenes.append(chip.scene)
         bands = "+".join(band for band in first.model.bands if band not in dropped)
         groups = {"all left-out": range(len(scenes))} | {scene: [index] for index, scene in enumerate(scenes)}
-        for name, members in groups.items():
+        for (name, members), (label, class_name) in product(groups.items(), enumerate(first.model.classes)):
             for iou in first.validation.iou_thresholds:
                 curve = precision_recall(
                     [found[index] for index in members],
                     [truths[index] for index in members],
-                    label=0,
+                    label=label,
                     iou_threshold=iou,
                 )
                 f1, score = curve.best_f1
                 rows.append(
                     facts
-                    | {"scene": name, "bands": bands, "iou": iou, "ap": round(curve.average_precision, 4)}
+                    | {
+                        "scene": name,
+                        "class": class_name,
+                        "bands": bands,
+                        "iou": iou,
+                        "ap": round(curve.average_precision, 4),
+                    }
                     | {"best_f1": round(f1, 4), "best_score": round(score, 3), "objects": curve.num_objects}
                 )
     return rows

@@ -271,8 +271,13 @@ def _filled(
     fills = {name: optional[name] for name, index in zip(model_bands, indexes, strict=True) if index is None}
     if len(fills) == len(model_bands):
         raise BandError(f"{where} has none of the model's bands ({', '.join(model_bands)})")
-    for name, value in fills.items():
-        logger.info("%s: no band %r; the channel is filled with %d", where, name, value)
+    if fills:
+        logger.info("%s: channels filled with a constant: %s", where, fills)
+        warnings.warn(
+            f"{where} has no {' and no '.join(fills)} band; the model does without, less well",
+            BandWarning,
+            stacklevel=5,
+        )
     return BandChoice(tuple(indexes), fills, repeated, guessed)
 
 

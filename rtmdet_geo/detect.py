@@ -39,7 +39,7 @@ from rtmdet_geo.errors import (
 from rtmdet_geo.merge import Merged, merge_detections
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
-from rtmdet_geo.structures import Detections, ModelSpec, Tile
+from rtmdet_geo.structures import PAD_VALUE, Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector import build_features, check_output, parse_crs, write_features
 
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     import geopandas
 
 logger = logging.getLogger(__name__)
-
-#: Grey that fills the input beyond the scene (RTMDet's padding, mmdet ``pad_val``); training pads with it too.
-PAD_VALUE = 114
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +69,10 @@ class DetectResult:
         """Say the result in one line."""
         counts = ", ".join(f"{number} {name}" for name, number in self.summary["num_by_class"].items() if number)
         where = f" -> {self.summary['output']}" if self.summary["output"] else ""
+        tiles = f"{self.summary['num_tiles']} tile" + ("s" if self.summary["num_tiles"] != 1 else "")
         return (
             f"{self.summary['scene']}: {len(self)} detections{f' ({counts})' if counts else ''} "
-            f"in {self.summary['num_tiles']} tiles, {self.summary['seconds']:.1f} s{where}"
+            f"in {tiles}, {self.summary['seconds']:.1f} s{where}"
         )
 
 
@@ -320,6 +318,9 @@ def _run_tiles(
     """
     counts = _Counts()
     in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()
+    # As little padding as the engine takes: channel attention averages over the whole input, grey included.
+    fixed = engine.fixed_tile_size
+    shape = (fixed, fixed) if fixed is not None else grid.padded_shape(plan.spec.stride_multiple)
     if progress is not None:
         progress(0, len(grid))
 
@@ -333,7 +334,7 @@ def _run_tiles(
                 finish(tile, None)
                 counts.num_empty_tiles += 1
                 continue
-            images.append(_pad(pixels, plan.tile_size))
+            images.append(_pad(pixels, shape))
             in_flight.append((tile, valid))
             if len(images) == plan.batch_size:
                 yield np.stack(images)
@@ -355,12 +356,12 @@ def _run_tiles(
     return counts
 
 
-def _pad(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Extend (C, h, w) to (C, size, size) at the right and the bottom with grey, as in training."""
+def _pad(pixels: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Extend (C, h, w) to (C, *shape) at the right and the bottom with grey, as in training."""
     channels, height, width = pixels.shape
-    if (height, width) == (size, size):
+    if (height, width) == shape:
         return pixels
-    padded = np.full((channels, size, size), PAD_VALUE, np.uint8)
+    padded = np.full((channels, *shape), PAD_VALUE, np.uint8)
     padded[:, :height, :width] = pixels
     return padded
 

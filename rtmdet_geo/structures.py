@@ -25,6 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Frame = Literal["tile", "scene"]
 Kind = Literal["rotated", "horizontal", "mask"]
 
+#: Grey of pixels beyond the scene, in training and in detection (RTMDet's recipes: Pad, pad_val=114).
+PAD_VALUE = 114
+
 #: Wavelength names that model bands use; raster.py maps sensor names such as ``B04`` to them.
 BAND_NAMES = ("red", "green", "blue", "nir")
 

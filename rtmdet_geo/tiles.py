@@ -102,6 +102,10 @@ class TileGrid:
         """Return the height of every tile in px: tile_size, or the scene's height where that is smaller."""
         return min(self.tile_size, self.height)
 
+    def padded_shape(self, multiple: int) -> tuple[int, int]:
+        """Return height and width in px of every tile, each raised to a multiple (a network's coarsest stride)."""
+        return -(-self.tile_height // multiple) * multiple, -(-self.tile_width // multiple) * multiple
+
     def __len__(self) -> int:
         """Return the number of tiles."""
         return len(self.xs) * len(self.ys)

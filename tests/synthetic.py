@@ -108,7 +108,7 @@ class BlobBackend:
         """See the protocol."""
         for images in batches:
             assert images.dtype == np.uint8 and images.shape[1] == len(self.spec.bands)
-            assert images.shape[2] == images.shape[3] and images.shape[2] % 32 == 0
+            assert images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
             self.num_images += len(images)
             yield [self._find(image[0]) for image in images]
 

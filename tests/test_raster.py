@@ -289,6 +289,7 @@ def test_optional_band_is_filled(tmp_path, caplog):
     bands = ("red", "green", "blue", "nir")
     with (
         caplog.at_level("INFO"),
+        pytest.warns(BandWarning, match="no nir band"),
         open_scene(path, model_bands=bands, optional_bands={"nir": 77}, model_gsd_m=7) as scene,
     ):
         pixels, valid = read_all(scene)

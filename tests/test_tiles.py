@@ -104,3 +104,9 @@ def test_outside_the_grid() -> None:
         grid[len(grid)]
     with pytest.raises(IndexError):
         grid.core_tile_at(10, 0)
+
+
+def test_padding_is_as_little_as_the_network_takes():
+    assert TileGrid(1065, 704, 1024, 200).padded_shape(32) == (704, 1024)
+    assert TileGrid(1, 33, 1024, 200).padded_shape(32) == (64, 32)
+    assert TileGrid(5000, 5000, 1024, 200).padded_shape(32) == (1024, 1024)

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
 from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou
-
-#: Value of pixels outside the scene, as in the published recipes (Pad, pad_val=114).
-PAD_VALUE = 114
+from rtmdet_geo.structures import PAD_VALUE
 
 Array = NDArray[Any]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import pickle
 import platform
 import random
 import time
@@ -132,7 +133,7 @@ def train_model(
             if stop or done % recipe.loop.checkpoint_interval == 0 or done == recipe.optim.iterations:
                 _save_checkpoint(run, done, network, ema, optimizer, sampler)
             if stop and done < recipe.optim.iterations:
-                raise Cancelled(f"training stopped at iteration {done}; go on with --resume --out {run}")
+                raise Cancelled(f"training stopped at iteration {done}; go on with --resume -o {run}")
     finally:
         loader.close()
 
@@ -325,11 +326,15 @@ def _load_checkpoint(
     sampler: CropSampler,
     device: str,
 ) -> int:
-    state = torch.load(run / CHECKPOINT, map_location=device, weights_only=True)
-    network.load_state_dict(state["network"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    sampler.false_alarms = state["false_alarms"].cpu().numpy()
+    try:
+        state = torch.load(run / CHECKPOINT, map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.false_alarms = state["false_alarms"].cpu().numpy()
+    except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"{run / CHECKPOINT} cannot be resumed ({reason}); begin anew with --overwrite") from error
     _trim_log(run, state["iteration"])
     return int(state["iteration"])
 
@@ -338,7 +343,7 @@ def _write_validation(run: Path, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     columns = [name for name in rows[0] if name != "detections"]
-    with (run / "validation.csv").open("w", newline="", encoding="utf-8") as stream:
+    with staged_output(run / "validation.csv") as staged, staged.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -139,8 +139,9 @@ def gaussian_kld_loss(
 ) -> Tensor:
     """Kullback-Leibler divergence of the Gaussians that boxes stand for: 1 - 1 / (1 + log(1 + D)).
 
-    Yang et al. 2021 (arXiv 2106.01883), eq. 5 and 9 with tau = 1. Smooth where the IoU is flat or 0, and it weighs an error
-    across a narrow box more than one along it, so a short training learns narrow boxes sooner. No part of RTMDet.
+    Yang et al. 2021 (arXiv 2106.01883), eq. 5 and 9 with tau = 1. Smooth where the IoU is flat or 0, and an error
+    across a narrow box weighs more than one along it, so a short training learns narrow boxes sooner. No part of
+    RTMDet.
 
     Args:
         predictions: (N, 5) cx, cy, w, h in px, angle in rad; sides below 1 px count as 1 px; gradients flow here.

@@ -14,10 +14,10 @@ from rtmdet_geo.config import Recipe
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
 from rtmdet_geo.merge import merge_detections
 from rtmdet_geo.models.decode import DetectionGraph
+from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.structures import Detections
+from rtmdet_geo.structures import PAD_VALUE, Detections
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.training.augment import PAD_VALUE
 from rtmdet_geo.training.datasets import Chip
 
 
@@ -41,8 +41,9 @@ def detect_chip(
     _, height, width = chip.pixels.shape
     grid = TileGrid(width, height, model.tile_size, model.overlap)
     parts = []
+    shape = grid.padded_shape(STRIDES[-1])
     for tile in grid:
-        image = np.full((len(model.bands), model.tile_size, model.tile_size), PAD_VALUE, np.uint8)
+        image = np.full((len(model.bands), *shape), PAD_VALUE, np.uint8)
         window = chip.pixels[:, tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
         image[:, : tile.height, : tile.width] = window
         for band in dropped:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
 from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou_aligned
+from rtmdet_geo.structures import PAD_VALUE
 from rtmdet_geo.training.augment import (
-    PAD_VALUE,
     drop_bands,
     random_similarity,
     random_tones,

@@ -121,6 +121,14 @@ def test_cuda_without_a_card_is_one_clear_error(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_corrupt_checkpoint_is_one_clear_error(recipe, tmp_path):
+    train_model(recipe, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "last.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be resumed.*--overwrite"):
+        train_model(recipe, tmp_path / "run", resume=True)
+
+
 @pytest.mark.gpu
 def test_one_gpu_trains_in_bf16(recipe, tmp_path):
     if not torch.cuda.is_available():

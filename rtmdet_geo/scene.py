@@ -22,7 +22,7 @@ from rtmdet_geo.errors import NodataWarning, ResolutionError
 from rtmdet_geo.georeference import check_resolution
 from rtmdet_geo.resample import axis_taps, resample
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
-from rtmdet_geo.stretch import BandStretch, differs, fixed_stretch, percentile_stretch, stretch_record
+from rtmdet_geo.stretch import BandStretch, differs, fixed_stretch, percentile_stretch, stretch_record, without_haze
 from rtmdet_geo.structures import StretchSpec
 
 logger = logging.getLogger(__name__)
@@ -286,10 +286,12 @@ class Scene:
         stretches: dict[int, BandStretch] = {}
         scales: dict[int, tuple[float, float]] = {}
         dtypes = {index: str(self._source.dtype(index)) for index in self._read_indexes}
-        decimation = 1
-        if spec.kind == "percentile":
+        decimation, values = 1, {}
+        if spec.kind == "percentile" or (spec.kind == "fixed" and spec.dark_percent is not None):
             decimation = max(1, math.ceil(math.sqrt(self.source_width * self.source_height / PERCENTILE_MAX_PIXELS)))
-            stretches = self._percentiles(spec, decimation)
+            values = self._whole_scene(decimation)
+        if spec.kind == "percentile":
+            stretches = {index: percentile_stretch(spec, band) for index, band in values.items()}
         else:
             for index in self._read_indexes:
                 stretches[index], scale, offset = fixed_stretch(
@@ -299,11 +301,13 @@ class Scene:
                     f"band {index} of scene {self.path!r}",
                 )
                 scales[index] = (scale, offset)
+                if index in values:
+                    stretches[index] = without_haze(spec, stretches[index], scale, values[index])
         record = stretch_record(spec, model_bands, choice.indexes, choice.fills, stretches, scales, dtypes)
         return stretches, record | {"decimation": decimation, "repeated": choice.repeated, "guessed": choice.guessed}
 
-    def _percentiles(self, spec: StretchSpec, decimation: int) -> dict[int, BandStretch]:
-        """Limits of each band over the whole valid scene, never over an area."""
+    def _whole_scene(self, decimation: int) -> dict[int, NDArray[Any]]:
+        """Valid digital numbers (n,) of each band read, over the whole scene, never over an area."""
         shape = None
         if decimation > 1:
             shape = (math.ceil(self.source_height / decimation), math.ceil(self.source_width / decimation))
@@ -311,6 +315,4 @@ class Scene:
         values, valid = self._read_values(0, 0, self.source_width, self.source_height, shape)
         if not valid.any():
             warnings.warn(f"scene {self.path!r} holds no valid pixel", NodataWarning, stacklevel=5)
-        return {
-            index: percentile_stretch(spec, band[valid]) for index, band in zip(self._read_indexes, values, strict=True)
-        }
+        return {index: band[valid] for index, band in zip(self._read_indexes, values, strict=True)}

@@ -75,6 +75,26 @@ def fixed_stretch(
     return BandStretch(low, high), scale, offset
 
 
+def without_haze(spec: StretchSpec, stretch: BandStretch, scale: float, values: NDArray[Any]) -> BandStretch:
+    """Move a fixed stretch up by the band's dark level (``StretchSpec.dark_percent``).
+
+    Args:
+        spec: the model's stretch.
+        stretch: what :func:`fixed_stretch` gave.
+        scale: the scale that it used.
+        values: (n,) the band's valid, finite values over the whole scene; n may be 0: nothing moves.
+
+    Returns:
+        Limits ``dark + low / scale .. dark + high / scale`` in DN; ``dark .. dark + 255`` for 8-bit scenes.
+    """
+    if values.size == 0 or spec.dark_percent is None:
+        return stretch
+    (dark,) = _percentiles(values, spec.dark_percent)
+    if stretch.low is None:
+        return BandStretch(dark, dark + 255.0)
+    return BandStretch(dark + spec.low / scale, dark + spec.high / scale)
+
+
 def percentile_stretch(spec: StretchSpec, values: NDArray[Any]) -> BandStretch:
     """Stretch of a band for ``kind`` "percentile".
 
@@ -87,11 +107,15 @@ def percentile_stretch(spec: StretchSpec, values: NDArray[Any]) -> BandStretch:
     """
     if values.size == 0:
         return BandStretch(0.0, 1.0)
+    low, high = _percentiles(values, spec.low_percent, spec.high_percent)
+    return BandStretch(low, high if high > low else low + 1.0)
+
+
+def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
+    """Percentiles of (n,) values, n > 0; counted where the dtype is small."""
     if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
-        low, high = (_counted_percentile(values, percent) for percent in (spec.low_percent, spec.high_percent))
-    else:
-        low, high = np.percentile(values.astype(np.float64), [spec.low_percent, spec.high_percent])
-    return BandStretch(float(low), float(high) if high > low else float(low) + 1.0)
+        return [float(_counted_percentile(values, percent)) for percent in percents]
+    return [float(level) for level in np.percentile(values.astype(np.float64), percents)]
 
 
 def _counted_percentile(values: NDArray[Any], percent: float) -> float:
@@ -148,7 +172,7 @@ def stretch_record(
     """
     record: dict[str, Any] = {"kind": spec.kind}
     if spec.kind == "fixed":
-        record |= {"low": spec.low, "high": spec.high}
+        record |= {"low": spec.low, "high": spec.high, "dark_percent": spec.dark_percent}
     elif spec.kind == "percentile":
         record |= {"low_percent": spec.low_percent, "high_percent": spec.high_percent}
     entries: list[dict[str, Any]] = []

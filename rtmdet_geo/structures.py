@@ -113,7 +113,9 @@ class StretchSpec(_Frozen):
 
     ``fixed``: ``low``..``high`` in physical units (reflectance for optical sensors) map linearly to 0..255. Integer
     scenes without scale/offset tags are multiplied by ``default_scale``; float scenes are physical already; **8-bit
-    scenes are taken as already stretched** and pass unchanged.
+    scenes are taken as already stretched** and pass unchanged. With ``dark_percent`` both limits of a band move up by
+    that percentile of the band over the whole valid scene, in 8-bit scenes too: what haze or a constant offset added
+    is subtracted again (dark-object subtraction, Chavez 1988, doi:10.1016/0034-4257(88)90019-3).
     ``percentile``: the ``low_percent`` and ``high_percent`` percentiles of each band over the whole valid scene map to
     0..255 (8-bit scenes too).
     ``none``: values are used as they are and must be 8-bit.
@@ -123,6 +125,7 @@ class StretchSpec(_Frozen):
     low: float = 0.0
     high: float = 0.3
     default_scale: float = 1e-4
+    dark_percent: float | None = Field(None, ge=0, lt=100)
     low_percent: float = Field(0.5, ge=0, lt=100)
     high_percent: float = Field(99.5, gt=0, le=100)
 

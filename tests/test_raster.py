@@ -766,3 +766,26 @@ def test_a_resolution_the_model_was_trained_on_needs_no_warning():
         check_resolution("scene", 12.0, 12.0, 4.0, (5.8, 10.0))
     with pytest.raises(ResolutionError):
         check_resolution("scene", 41.0, 41.0, 4.0, (5.8, 50.0))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "uint8"])
+def test_haze_is_subtracted_by_the_scenes_own_dark_level(tmp_path, dtype):
+    """The same ground under a constant veil gives the same pixels; the window asked for plays no part."""
+    ground = np.random.default_rng(0).integers(0, 200, (3, 64, 80))
+    unit = {"uint16": 10, "float32": 1e-3, "uint8": 1}[dtype]
+    spec = StretchSpec(kind="fixed", low=0.0, high=0.3, dark_percent=1.0)
+    seen = []
+    for name, veil in (("clear", 0), ("hazy", 50)):
+        path = write_raster(tmp_path / f"{name}.tif", ((ground + veil) * unit).astype(dtype))
+        with open_scene(path, stretch=spec) as scene:
+            seen.append(scene.read(0, 0, 80, 64)[0])
+            np.testing.assert_array_equal(scene.read(40, 20, 30, 30)[0], seen[-1][:, 20:50, 40:70])
+            assert scene.stretch_record["dark_percent"] == 1.0
+            limits = [(band["low_dn"], band["high_dn"]) for band in scene.stretch_record["bands"]]
+            assert all(
+                low == pytest.approx(np.percentile(ground[band] + veil, 1) * unit)
+                for band, (low, _) in enumerate(limits)
+            )
+    difference = seen[0].astype(int) - seen[1]
+    assert abs(difference).max() <= (1 if dtype == "float32" else 0)
+    assert seen[0].max() > 100

@@ -105,14 +105,6 @@ class OptimSection(_Section):
     ema_gamma: int = Field(2000, gt=0)
 
 
-class LossSection(_Section):
-    """Factors of the loss terms; the box terms are 1 - IoU (RTMDet) and the Gaussians' divergence (0: left out)."""
-
-    cls_weight: float = Field(1.0, ge=0)
-    bbox_weight: float = Field(2.0, ge=0)
-    kld_weight: float = Field(0.0, ge=0)
-
-
 class LoopSection(_Section):
     """How often to write and to mine false alarms (0: never), and how many threads prepare crops."""
 
@@ -149,7 +141,6 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     augment: AugmentSection = Field(default_factory=AugmentSection)
-    loss: LossSection = Field(default_factory=LossSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     loop: LoopSection = Field(default_factory=LoopSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)

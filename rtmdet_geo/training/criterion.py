@@ -17,7 +17,7 @@ from rtmdet_geo.models.boxes_torch import regularize_le90
 from rtmdet_geo.models.decode import decode_distances, flatten_level, priors_with_stride
 from rtmdet_geo.models.heads import STRIDES, RotatedOutputs
 from rtmdet_geo.training.assign import Assignment, DynamicSoftLabelAssigner, inside_boxes
-from rtmdet_geo.training.losses import gaussian_kld_loss, quality_focal_loss, rotated_iou_loss
+from rtmdet_geo.training.losses import quality_focal_loss, rotated_iou_loss
 
 #: One image's ground truth: boxes (G, 5), labels (G,), and optionally boxes (I, 5) in which nothing is known.
 Target = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,6 @@ class RotatedCriterion(nn.Module):
         strides: px per cell of each level.
         loss_cls_weight: factor of the classification loss.
         loss_bbox_weight: factor of the box loss.
-        loss_kld_weight: factor of :func:`gaussian_kld_loss`, added to the box loss; 0, as in RTMDet, leaves it out.
         assigner: the label assigner; RTMDet's by default.
     """
 
@@ -51,7 +50,6 @@ class RotatedCriterion(nn.Module):
         *,
         loss_cls_weight: float = 1.0,
         loss_bbox_weight: float = 2.0,
-        loss_kld_weight: float = 0.0,
         assigner: DynamicSoftLabelAssigner | None = None,
     ) -> None:
         """Keep the parameters."""
@@ -60,7 +58,6 @@ class RotatedCriterion(nn.Module):
         self.strides = tuple(strides)
         self.loss_cls_weight = loss_cls_weight
         self.loss_bbox_weight = loss_bbox_weight
-        self.loss_kld_weight = loss_kld_weight
         self.assigner = assigner if assigner is not None else DynamicSoftLabelAssigner()
 
     def forward(self, outputs: RotatedOutputs, targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -138,17 +135,14 @@ class RotatedCriterion(nn.Module):
         prior = positive % num_priors
         predicted = decode_distances(batch.priors[prior, :2], distances[positive])
         wanted = torch.cat([target[0].float()[found.gts] for target, found in zip(targets, assignments, strict=True)])
-        wanted = regularize_le90(wanted)
-        loss_bbox = self.loss_bbox_weight * rotated_iou_loss(predicted, wanted, weight=ious, reduction="none")
-        if self.loss_kld_weight:
-            loss_bbox = loss_bbox + self.loss_kld_weight * gaussian_kld_loss(predicted, wanted, reduction="none")
+        loss_bbox = rotated_iou_loss(predicted, regularize_le90(wanted), weight=ious, reduction="none")
         ends = torch.tensor(batch.level_sizes, device=device).cumsum(0)
         level_bbox = torch.zeros(len(ends), device=device).index_add(
             0, torch.bucketize(prior, ends, right=True), loss_bbox
         )
         return {
             "loss_cls": level_cls * (self.loss_cls_weight / average_factor),
-            "loss_bbox": level_bbox / average_factor,
+            "loss_bbox": level_bbox * (self.loss_bbox_weight / average_factor),
         }
 
     def _known(self, batch: _Batch, targets: Sequence[Target], positive: Tensor) -> Tensor | None:

@@ -86,12 +86,7 @@ def train_model(
     network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
     ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
     optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
-    criterion = RotatedCriterion(
-        len(recipe.model.classes),
-        loss_cls_weight=recipe.loss.cls_weight,
-        loss_bbox_weight=recipe.loss.bbox_weight,
-        loss_kld_weight=recipe.loss.kld_weight,
-    )
+    criterion = RotatedCriterion(len(recipe.model.classes))
     sampler = CropSampler(training, recipe)
     start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
     loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)

@@ -1,4 +1,4 @@
-"""Quality focal loss and losses of rotated boxes, always in float32.
+"""Quality focal loss and rotated IoU loss, always in float32.
 
 Sources: Li et al., Generalized Focal Loss (arXiv 2006.04388), eq. 6; Zhou et al., IoU Loss for 2D/3D Object Detection
 (arXiv 1908.03851); reductions as mmdet 3.3 ``weight_reduce_loss``.
@@ -126,52 +126,4 @@ def rotated_iou_loss(
             loss = -iou.log()
         else:
             raise ValueError(f"unknown IoU loss mode {mode!r}; take 'linear', 'log' or 'square'")
-        return reduce_loss(loss, weight, reduction=reduction, average_factor=average_factor)
-
-
-def gaussian_kld_loss(
-    predictions: Tensor,
-    targets: Tensor,
-    *,
-    weight: Tensor | None = None,
-    reduction: Reduction = "mean",
-    average_factor: float | Tensor | None = None,
-) -> Tensor:
-    """Kullback-Leibler divergence of the Gaussians that boxes stand for: 1 - 1 / (1 + log(1 + D)).
-
-    Yang et al. 2021 (arXiv 2106.01883), eq. 5 and 9 with tau = 1. Smooth where the IoU is flat or 0, and an error
-    across a narrow box weighs more than one along it, so a short training learns narrow boxes sooner. No part of
-    RTMDet.
-
-    Args:
-        predictions: (N, 5) cx, cy, w, h in px, angle in rad; sides below 1 px count as 1 px; gradients flow here.
-        targets: (N, 5) likewise.
-        weight: (N,) factors.
-        reduction: see :func:`reduce_loss`.
-        average_factor: see :func:`reduce_loss`.
-
-    Returns:
-        (N,) in [0, 1) or scalar, float32 (float64 for float64 boxes).
-    """
-    with torch.autocast(predictions.device.type, enabled=False):
-        if predictions.dtype != torch.float64:
-            predictions, targets = predictions.float(), targets.float()
-        width, height = predictions[:, 2].clamp(min=1), predictions[:, 3].clamp(min=1)
-        target_width, target_height = targets[:, 2].clamp(min=1), targets[:, 3].clamp(min=1)
-        # Everything in the frame of the target, where its covariance is diagonal: (w / 2)², (h / 2)².
-        cosine, sine = targets[:, 4].cos(), targets[:, 4].sin()
-        offset = predictions[:, :2] - targets[:, :2]
-        along, across = offset[:, 0] * cosine + offset[:, 1] * sine, offset[:, 1] * cosine - offset[:, 0] * sine
-        turn_cosine = (predictions[:, 4] - targets[:, 4]).cos().square()
-        turn_sine = 1 - turn_cosine
-        variance_along = width.square() * turn_cosine + height.square() * turn_sine
-        variance_across = width.square() * turn_sine + height.square() * turn_cosine
-        divergence = (
-            2 * (along / target_width).square()
-            + 2 * (across / target_height).square()
-            + 0.5 * (variance_along / target_width.square() + variance_across / target_height.square())
-            + (target_width * target_height / (width * height)).log()
-            - 1
-        )
-        loss = 1 - 1 / (1 + divergence.clamp(min=0).log1p())
         return reduce_loss(loss, weight, reduction=reduction, average_factor=average_factor)

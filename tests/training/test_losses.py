@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rtmdet_geo.training.losses import gaussian_kld_loss, quality_focal_loss, reduce_loss, rotated_iou_loss
+from rtmdet_geo.training.losses import quality_focal_loss, reduce_loss, rotated_iou_loss
 
 
 def test_oracle_quality_focal_loss(oracle_dir: Path) -> None:
@@ -114,29 +114,3 @@ def test_half_precision_gives_float32() -> None:
     assert loss.item() == pytest.approx(quality_focal_loss(logits.float(), labels, scores).item())
     # Extreme logits stay finite.
     assert torch.isfinite(quality_focal_loss(torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([1]), torch.tensor([0.5])))
-
-
-def test_kld_by_hand() -> None:
-    box = torch.tensor([[10.0, 20.0, 8.0, 4.0, 0.3]])
-    assert float(gaussian_kld_loss(box, box)) == pytest.approx(0, abs=1e-6)
-    # Half the target's width, same elsewhere: D = 0.5 * (0.25 + 1) + log 2 - 1.
-    narrow = box * torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0])
-    divergence = 0.625 + math.log(2) - 1
-    assert float(gaussian_kld_loss(narrow, box)) == pytest.approx(1 - 1 / (1 + math.log1p(divergence)), rel=1e-5)
-    # 1 px across costs more than 1 px along; w and h swapped with the angle turned is the same box.
-    flat = torch.tensor([[0.0, 0.0, 8.0, 4.0, 0.0]])
-    along, across = (flat + torch.tensor([offset]) for offset in ([1.0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0]))
-    assert gaussian_kld_loss(across, flat) > gaussian_kld_loss(along, flat)
-    turned = torch.tensor([[0.0, 0.0, 4.0, 8.0, math.pi / 2]])
-    assert float(gaussian_kld_loss(turned, flat)) == pytest.approx(0, abs=1e-6)
-
-
-def test_kld_gradient_is_that_of_finite_differences_and_finite_on_degenerate_boxes() -> None:
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.rand(8, 5, generator=generator, dtype=torch.float64) * 10 + 2
-    boxes = (targets + torch.rand(8, 5, generator=generator, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda value: gaussian_kld_loss(value, targets), (boxes,))
-    degenerate = torch.tensor([[0.0, 0, 0, 0, 0], [1e4, 0, -5, 3, 9], [0, 0, 1e4, 1e-9, 0]], requires_grad=True)
-    loss = gaussian_kld_loss(degenerate, torch.tensor([[5.0, 5, 20, 6, 1]]).expand(3, 5), reduction="sum")
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(degenerate.grad).all()

@@ -52,6 +52,11 @@ class CatalogEntry:
         return ASSETS / self.file_name
 
     @property
+    def weights_path(self) -> Path:
+        """Where the same weights lie for training to start from (safetensors)."""
+        return self.path.with_suffix(".safetensors")
+
+    @property
     def is_available(self) -> bool:
         """Whether the file is there."""
         return self.path.is_file()
@@ -59,7 +64,9 @@ class CatalogEntry:
 
 CATALOG: dict[str, CatalogEntry] = {
     "sen2ships_r": CatalogEntry(
-        "sen2ships_r", "sen2ships_r.onnx", "oriented boxes of ships in 10 m Sentinel-2 scenes (red, green, blue)"
+        "sen2ships_r",
+        "sen2ships_r.onnx",
+        "oriented boxes of ships in 10 m Sentinel-2 scenes (colour, with or without near infrared)",
     ),
 }
 DEFAULT_MODEL = "sen2ships_r"
@@ -100,6 +107,22 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
     near = difflib.get_close_matches(text, CATALOG, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(sorted(CATALOG))}"
     raise UnknownModelError(f"no model is named {text!r} and no file has that path; {hint}")
+
+
+def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the safetensors file to start training from: a catalogue name's, or the path itself.
+
+    Raises:
+        ModelFileError: the file is missing.
+        UnknownModelError: it is no name of the catalogue and no path.
+    """
+    text = os.fspath(name_or_path)
+    path = CATALOG[text].weights_path if text in CATALOG else find_model(text)
+    if not path.is_file() or path.suffix.lower() != ".safetensors":
+        raise ModelFileError(
+            f"{str(path)!r} is no safetensors file to start training from; name a catalogue model or a file"
+        )
+    return path
 
 
 def read_spec(path: str | os.PathLike[str]) -> ModelSpec:

@@ -27,9 +27,10 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which network, what goes in, what comes out."""
+    """Which network, what goes in, what comes out. ``weights``: catalogue name or safetensors file to start from."""
 
     name: str = "rtmdet_r_tiny"
+    weights: str | None = None
     classes: tuple[str, ...]
     bands: tuple[str, ...] = ("red", "green", "blue")
     optional_bands: dict[str, int] = Field(default_factory=dict)
@@ -132,6 +133,7 @@ class CardSection(_Section):
     limits: str = ""
     licence: str = ""
     attribution: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class Recipe(_Section):

@@ -15,7 +15,16 @@ from onnx import TensorProto, helper
 from synthetic import make_spec
 
 from rtmdet_geo import catalog
-from rtmdet_geo.catalog import CATALOG, DEFAULT_MODEL, file_sha256, find_model, list_models, read_metadata, read_spec
+from rtmdet_geo.catalog import (
+    CATALOG,
+    DEFAULT_MODEL,
+    file_sha256,
+    find_model,
+    find_weights,
+    list_models,
+    read_metadata,
+    read_spec,
+)
 from rtmdet_geo.errors import ModelFileError, UnknownModelError
 
 
@@ -135,3 +144,24 @@ def test_reading_a_card_loads_no_engine(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
+
+
+def test_weights_to_start_from(tmp_path):
+    assert find_weights("sen2ships_r") == CATALOG["sen2ships_r"].weights_path
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"")
+    assert find_weights(path) == path
+    with pytest.raises(ModelFileError, match="no safetensors"):
+        find_weights(onnx_file(tmp_path / "mine.onnx", {}))
+    with pytest.raises(UnknownModelError):
+        find_weights("qqqq")
+
+
+@pytest.mark.parametrize("name", sorted(CATALOG))
+def test_twin_holds_the_same_description(name):
+    """The model file and the weights to fine-tune from are of one training, and each is small enough to bundle."""
+    entry = CATALOG[name]
+    model, twin = read_spec(entry.path), read_spec(entry.weights_path)
+    same = {"name", "architecture", "classes", "bands", "stretch", "mean", "std", "gsd_m", "metrics", "training_data"}
+    assert model.model_dump(include=same) == twin.model_dump(include=same)
+    assert max(entry.path.stat().st_size, entry.weights_path.stat().st_size) <= 12e6

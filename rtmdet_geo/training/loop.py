@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import rtmdet_geo
+from rtmdet_geo.catalog import find_weights
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
@@ -82,7 +83,12 @@ def train_model(
     _open_run(run, recipe, resume=resume, overwrite=overwrite)
     _seed(recipe.loop.seed)
 
-    network = get_model(recipe.model.name, num_classes=len(recipe.model.classes), in_channels=len(recipe.model.bands))
+    network = get_model(
+        recipe.model.name,
+        num_classes=len(recipe.model.classes),
+        in_channels=len(recipe.model.bands),
+        weights=find_weights(recipe.model.weights) if recipe.model.weights else None,
+    )
     network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
     ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
     optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
@@ -146,12 +152,12 @@ def train_model(
 
 
 def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) -> ModelSpec:
-    """Return the ModelSpec of a network trained by a recipe; validation rows become its metrics."""
-    metrics = {
+    """Return the ModelSpec of a network trained by a recipe; its metrics are the card's and the validation rows."""
+    model, card = recipe.model, recipe.card
+    metrics = card.metrics | {
         f"{row['class']} AP{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
         for row in validation or []
     }
-    model, card = recipe.model, recipe.card
     return ModelSpec(
         name=recipe.name,
         architecture=model.name,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rtmdet_geo.config import load_recipe, parse_recipe
-from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
+from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError, WeightsError
 from rtmdet_geo.models.weights import build_from_weights, load_weights
 from rtmdet_geo.training.loop import train_model
 
@@ -134,3 +134,18 @@ def test_one_gpu_trains_in_bf16(recipe, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     assert train_model(recipe, tmp_path / "run", device="cuda")["iterations"] == 6
+
+
+def test_training_starts_from_given_weights(recipe, recipe_values, tmp_path):
+    train_model(recipe, tmp_path / "first")
+    weights = tmp_path / "first" / "model.safetensors"
+    recipe_values["model"]["weights"] = str(weights)
+    recipe_values["optim"] |= {"iterations": 1, "lr": 1e-12, "weight_decay": 0.0}
+    train_model(parse_recipe(recipe_values), tmp_path / "second")
+    first, _ = load_weights(weights)
+    second, _ = load_weights(tmp_path / "second" / "model.safetensors")
+    name = "bbox_head.rtm_cls.0.weight"
+    assert torch.allclose(first[name], second[name], atol=1e-6)
+    recipe_values["model"]["classes"] = ["ship", "boat"]
+    with pytest.raises(WeightsError, match="rtm_cls"):
+        train_model(parse_recipe(recipe_values), tmp_path / "third")

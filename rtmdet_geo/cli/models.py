@@ -84,7 +84,8 @@ def format_card(spec: ModelSpec, path: str, num_bytes: int) -> str:
     """Return the model card as lines ``name   value``; what the file does not say reads "not stated"."""
     stretch = spec.stretch
     limits = {
-        "fixed": f"fixed, {stretch.low:g}..{stretch.high:g} in physical units (integers x {stretch.default_scale:g})",
+        "fixed": f"fixed, {stretch.low:g}..{stretch.high:g} in physical units (integers x {stretch.default_scale:g})"
+        + (f" above the scene's percentile {stretch.dark_percent:g}" if stretch.dark_percent is not None else ""),
         "percentile": f"percentiles {stretch.low_percent:g}..{stretch.high_percent:g} of each band",
         "none": "none, 8-bit values as they are",
     }

@@ -8,10 +8,11 @@ import numpy as np
 import yaml
 from click.testing import CliRunner
 
-from data_tools import blob_baseline, cross_validate
-from rtmdet_geo.config import parse_recipe
+from data_tools import blob_baseline, cross_validate, score_weights
+from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.training.datasets import Chip
+from rtmdet_geo.training.loop import train_model
 
 
 def test_cross_validation_trains_every_fold_once_and_pools(recipe_values, tmp_path):
@@ -63,3 +64,24 @@ def test_baseline_writes_its_table(recipe_values, tmp_path):
         rows = list(csv.DictReader(stream))
     assert [row["iou"] for row in rows] == ["0.25", "0.5"]
     assert all(row["objects"] == "8" for row in rows)
+
+
+def test_weights_are_scored_on_the_scenes_named(recipe_values, tmp_path):
+    path = tmp_path / "toy.yaml"
+    recipe_values["optim"]["iterations"] = 1
+    path.write_text(yaml.safe_dump(recipe_values))
+    train_model(load_recipe(path), tmp_path / "run")
+    arguments = [
+        str(tmp_path / "run" / "model.safetensors"),
+        "--recipe",
+        str(path),
+        "--csv",
+        str(tmp_path / "table.csv"),
+    ]
+    result = CliRunner().invoke(score_weights.main, [*arguments, "--scene", "alpha"], catch_exceptions=False)
+    assert result.exit_code == 0
+    with (tmp_path / "table.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4 and {row["num_objects"] for row in rows} == {"4"}
+    lost = CliRunner().invoke(score_weights.main, [*arguments, "--scene", "atlantis"])
+    assert lost.exit_code == 1 and "atlantis" in lost.output

@@ -1,6 +1,6 @@
 """Score weights on labelled scenes that were kept out of their training.
 
-python -m data_tools.score_weights sen2ships_r --scene casablanca --csv tests/benchmarks/results/sen2ships_casablanca.csv
+python -m data_tools.score_weights sen2ships_r --scene casablanca --csv table.csv
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def commands_of(text: str, program: str) -> list[list[str]]:
 
 def command_faults(group: click.Command, arguments: list[str]) -> list[str]:
     """Return what is wrong with a command line: unknown verb or option, missing argument, value outside a choice."""
-    context = click.Context(group, info_name="rtmdet-geo")
+    context = click.Context(group, info_name="rtmdet-geo", **group.context_settings)
     command, rest = group, arguments
     try:
         while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
@@ -92,7 +92,7 @@ def test_help_texts_are_clean():
     """A raw docstring would show click's mark for kept lines to the user and join the example's lines."""
     from rtmdet_geo.cli import cli
 
-    texts = dict(all_commands(cli, click.Context(cli, info_name="rtmdet-geo")))
+    texts = dict(all_commands(cli, click.Context(cli, info_name="rtmdet-geo", **cli.context_settings)))
     assert len(texts) > 5
     assert [path for path, text in texts.items() if "\\b" in text or "\b" in text] == []
     assert [path for path, text in texts.items() if "Example" not in text] == []

@@ -12,13 +12,7 @@ from rtmdet_geo.errors import UnknownModelError
 from rtmdet_geo.models import BUILDERS, RotatedOutputs, get_model, rtmdet_r_test, rtmdet_r_tiny
 from rtmdet_geo.models.rtmdet import SIZES
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load_recipe(model, reference, oracle_dir):

@@ -21,13 +21,7 @@ from rtmdet_geo.models.weights import (
 )
 from rtmdet_geo.structures import ModelSpec
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(builder=rtmdet_r_test, **arguments):

@@ -20,12 +20,7 @@ from rtmdet_geo.training.loop import train_model
 LOSSES = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(run):

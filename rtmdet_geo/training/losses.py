@@ -1,7 +1,8 @@
-"""Quality focal loss and rotated IoU loss, always in float32.
+"""Quality focal loss, losses on the overlap of boxes (rotated IoU, GIoU) and of masks (dice), always in float32.
 
 Sources: Li et al., Generalized Focal Loss (arXiv 2006.04388), eq. 6; Zhou et al., IoU Loss for 2D/3D Object Detection
-(arXiv 1908.03851); reductions as mmdet 3.3 ``weight_reduce_loss``.
+(arXiv 1908.03851); Rezatofighi et al., Generalized Intersection over Union (arXiv 1902.09630), eq. 4; Milletari et al.,
+V-Net (arXiv 1606.04797), eq. 3; reductions as mmdet 3.3 ``weight_reduce_loss``.
 """
 
 from __future__ import annotations
@@ -127,3 +128,80 @@ def rotated_iou_loss(
         else:
             raise ValueError(f"unknown IoU loss mode {mode!r}; take 'linear', 'log' or 'square'")
         return reduce_loss(loss, weight, reduction=reduction, average_factor=average_factor)
+
+
+def giou_loss(
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    epsilon: float = 1e-6,
+    reduction: Reduction = "mean",
+    average_factor: float | Tensor | None = None,
+) -> Tensor:
+    """Loss on the generalised IoU of horizontal boxes, in [0, 2]: boxes that do not overlap still attract each other.
+
+    1 - IoU + (enclosing box - union) / enclosing box, as areas, as mmdet 3.3 ``giou_loss``.
+
+    Args:
+        predictions: (N, 4) x1, y1, x2, y2 in px; gradients flow here. Sides may be negative early in a training.
+        targets: (N, 4) likewise.
+        weight: (N,) factors.
+        epsilon: floor of the union and of the enclosing area, px².
+        reduction: see :func:`reduce_loss`.
+        average_factor: see :func:`reduce_loss`.
+
+    Returns:
+        (N,) or scalar, float32.
+
+    Raises:
+        ValueError: the shapes are not two (N, 4).
+    """
+    if predictions.shape != targets.shape or predictions.shape[1:] != (4,):
+        raise ValueError(f"giou_loss takes two (N, 4), got {tuple(predictions.shape)} and {tuple(targets.shape)}")
+    with torch.autocast(predictions.device.type, enabled=False):
+        predictions, targets = predictions.float(), targets.float()
+        low, high = predictions[:, :2], predictions[:, 2:]
+        target_low, target_high = targets[:, :2], targets[:, 2:]
+        common = (torch.minimum(high, target_high) - torch.maximum(low, target_low)).clamp(min=0).prod(1)
+        union = ((high - low).prod(1) + (target_high - target_low).prod(1) - common).clamp(min=epsilon)
+        around = (torch.maximum(high, target_high) - torch.minimum(low, target_low)).clamp(min=0).prod(1)
+        around = around.clamp(min=epsilon)
+        loss = 1 - common / union + (around - union) / around
+        return reduce_loss(loss, weight, reduction=reduction, average_factor=average_factor)
+
+
+def dice_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    epsilon: float = 5e-6,
+    reduction: Reduction = "mean",
+    average_factor: float | Tensor | None = None,
+) -> Tensor:
+    """Loss on the dice coefficient of masks: 1 - 2 <p, t> / (<p, p> + <t, t>) with p = sigmoid(logits), in [0, 1].
+
+    As mmdet 3.3 ``dice_loss`` with ``naive_dice=False``; RTMDet-Ins takes epsilon 5e-6.
+
+    Args:
+        logits: (N, ...) raw mask values; gradients flow here.
+        targets: (N, ...) the same shape, in [0, 1] or bool.
+        weight: (N,) factors.
+        epsilon: added to each of the two sums of squares, so that two empty masks divide by no zero.
+        reduction: see :func:`reduce_loss`.
+        average_factor: see :func:`reduce_loss`.
+
+    Returns:
+        (N,) or scalar, float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if logits.shape != targets.shape:
+        raise ValueError(f"dice_loss takes two of one shape, got {tuple(logits.shape)} and {tuple(targets.shape)}")
+    with torch.autocast(logits.device.type, enabled=False):
+        probability, target = logits.float().flatten(1).sigmoid(), targets.flatten(1).float()
+        common = (probability * target).sum(1)
+        squares = (probability.square().sum(1) + epsilon) + (target.square().sum(1) + epsilon)
+        return reduce_loss(1 - 2 * common / squares, weight, reduction=reduction, average_factor=average_factor)

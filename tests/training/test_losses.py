@@ -1,16 +1,19 @@
-"""Quality focal loss and rotated IoU loss: oracle, hand-worked numbers, half precision."""
+"""Quality focal, rotated IoU, GIoU and dice loss: oracle, hand-worked numbers, half precision."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rtmdet_geo.training.losses import quality_focal_loss, reduce_loss, rotated_iou_loss
+from rtmdet_geo.training.losses import dice_loss, giou_loss, quality_focal_loss, reduce_loss, rotated_iou_loss
 
 
 def test_oracle_quality_focal_loss(oracle_dir: Path) -> None:
@@ -37,6 +40,31 @@ def test_oracle_rotated_iou_loss(oracle_dir: Path) -> None:
             predictions, targets, weight=weight, mode=mode, epsilon=case["eps"], average_factor=1.0
         )
         assert factor * averaged.item() == pytest.approx(case[mode]["mean_avg1"], rel=1e-5), mode
+
+
+def test_oracle_giou_loss(oracle_dir: Path) -> None:
+    case = json.loads((oracle_dir / "ops.json").read_text())["losses"]["giou"]
+    boxes, weight = (torch.tensor(case["pred"]), torch.tensor(case["target"])), torch.tensor(case["weight"])
+    factor, epsilon = case["loss_weight"], case["eps"]
+    none = giou_loss(*boxes, epsilon=epsilon, reduction="none")
+    np.testing.assert_allclose(1 - none.numpy(), case["giou"], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(factor * none.numpy(), case["none"], rtol=1e-5, atol=2e-6)
+    averaged = giou_loss(*boxes, weight=weight, epsilon=epsilon, average_factor=1.0)
+    assert factor * averaged.item() == pytest.approx(case["mean_avg1"], rel=1e-5)
+    assert giou_loss(*boxes, weight=0 * weight, average_factor=1.0).item() == case["zero_weight"]
+    # Negative control: plain IoU is another loss.
+    assert np.abs(none.numpy() - (1 - np.array(case["iou"]))).max() > 0.1
+
+
+def test_oracle_dice_loss(oracle_dir: Path) -> None:
+    case = json.loads((oracle_dir / "ops.json").read_text())["losses"]["dice"]
+    masks = torch.tensor(case["logits"]), torch.tensor(case["mask"])
+    none = dice_loss(*masks, epsilon=case["eps"], reduction="none")
+    np.testing.assert_allclose(case["loss_weight"] * none.numpy(), case["none"], rtol=1e-5)
+    averaged = dice_loss(*masks, epsilon=case["eps"], average_factor=case["mean_avg"]["avg_factor"])
+    assert case["loss_weight"] * averaged.item() == pytest.approx(case["mean_avg"]["value"], rel=1e-5)
+    # Negative control: the logits themselves are no probabilities.
+    assert dice_loss(masks[0].sigmoid(), masks[1]).item() != pytest.approx(averaged.item(), rel=1e-3)
 
 
 def test_quality_focal_loss_by_hand() -> None:
@@ -76,6 +104,53 @@ def test_rotated_iou_loss_by_hand(mode: str, expected: float) -> None:
     assert torch.equal(predictions.grad[1], torch.zeros(5))
 
 
+def test_giou_loss_by_hand() -> None:
+    # 4 x 4 boxes: half over each other (IoU 8 / 24, enclosing 24), and one box apart (union 32, enclosing 48).
+    predictions = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4]], requires_grad=True)
+    loss = giou_loss(predictions, torch.tensor([[2.0, 0, 6, 4], [8, 0, 12, 4]]), reduction="none")
+    np.testing.assert_allclose(loss.detach().numpy(), [1 - 1 / 3, 1 + 16 / 48], rtol=1e-6)
+    loss.sum().backward()
+    assert (predictions.grad[:, 2] < 0).all()  # descending moves both to the right, the one that is apart as well
+
+
+_side = st.floats(0.5, 60)
+_hbox = st.tuples(st.floats(-50, 50), st.floats(-50, 50), _side, _side).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_hbox, _hbox, st.floats(-200, 200), st.floats(0.2, 5))
+def test_giou_is_symmetric_bounded_and_knows_no_frame(
+    first: list[float], second: list[float], shift: float, scale: float
+) -> None:
+    boxes = torch.tensor([first]), torch.tensor([second])
+    value = giou_loss(*boxes).item()
+    assert -1e-6 <= value <= 2
+    assert giou_loss(boxes[1], boxes[0]).item() == pytest.approx(value, abs=1e-4)
+    assert giou_loss(*(scale * (box + shift) for box in boxes)).item() == pytest.approx(value, abs=2e-3)
+    assert giou_loss(boxes[0], boxes[0]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_dice_loss_by_hand() -> None:
+    sure = 20.0  # sigmoid 1 - 2e-9
+    logits = torch.tensor([[[sure, sure], [-sure, -sure]], [[sure, sure], [-sure, -sure]], [[-sure, -sure]] * 2])
+    targets = torch.tensor([[[1, 1], [0, 0]], [[1, 0], [1, 0]], [[0, 0], [0, 0]]])
+    loss = dice_loss(logits, targets, reduction="none")
+    # Equal masks; one of two pixels hit: 1 - 2 * 1 / (2 + 2); empty and empty: nothing in common.
+    np.testing.assert_allclose(loss.numpy(), [0, 0.5, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "columns"), [(giou_loss, 4), (dice_loss, 6)])
+def test_overlap_losses_of_nothing_keep_the_gradient(loss: Any, columns: int) -> None:
+    nothing = torch.zeros(0, columns, requires_grad=True)
+    value = loss(nothing, torch.zeros(0, columns), average_factor=1.0)
+    value.backward()
+    assert value.item() == 0 and nothing.grad.shape == (0, columns)
+    with pytest.raises(ValueError, match="takes two"):
+        loss(torch.zeros(2, columns), torch.zeros(3, columns))
+
+
 def test_descent_reaches_the_target() -> None:
     """The gradient is good for its purpose: from a rough start the box ends on its target."""
     target = torch.tensor([[30.0, 20, 40, 12, 0.9]])
@@ -110,7 +185,9 @@ def test_half_precision_gives_float32() -> None:
         loss = quality_focal_loss(logits, labels, scores)
         boxes = torch.tensor([[10.0, 10, 8, 4, 0.3]])
         box_loss = rotated_iou_loss(boxes.bfloat16(), boxes)
-    assert loss.dtype == box_loss.dtype == torch.float32
+        flat_loss = giou_loss(boxes[:, :4].bfloat16(), boxes[:, :4])
+        mask_loss = dice_loss(logits, (logits > 0).byte())
+    assert loss.dtype == box_loss.dtype == flat_loss.dtype == mask_loss.dtype == torch.float32
     assert loss.item() == pytest.approx(quality_focal_loss(logits.float(), labels, scores).item())
     # Extreme logits stay finite.
     assert torch.isfinite(quality_focal_loss(torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([1]), torch.tensor([0.5])))

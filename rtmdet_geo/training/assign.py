@@ -9,7 +9,8 @@ numbers). A prior is a candidate if it lies inside any ground truth. The cost of
     + 10 ** (distance of prior and centre / stride - soft_center_radius)
 
 Each ground truth takes its k cheapest candidates, k = sum of its ``topk`` largest IoUs, rounded down, at least 1. A
-candidate wanted by several goes to the ground truth with the lowest cost of all.
+candidate wanted by several goes to the ground truth with the lowest cost of all. Boxes are rotated or horizontal; the
+centre is the box's, or the mask's centroid where there are masks (:func:`mask_centers`).
 
 What differs is the bookkeeping: all of it runs over candidates only, and in chunks of ground truths with a running
 minimum per candidate, so that the memory does not grow with their number. The BCE of the other classes is summed once
@@ -27,7 +28,7 @@ from torch.nn import functional
 
 from rtmdet_geo.models.boxes_torch import INSIDE_MARGIN_PX, points_inside
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.training.assign_kernels import class_terms, match_chunk, points_in_any
+from rtmdet_geo.training.assign_kernels import class_terms, horizontal_overlaps, match_chunk, points_in_any
 from rtmdet_geo.training.rotated_iou import rotated_iou_pairwise
 
 _EPSILON = 1e-7
@@ -79,12 +80,32 @@ def horizontal_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return overlap / union.clamp(min=1e-6)
 
 
-def _as_measurable(boxes: Tensor) -> Tensor:
-    """Return rotated boxes with sides of at least 1e-3 px and every number finite, as mmrotate's ``rbbox_overlaps``.
+def mask_centers(masks: Tensor) -> Tensor:
+    """Return the centroids of masks, for :meth:`DynamicSoftLabelAssigner.assign`.
 
-    A prediction that is not a number then has IoU 0 here; the loss reports it.
+    As mmdet 3.3 ``center_of_mass``: pixel (row, column) counts as the point (column, row), not as its middle.
+
+    Args:
+        masks: (G, H, W) bool or uint8, 0 or 1.
+
+    Returns:
+        (G, 2) float32 x, y in px; the origin for an empty mask.
+    """
+    columns, rows = masks.sum(1), masks.sum(2)  # (G, W), (G, H) int64: no mask is copied to a wider type
+    area = rows.sum(1).clamp(min=1).double()
+    x = (columns * torch.arange(columns.shape[1], device=masks.device)).sum(1) / area
+    y = (rows * torch.arange(rows.shape[1], device=masks.device)).sum(1) / area
+    return torch.stack((x, y), dim=1).float()
+
+
+def _as_measurable(boxes: Tensor) -> Tensor:
+    """Return boxes with every number finite, rotated ones with sides of at least 1e-3 px (mmrotate ``rbbox_overlaps``).
+
+    A prediction that is not a number then has IoU 0 or nearly so here; the loss reports it.
     """
     boxes = torch.nan_to_num(boxes, nan=0.0).clamp(-_MAXIMUM_COORDINATE, _MAXIMUM_COORDINATE)
+    if boxes.shape[1] == 4:
+        return boxes
     return torch.cat((boxes[:, :2], boxes[:, 2:4].clamp(min=_MINIMUM_SIDE), boxes[:, 4:]), dim=1)
 
 
@@ -96,8 +117,8 @@ class DynamicSoftLabelAssigner:
         soft_center_radius: strides from the centre at which the centre cost is 1.
         iou_weight: factor of the IoU cost.
         max_pairs: (prior, ground truth) pairs held at once; about 40 bytes each.
-        use_numba: on the CPU, compute rotated boxes with the kernels of :mod:`rtmdet_geo.training.assign_kernels`
-            instead of torch; same result, faster.
+        use_numba: on the CPU, compute with the kernels of :mod:`rtmdet_geo.training.assign_kernels` instead of torch;
+            same result, faster.
     """
 
     def __init__(
@@ -128,11 +149,9 @@ class DynamicSoftLabelAssigner:
             (V,) int64, rising.
         """
         if self._runs_kernels(gt_boxes):
-            found = points_in_any(
-                np.ascontiguousarray(priors.float().numpy()),
-                np.ascontiguousarray(gt_boxes.float().numpy()),
-                INSIDE_MARGIN_PX,
-            )
+            margin = INSIDE_MARGIN_PX if gt_boxes.shape[1] == 5 else 0.0
+            points, boxes = (np.ascontiguousarray(part.float().numpy()) for part in (priors, gt_boxes))
+            found = points_in_any(points, boxes, margin)
             return torch.from_numpy(np.flatnonzero(found))
         inside = torch.zeros(len(priors), dtype=torch.bool, device=priors.device)
         step = max(1, self.max_pairs // max(1, len(priors)))
@@ -200,13 +219,12 @@ class DynamicSoftLabelAssigner:
             boxes, logits, gt_boxes, priors = (part.detach().float() for part in (boxes, logits, gt_boxes, priors))
             if gt_centers is None:
                 gt_centers = gt_boxes[:, :2] if gt_boxes.shape[1] == 5 else (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
-            if boxes.shape[1] == 5:
-                boxes, gt_boxes = _as_measurable(boxes), _as_measurable(gt_boxes)
+            boxes, gt_boxes = _as_measurable(boxes), _as_measurable(gt_boxes)
             match = self._match_numba if self._runs_kernels(gt_boxes) else self._match_torch
             return match(boxes, logits, priors, gt_boxes, gt_labels.long(), gt_centers.float())
 
     def _runs_kernels(self, gt_boxes: Tensor) -> bool:
-        return self.use_numba and gt_boxes.device.type == "cpu" and gt_boxes.shape[1] == 5
+        return self.use_numba and gt_boxes.device.type == "cpu"
 
     def _match_numba(
         self, boxes: Tensor, logits: Tensor, priors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_centers: Tensor
@@ -220,9 +238,10 @@ class DynamicSoftLabelAssigner:
         count, taken_gt, lowest_gt = (np.zeros(number, np.int64) for _ in range(3))
         taken_iou, lowest_iou, lowest_cost = np.zeros(number), np.zeros(number), np.full(number, np.inf)
         step = max(1, self.max_pairs // number)
+        overlaps = rotated_iou if predicted.shape[1] == 5 else horizontal_overlaps
         for start in range(0, len(wanted), step):
             part = slice(start, start + step)
-            ious = rotated_iou(wanted[part], predicted)
+            ious = overlaps(wanted[part], predicted)
             match_chunk(
                 ious,
                 raw,

@@ -22,11 +22,11 @@ _LOG_10 = math.log(10.0)
 
 @compiled
 def points_in_any(points: FloatArray, boxes: FloatArray, margin: float) -> NDArray[np.bool_]:
-    """Tell which points lie inside any rotated box by more than a margin.
+    """Tell which points lie inside any box by more than a margin.
 
     Args:
         points: (P, 2 or more) x, y in px first.
-        boxes: (G, 5) cx, cy, w, h in px, angle in rad.
+        boxes: (G, 5) cx, cy, w, h in px, angle in rad, or (G, 4) x1, y1, x2, y2 in px.
         margin: px.
 
     Returns:
@@ -34,6 +34,11 @@ def points_in_any(points: FloatArray, boxes: FloatArray, margin: float) -> NDArr
     """
     inside = np.zeros(len(points), np.bool_)
     for j in range(len(boxes)):
+        if boxes.shape[1] == 4:
+            for i in range(len(points)):
+                x, y = points[i, 0], points[i, 1]
+                inside[i] |= min(x - boxes[j, 0], y - boxes[j, 1], boxes[j, 2] - x, boxes[j, 3] - y) > margin
+            continue
         half_w, half_h = boxes[j, 2] * 0.5, boxes[j, 3] * 0.5
         cosine, sine = math.cos(boxes[j, 4]), math.sin(boxes[j, 4])
         reach_x = abs(half_w * cosine) + abs(half_h * sine)
@@ -44,6 +49,24 @@ def points_in_any(points: FloatArray, boxes: FloatArray, margin: float) -> NDArr
                 continue
             inside[i] = half_w - abs(x * cosine + y * sine) > margin and half_h - abs(y * cosine - x * sine) > margin
     return inside
+
+
+@compiled
+def horizontal_overlaps(boxes1: FloatArray, boxes2: FloatArray) -> FloatArray:
+    """Return the IoU matrix (N, M) float64 of horizontal boxes (N, 4) and (M, 4), x1, y1, x2, y2 in px.
+
+    As :func:`rtmdet_geo.training.assign.horizontal_iou`.
+    """
+    result = np.zeros((len(boxes1), len(boxes2)), np.float64)
+    for i in range(len(boxes1)):
+        area1 = (boxes1[i, 2] - boxes1[i, 0]) * (boxes1[i, 3] - boxes1[i, 1])
+        for j in range(len(boxes2)):
+            width = min(boxes1[i, 2], boxes2[j, 2]) - max(boxes1[i, 0], boxes2[j, 0])
+            height = min(boxes1[i, 3], boxes2[j, 3]) - max(boxes1[i, 1], boxes2[j, 1])
+            if width > 0 and height > 0:
+                area2 = (boxes2[j, 2] - boxes2[j, 0]) * (boxes2[j, 3] - boxes2[j, 1])
+                result[i, j] = width * height / max(area1 + area2 - width * height, 1e-6)
+    return result
 
 
 @compiled

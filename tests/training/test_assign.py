@@ -17,9 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.models.decode import priors_with_stride
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.training.assign import DynamicSoftLabelAssigner, inside_boxes
+from rtmdet_geo.training.assign import DynamicSoftLabelAssigner, horizontal_iou, inside_boxes, mask_centers
+from rtmdet_geo.training.assign_kernels import horizontal_overlaps
 
 
 def _recipes(folder: Path) -> Any:
@@ -30,14 +32,10 @@ def _recipes(folder: Path) -> Any:
 
 
 def _mask_centers(case: dict[str, Any], folder: Path) -> torch.Tensor:
-    """Centroids (x, y) of the oracle's masks in integer pixel coordinates; the origin if a mask is empty."""
-    centers = []
-    for box, area in zip(case["gt_bboxes"], case["mask_areas"], strict=True):
-        mask = _recipes(folder).triangle_mask(box, *case["img_shape"])
-        assert mask.sum() == area
-        rows, columns = np.nonzero(mask)
-        centers.append([columns.mean(), rows.mean()] if area else [0.0, 0.0])
-    return torch.tensor(centers, dtype=torch.float32)
+    """Centroids of the oracle's masks."""
+    masks = np.stack([_recipes(folder).triangle_mask(box, *case["img_shape"]) for box in case["gt_bboxes"]])
+    assert masks.sum((1, 2)).tolist() == case["mask_areas"]
+    return mask_centers(torch.from_numpy(masks))
 
 
 def _assign(case: dict[str, Any], parameters: dict[str, Any], folder: Path, **options: Any) -> Any:
@@ -87,20 +85,26 @@ def test_oracle_notices_other_parameters(oracle_dir: Path) -> None:
 
 def _reference(boxes: Any, logits: Any, priors: Any, gt_boxes: Any, gt_labels: Any) -> dict[int, tuple[int, float]]:
     """Pair by pair in float64, straight from the module's text: {prior: (ground truth, IoU)}."""
-    margin = 0.01
+    is_rotated = boxes.shape[1] == 5
     inside = []
     for x, y, *_ in priors:
         hits = 0
-        for cx, cy, w, h, t in gt_boxes:
-            u, v = (x - cx) * math.cos(t) + (y - cy) * math.sin(t), (y - cy) * math.cos(t) - (x - cx) * math.sin(t)
-            hits += abs(u) < w / 2 - margin and abs(v) < h / 2 - margin
+        for box in gt_boxes:
+            if is_rotated:
+                cx, cy, w, h, t = box
+                u, v = (x - cx) * math.cos(t) + (y - cy) * math.sin(t), (y - cy) * math.cos(t) - (x - cx) * math.sin(t)
+                hits += abs(u) < w / 2 - 0.01 and abs(v) < h / 2 - 0.01
+            else:
+                hits += box[0] < x < box[2] and box[1] < y < box[3]
         inside.append(hits > 0)
     candidates = [i for i, hit in enumerate(inside) if hit]
     if not candidates:
         return {}
     safe = boxes.copy()
-    safe[:, 2:4] = safe[:, 2:4].clip(1e-3)
-    iou = rotated_iou(safe, gt_boxes)
+    if is_rotated:
+        safe[:, 2:4] = safe[:, 2:4].clip(1e-3)
+    iou = rotated_iou(safe, gt_boxes) if is_rotated else _horizontal_iou(safe, gt_boxes)
+    centers = gt_boxes[:, :2] if is_rotated else (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
     cost = np.full(iou.shape, np.inf)
     for i in candidates:
         for j in range(len(gt_boxes)):
@@ -109,7 +113,7 @@ def _reference(boxes: Any, logits: Any, priors: Any, gt_boxes: Any, gt_labels: A
                 p, target = 1 / (1 + math.exp(-logits[i, c])), iou[i, j] if c == gt_labels[j] else 0.0
                 total += (math.log1p(math.exp(logits[i, c])) - logits[i, c] * target) * (target - p) ** 2
             total -= 3.0 * math.log(iou[i, j] + 1e-7)
-            total += 10 ** (math.hypot(*(priors[i, :2] - gt_boxes[j, :2])) / priors[i, 2] - 3.0)
+            total += 10 ** (math.hypot(*(priors[i, :2] - centers[j])) / priors[i, 2] - 3.0)
             cost[i, j] = total
     wanted: dict[int, list[int]] = {}
     for j in range(len(gt_boxes)):
@@ -118,6 +122,24 @@ def _reference(boxes: Any, logits: Any, priors: Any, gt_boxes: Any, gt_labels: A
             wanted.setdefault(i, []).append(j)
     winners = {i: (gts[0] if len(gts) == 1 else int(cost[i].argmin())) for i, gts in wanted.items()}
     return {i: (winners[i], float(iou[i, winners[i]])) for i in sorted(winners)}
+
+
+def _horizontal_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
+    """Pair by pair."""
+    result = np.zeros((len(boxes1), len(boxes2)))
+    for i, (x1, y1, x2, y2) in enumerate(boxes1):
+        for j, (u1, v1, u2, v2) in enumerate(boxes2):
+            common = max(min(x2, u2) - max(x1, u1), 0) * max(min(y2, v2) - max(y1, v1), 0)
+            result[i, j] = common / max((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common, 1e-6)
+    return result
+
+
+def _flattened(boxes: np.ndarray) -> np.ndarray:
+    """Horizontal boxes around rotated ones; a negative side stays one."""
+    flat = boxes_to_hboxes(boxes)
+    flip = boxes[:, 2] < 0
+    flat[flip] = flat[flip][:, [2, 1, 0, 3]]
+    return flat
 
 
 def _scene(seed: int, num_gts: int, size: int = 96) -> tuple[np.ndarray, ...]:
@@ -151,9 +173,11 @@ def _scene(seed: int, num_gts: int, size: int = 96) -> tuple[np.ndarray, ...]:
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 10**6), st.integers(0, 12), st.booleans(), st.sampled_from([1, 200, 10**6]))
-def test_equals_slow_reference(seed: int, num_gts: int, use_numba: bool, max_pairs: int) -> None:
+@given(st.integers(0, 10**6), st.integers(0, 12), st.booleans(), st.booleans(), st.sampled_from([1, 200, 10**6]))
+def test_equals_slow_reference(seed: int, num_gts: int, is_rotated: bool, use_numba: bool, max_pairs: int) -> None:
     arrays = [values.astype(np.float32).astype(np.float64) for values in _scene(seed, num_gts)[:4]]
+    if not is_rotated:
+        arrays[0], arrays[3] = (_flattened(arrays[k]).astype(np.float32).astype(np.float64) for k in (0, 3))
     labels = _scene(seed, num_gts)[4]
     expected = _reference(*arrays, labels)
     assigner = DynamicSoftLabelAssigner(use_numba=use_numba, max_pairs=max_pairs)
@@ -214,9 +238,45 @@ def test_nothing_in_nothing_out(use_numba: bool) -> None:
     assert found.priors.dtype == found.gts.dtype == torch.int64 and found.ious.dtype == torch.float32
 
 
+def test_horizontal_overlaps_of_torch_and_numba_are_the_obvious_ones() -> None:
+    boxes, _, _, gt_boxes, _ = _scene(4, 9)
+    first, second = _flattened(boxes).astype(np.float32), _flattened(gt_boxes).astype(np.float32)
+    expected = _horizontal_iou(first, second)
+    assert (expected > 0.3).sum() > 10 and (boxes[:, 2] < 0).any()
+    np.testing.assert_allclose(horizontal_overlaps(first, second), expected, atol=1e-6)
+    np.testing.assert_allclose(horizontal_iou(torch.tensor(first), torch.tensor(second)).numpy(), expected, atol=1e-6)
+
+
+def test_mask_centers_by_hand() -> None:
+    masks = torch.zeros(3, 6, 9, dtype=torch.uint8)
+    masks[0, 2, 7] = 1
+    masks[1, 1:4, 2:4] = 1
+    centers = mask_centers(masks)
+    assert centers.dtype == torch.float32 and centers.tolist() == [[7, 2], [2.5, 2], [0, 0]]
+    assert torch.equal(mask_centers(masks.bool()), centers) and mask_centers(masks[:0]).shape == (0, 2)
+
+
+def test_the_mask_decides_where_the_centre_is() -> None:
+    """Two priors in one box, alike but for the distance from the mask's centroid."""
+    priors = torch.tensor([[8.0, 8, 8, 8], [24, 8, 8, 8]])
+    gt_boxes, labels = torch.tensor([[0.0, 0, 32, 16]]), torch.tensor([0])
+    poor = torch.tensor([[0.0, 0, 8, 16], [24, 0, 32, 16]])  # IoU 1/4 each: one prior is taken
+    for rows, expected in ((slice(0, 8), [0]), (slice(24, 32), [1])):
+        mask = torch.zeros(1, 16, 32, dtype=torch.uint8)
+        mask[:, :, rows] = 1
+        found = DynamicSoftLabelAssigner().assign(
+            poor, torch.zeros(2, 1), priors, gt_boxes, labels, gt_centers=mask_centers(mask)
+        )
+        assert found.priors.tolist() == expected
+
+
+@pytest.mark.parametrize("is_rotated", [True, False])
 @pytest.mark.parametrize("use_numba", [True, False])
-def test_broken_predictions_do_not_crash(use_numba: bool) -> None:
-    boxes, logits, priors, gt_boxes, labels = (torch.tensor(a) for a in _scene(1, 5))
+def test_broken_predictions_do_not_crash(use_numba: bool, is_rotated: bool) -> None:
+    arrays = list(_scene(1, 5))
+    if not is_rotated:
+        arrays[0], arrays[3] = _flattened(arrays[0]), _flattened(arrays[3])
+    boxes, logits, priors, gt_boxes, labels = (torch.tensor(a) for a in arrays)
     boxes[::2] = math.nan
     boxes[1::4, 0] = math.inf
     logits[::3] = math.nan
@@ -245,6 +305,9 @@ gt_boxes = boxes_at(torch.rand(2000, 2, generator=generator) * 1024)
 labels = torch.randint(15, (2000,), generator=generator)
 boxes = boxes_at(priors[:, :2] + torch.rand(len(priors), 2, generator=generator) * 8)
 logits = torch.rand(len(priors), 15, generator=generator) * 6 - 5
+if sys.argv[2] == "horizontal":
+    flat = lambda boxes: torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
+    gt_boxes, boxes = flat(gt_boxes), flat(boxes)
 assigner = DynamicSoftLabelAssigner(use_numba=sys.argv[1] == "numba")
 assigner.assign(boxes[:2000], logits[:2000], priors[:2000], gt_boxes[:30], labels[:30])  # loaded and compiled
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -255,11 +318,12 @@ print(extra, len(priors), len(found.priors), len(set(found.gts.tolist())))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("kind", ["rotated", "horizontal"])
 @pytest.mark.parametrize("how", ["numba", "torch"])
-def test_two_thousand_boxes_within_two_gigabytes(how: str) -> None:
+def test_two_thousand_boxes_within_two_gigabytes(how: str, kind: str) -> None:
     """A 1024 px tile with 2,000 boxes of 15 classes; all pairs and classes at once would take 2.6 GB a float."""
     result = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT, how],
+        [sys.executable, "-c", MEMORY_SCRIPT, how, kind],
         capture_output=True, text=True, timeout=200, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     extra, num_priors, num_positive, num_gts = map(float, result.stdout.split())

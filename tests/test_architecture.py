@@ -18,6 +18,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
+    *("masks", "preprocess"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

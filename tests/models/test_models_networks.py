@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,10 +10,32 @@ import recipes
 import torch
 
 from rtmdet_geo.errors import UnknownModelError
-from rtmdet_geo.models import BUILDERS, RotatedOutputs, get_model, rtmdet_r_test, rtmdet_r_tiny
+from rtmdet_geo.models import (
+    BUILDERS,
+    CLASSIFIERS,
+    RotatedOutputs,
+    cspnext_test,
+    get_classifier,
+    get_model,
+    rtmdet_ins_test,
+    rtmdet_ins_tiny,
+    rtmdet_r_test,
+    rtmdet_r_tiny,
+)
 from rtmdet_geo.models.rtmdet import SIZES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+#: Name in the golden files up to the size, and ours.
+FAMILIES = {"rtmdet": "rtmdet", "rtmdet-ins": "rtmdet_ins", "rotated_rtmdet": "rtmdet_r", "cspnext": "cspnext"}
+
+
+def build(reference, **arguments):
+    """Build our model of the reference's name."""
+    family, size = reference.rsplit("_", 1)
+    name = f"{FAMILIES[family]}_{size}"
+    return (get_classifier if family == "cspnext" else get_model)(name, **arguments)
 
 
 def load_recipe(model, reference, oracle_dir):
@@ -31,16 +54,17 @@ def check_keys(model, golden):
         assert state[alias].data_ptr() == state[canonical].data_ptr(), alias
     addresses = {}
     for key, value in state.items():
-        if value.numel() and key not in golden["shared"]:
+        if value.is_floating_point() and key not in golden["shared"]:  # counters are not listed as shared
             assert addresses.setdefault(value.data_ptr(), key) == key, f"{key} shares storage with another"
 
 
-def test_oracle_keys(oracle_dir):
-    files = sorted(oracle_dir.glob("keys_rotated_rtmdet_*.json"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle_keys(oracle_dir, family):
+    files = sorted(oracle_dir.glob(f"keys_{family}_*.json"))
     assert files
     for file in files:
         golden = json.loads(file.read_text())
-        model = get_model("rtmdet_r_" + golden["model"].rsplit("_", 1)[1])
+        model = build(golden["model"])
         check_keys(model, golden)
         norms = {(m.eps, m.momentum) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
         assert norms == {tuple(pair) for pair in golden["bn_eps_momentum"]}
@@ -57,6 +81,11 @@ def test_oracle_keys_negative_control(oracle_dir):
     layer_0.conv = torch.nn.Conv2d(96, 96, 3, padding=1, bias=False)
     with pytest.raises(AssertionError):
         check_keys(unshared, golden)
+    instances = json.loads((oracle_dir / "keys_rtmdet-ins_tiny.json").read_text())
+    two_sets = rtmdet_ins_tiny()
+    two_sets.bbox_head.reg_convs = copy.deepcopy(two_sets.bbox_head.cls_convs)
+    with pytest.raises(AssertionError):
+        check_keys(two_sets, instances)
 
 
 def run_golden(model, golden):
@@ -70,21 +99,33 @@ def run_golden(model, golden):
         outputs = model(torch.from_numpy(recipes.realise(golden["input"])))
     for hook in hooks:
         hook.remove()
-    named = {
-        f"{field}.{level}": tensor for field in outputs._fields for level, tensor in enumerate(getattr(outputs, field))
-    }
-    return named, seen
+    return named_outputs(outputs), seen
 
 
-@pytest.mark.parametrize("size", ["tiny", "s", "m", "l"])
-def test_oracle_forward(oracle_dir, size):
-    """Every golden forward of this size (there may be none of some sizes, but not none at all)."""
-    everything = sorted(oracle_dir.glob("forward_rotated_rtmdet_*.json"))
+def named_outputs(outputs):
+    """Return all outputs by the golden files' names: cls.0, ..., mask_feat, logits."""
+    if isinstance(outputs, torch.Tensor):
+        return {"logits": outputs}
+    named = {}
+    for field, values in zip(outputs._fields, outputs, strict=True):
+        if isinstance(values, torch.Tensor):
+            named["mask_feat" if field == "mask_features" else field] = values
+        else:
+            named |= {f"{field}.{level}": tensor for level, tensor in enumerate(values)}
+    return named
+
+
+@pytest.mark.parametrize("size", ["tiny", "s", "m", "l", "x"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle_forward(oracle_dir, family, size):
+    """Every golden forward of this size (there may be none of some sizes, but not none at all), eval and train."""
+    everything = sorted(oracle_dir.glob(f"forward_{family}_*.json"))
     assert everything
-    files = [file for file in everything if json.loads(file.read_text())["model"].endswith(f"_{size}")]
-    for file in files:
-        golden = json.loads(file.read_text())
-        model = get_model(f"rtmdet_r_{size}")
+    goldens = [json.loads(file.read_text()) for file in everything]
+    for golden in goldens:
+        if golden["model"] != f"{family}_{size}":
+            continue
+        model = build(golden["model"])
         load_recipe(model, golden["model"], oracle_dir)
         model.train(golden["mode"] == "train")
         outputs, seen = run_golden(model, golden)
@@ -93,11 +134,24 @@ def test_oracle_forward(oracle_dir, size):
             assert recipes.check_summary(summary, outputs[name].numpy()) < 1e-4, name
         for name, summary in golden["intermediate"].items():
             assert recipes.check_summary(summary, seen[name].numpy()) < 1e-4, name
+        state = model.state_dict()
+        for name, summary in golden.get("running_stats_after", {}).items():
+            assert recipes.check_summary(summary, state[name].numpy()) < 1e-4, name
 
 
-def test_oracle_forward_negative_control(oracle_dir):
-    golden = json.loads(max(oracle_dir.glob("forward_rotated_rtmdet_*.json")).read_text())
-    model = get_model("rtmdet_r_" + golden["model"].rsplit("_", 1)[1]).eval()
+def test_oracle_has_a_forward_in_training(oracle_dir):
+    modes = [json.loads(file.read_text()) for file in oracle_dir.glob("forward_*.json")]
+    trained = [golden for golden in modes if golden["mode"] == "train"]
+    assert trained
+    assert all(golden["running_stats_after"] for golden in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle_forward_negative_control(oracle_dir, family):
+    """A forward that is off fails: the class default of eps instead of the configurations'."""
+    files = sorted(oracle_dir.glob(f"forward_{family}_*.json"), key=lambda file: "tiny" not in file.name)
+    golden = json.loads(files[0].read_text())
+    model = build(golden["model"]).train(golden["mode"] == "train")
     load_recipe(model, golden["model"], oracle_dir)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -107,30 +161,75 @@ def test_oracle_forward_negative_control(oracle_dir):
     assert worst > 1e-4
 
 
-@pytest.mark.parametrize("name", ["rtmdet_r_test", "rtmdet_r_nano", "rtmdet_r_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtmdet_test",
+        "rtmdet_nano",
+        "rtmdet_ins_test",
+        "rtmdet_ins_nano",
+        "rtmdet_r_test",
+        "rtmdet_r_nano",
+        "rtmdet_r_tiny",
+    ],
+)
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = get_model(name, num_classes=3, in_channels=4)
     outputs = model(torch.randn(2, 4, 64, 96))
-    for level, stride in enumerate((8, 16, 32)):
-        assert outputs.cls[level].shape == (2, 3, 64 // stride, 96 // stride)
-        assert outputs.reg[level].shape == (2, 4, 64 // stride, 96 // stride)
-        assert outputs.angle[level].shape == (2, 1, 64 // stride, 96 // stride)
-    loss = sum(tensor.square().mean() for field in outputs for tensor in field)
+    channels = {"cls": 3, "reg": 4, "angle": 1, "kernel": 169}
+    for field in set(channels) & set(outputs._fields):
+        for tensor, stride in zip(getattr(outputs, field), (8, 16, 32), strict=True):
+            assert tensor.shape == (2, channels[field], 64 // stride, 96 // stride)
+    if model.kind == "mask":
+        assert outputs.mask_features.shape == (2, 8, 8, 12)
+    loss = sum(tensor.square().mean() for tensor in named_outputs(outputs).values())
     loss.backward()
     without = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert not without
     assert all(torch.isfinite(value.grad).all() for value in model.parameters())
 
 
+def test_classifier_takes_any_sides_and_learns():
+    torch.manual_seed(0)
+    model = cspnext_test(num_classes=7, in_channels=5)
+    logits = model(torch.randn(2, 5, 50, 71))
+    assert logits.shape == (2, 7)
+    logits.square().mean().backward()
+    assert all(value.grad is not None and value.grad.any() for value in model.parameters())
+    assert (model.kind, model.num_classes, model.in_channels) == ("classification", 7, 5)
+    for wrong in (torch.zeros(1, 3, 50, 71), torch.zeros(5, 50, 71)):
+        with pytest.raises(ValueError, match="cspnext_test"):
+            model(wrong)
+
+
+def test_instances_share_one_set_of_modules():
+    """One tower under two names: each batch moves its norms twice in training, and evaluation runs it once."""
+    torch.manual_seed(0)
+    model = rtmdet_ins_test(num_classes=2).train()
+    norm = model.bbox_head.cls_convs[0][0].bn
+    assert model.bbox_head.reg_convs[0][0].bn is norm
+    model(torch.randn(2, 3, 64, 64))
+    assert norm.num_batches_tracked.item() == 2
+    assert model.bbox_head.kernel_convs[0][0].bn.num_batches_tracked.item() == 1
+    calls = []
+    model.eval().bbox_head.cls_convs[0][0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        outputs = model(torch.randn(2, 3, 64, 64))
+    assert len(calls) == 1
+    assert all(level.min() >= 0 for level in outputs.reg)
+    assert len({layer[0].conv for layer in model.bbox_head.kernel_convs}) == 3
+
+
 def test_exp_on_reg_of_every_size():
     assert {name for name, size in SIZES.items() if size.exp_on_reg} == {"m", "l", "x"}
 
 
-def test_start_probability_and_distances():
+@pytest.mark.parametrize("name", ["rtmdet_test", "rtmdet_ins_test", "rtmdet_r_test"])
+def test_start_probability_and_distances(name):
     """From scratch: every class starts near 0.01 and every box about two strides wide."""
     torch.manual_seed(0)
-    model = rtmdet_r_test(num_classes=2).train()
+    model = get_model(name, num_classes=2).train()
     outputs = model(torch.randn(1, 3, 128, 128))
     for level, stride in enumerate(model.strides):
         assert outputs.cls[level].sigmoid().mean().item() == pytest.approx(0.01, abs=0.004)
@@ -172,13 +271,21 @@ def test_odd_inputs_are_refused(images, error, words):
 
 
 def test_builders_and_near_names():
-    assert set(BUILDERS) == {f"rtmdet_r_{size}" for size in ("test", "nano", "tiny", "s", "m", "l")}
+    sizes = ("test", "nano", "tiny", "s", "m", "l", "x")
+    expected = {f"{family}_{size}" for family in ("rtmdet", "rtmdet_ins", "rtmdet_r") for size in sizes}
+    assert set(BUILDERS) == expected - {"rtmdet_r_x"}  # never published
+    assert set(CLASSIFIERS) == {f"cspnext_{size}" for size in ("test", "tiny", "s", "m", "l", "x")}
+    kinds = {get_model(f"{family}_test").kind for family in ("rtmdet", "rtmdet_ins", "rtmdet_r")}
+    assert kinds == {"horizontal", "mask", "rotated"}
     with pytest.raises(UnknownModelError, match=r"did you mean .*rtmdet_r_tiny"):
         get_model("rtmdet_r_tini")
     with pytest.raises(UnknownModelError, match="known: "):
         get_model("zzz")
-    with pytest.raises(ValueError, match="at least 1"):
-        rtmdet_r_test(num_classes=0)
+    with pytest.raises(UnknownModelError, match=r"did you mean .*cspnext_tiny"):
+        get_classifier("cspnext_tini")
+    for builder in (rtmdet_r_test, cspnext_test):
+        with pytest.raises(ValueError, match="at least 1"):
+            builder(num_classes=0)
     with pytest.raises(TypeError):
         rtmdet_r_test(15)
     model = rtmdet_r_test(num_classes=2, in_channels=5)

@@ -35,6 +35,10 @@ class ChecksumError(WeightsError):
     """A file's SHA-256 is not the one it should have."""
 
 
+class DownloadError(RTMDetGeoError, OSError):
+    """A file cannot be fetched; the message says which file to put where instead."""
+
+
 class RasterError(RTMDetGeoError, OSError):
     """A scene cannot be opened or read."""
 

@@ -182,6 +182,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: object 
     model.load_state_dict(dict(state), strict=False)
 
 
+def load_into(model: nn.Module, weights: str | Path) -> None:
+    """Load weights strictly into a model."""
+    load_state(model, load_weights(weights)[0], source=weights)
+
+
 def build_from_weights(path: str | os.PathLike[str]) -> tuple[RTMDet, ModelSpec]:
     """Build the network that a weights file names, with its weights, in evaluation mode.
 

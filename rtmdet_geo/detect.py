@@ -420,7 +420,7 @@ def _make_features(
         model_sha=spec.weights_sha256,
         run_id=run_id,
         dst_crs=dst_crs,
-        kind=spec.kind,
+        kind=spec.object_kind,
     )
 
 

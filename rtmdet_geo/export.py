@@ -95,11 +95,11 @@ def export_model(
     network = fuse_batch_norm(network).cpu()
     if half_weights:
         _round_to_half(network)
-    limit = MAX_ROWS_PER_LEVEL[spec.kind]
+    limit = MAX_ROWS_PER_LEVEL[spec.object_kind]
     graph = DetectionGraph(network, spec.mean, spec.std, limit=limit).eval()
 
     side = tile_size or spec.tile_size
-    levels = rows_per_level(spec.kind, len(spec.classes), side, side)
+    levels = rows_per_level(spec.object_kind, len(spec.classes), side, side)
     spec = spec.model_copy(
         update={
             "tile_size": side,
@@ -158,7 +158,7 @@ def verify_export(
                 raise ExportMismatchError(f"output {name!r} at batch {number}: torch {one.shape}, file {other.shape}")
             if not np.isfinite(other).all():
                 raise ExportMismatchError(f"output {name!r} at batch {number} is not finite in the file")
-        levels = rows_per_level(backend.spec.kind, len(backend.spec.classes), side, side)
+        levels = rows_per_level(backend.spec.object_kind, len(backend.spec.classes), side, side)
         worst_score = max(worst_score, float(np.abs(expected[1] - found[1]).max(initial=0.0)))
         for image in range(number):
             rows = [output[image] for output in expected], [output[image] for output in found]

@@ -22,8 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rtmdet_geo.errors import ConfigError
+
 Frame = Literal["tile", "scene"]
 Kind = Literal["rotated", "horizontal", "mask"]
+#: Models find objects of some kind, or name what a whole image shows.
+ModelKind = Literal["rotated", "horizontal", "mask", "classification"]
 
 #: Grey of pixels beyond the scene, in training and in detection (RTMDet's recipes: Pad, pad_val=114).
 PAD_VALUE = 114
@@ -156,7 +160,7 @@ class ModelSpec(_Frozen):
     format_version: Literal[1] = 1
     name: str
     architecture: str
-    kind: Kind = "rotated"
+    kind: ModelKind = "rotated"
     classes: tuple[str, ...]
     bands: tuple[str, ...] = ("red", "green", "blue")
     optional_bands: dict[str, int] = Field(default_factory=dict)
@@ -180,6 +184,17 @@ class ModelSpec(_Frozen):
     licence: str = ""
     attribution: str = ""
     exporter: str = ""
+
+    @property
+    def object_kind(self) -> Kind:
+        """The kind of objects that the model finds.
+
+        Raises:
+            ConfigError: it finds none, it classifies whole images.
+        """
+        if self.kind == "classification":
+            raise ConfigError(f"model {self.name!r} classifies whole images and finds no objects; choose a detector")
+        return self.kind
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

@@ -134,7 +134,7 @@ class OnnxRuntimeBackend:
                 )
             self.num_saturated += self._count_saturated(scores, images.shape[2], images.shape[3], score_threshold)
             yield [
-                rows_to_detections(*rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.kind)
+                rows_to_detections(*rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.object_kind)
                 for rows in zip(boxes, scores, labels, strict=True)
             ]
 
@@ -176,7 +176,7 @@ class OnnxRuntimeBackend:
 
     def _count_saturated(self, scores: NDArray[np.float32], height: int, width: int, score_threshold: float) -> int:
         """Number of images of which a cut-off level's lowest row is still at or above the threshold."""
-        levels = rows_per_level(self.spec.kind, len(self.spec.classes), height, width)
+        levels = rows_per_level(self.spec.object_kind, len(self.spec.classes), height, width)
         if sum(rows for rows, _ in levels) != scores.shape[1]:  # another K than the contract's: judge all rows as one
             return int((scores.min(axis=1, initial=np.inf) >= score_threshold).sum())
         saturated = np.zeros(len(scores), bool)

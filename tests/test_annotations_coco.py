@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rtmdet_geo.annotations.coco import (
+    CocoObject,
     decode_counts,
     decode_mask,
     encode_counts,
     encode_mask,
     mask_corner_points,
+    object_mask,
+    object_outline,
     read_coco,
 )
+from rtmdet_geo.annotations.outlines import outline_points
 from rtmdet_geo.boxes import minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError
 
@@ -125,6 +129,47 @@ def test_reading(tmp_path):
     assert polygon.class_name == "plane" and polygon.points.shape == (6, 2) and not polygon.is_crowd
     assert box.points.tolist() == [[1, 2], [4, 2], [4, 6], [1, 6]] and box.is_crowd
     assert mask.points.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] and mask.annotation_id == 3
+
+
+def test_polygons_run_lengths_and_crowds_become_masks(tmp_path):
+    runs = encode_mask(np.arange(200).reshape(10, 20) % 7 == 0)
+    plain = {"size": [10, 20], "counts": decode_counts(runs["counts"]).tolist()}
+    extra = [
+        {"id": 4, "image_id": 4, "category_id": 2, "segmentation": runs},
+        {"id": 5, "image_id": 4, "category_id": 2, "segmentation": plain, "iscrowd": 1},
+        {"id": 6, "image_id": 4, "category_id": 2, "segmentation": [], "bbox": [1, 2, 3, 4]},
+    ]
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(coco(annotations=coco()["annotations"] + extra)))
+    polygon, box, pixel, compressed, crowd, no_polygon = read_coco(path).objects[4]
+    mask = object_mask(polygon, 10, 20)
+    assert mask.shape == (10, 20) and mask.dtype == bool
+    assert np.argwhere(mask).tolist() == [  # centres in the triangles (0 0, 4 0, 4 2) and (6 6, 8 6, 8 9)
+        [0, 1], [0, 2], [0, 3], [1, 3], [6, 6], [6, 7], [7, 7],
+    ]  # fmt: skip
+    assert object_mask(pixel, 10, 20).nonzero() == (0, 0)
+    np.testing.assert_array_equal(object_mask(compressed, 10, 20), np.arange(200).reshape(10, 20) % 7 == 0)
+    np.testing.assert_array_equal(object_mask(crowd, 10, 20), object_mask(compressed, 10, 20))
+    assert crowd.is_crowd and not compressed.is_crowd
+    for entry in (box, no_polygon):
+        assert entry.segmentation is None and object_outline(entry) == () and not object_mask(entry, 10, 20).any()
+    assert outline_points(object_outline(pixel)).tolist() == [[0, 0], [1, 0], [1, 1], [0, 1]]
+    assert [len(part) for part in object_outline(polygon)] == [1, 1]
+    with pytest.raises(AnnotationError, match="annotation 4: its mask is 10 x 20 px, the image is 20 x 20 px"):
+        object_mask(compressed, 20, 20)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=3, max_size=8))
+def test_polygons_cover_what_pycocotools_covers_but_for_the_border(corners):
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    ring = np.array(corners).ravel().tolist()
+    theirs = decode_mask(coco_mask.frPyObjects([ring], 30, 40)[0])
+    entry = CocoObject(0, "ship", np.array(corners), False, 1, [ring])
+    ours = object_mask(entry, 30, 40)
+    edges = np.concatenate([np.linspace(a, b, 200) for a, b in zip(corners, corners[1:] + corners[:1], strict=True)])
+    for row, column in np.argwhere(ours != theirs):
+        assert np.hypot(*(edges - (column + 0.5, row + 0.5)).T).min() < 1.5
 
 
 @pytest.mark.parametrize(

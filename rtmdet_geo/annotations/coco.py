@@ -1,4 +1,4 @@
-"""COCO json label files, with run-length masks decoded in numpy.
+"""COCO json label files: boxes, polygons and run-length masks, decoded without pycocotools.
 
 Pixel coordinates are continuous with the origin at the outer corner of the top-left pixel: pixel (row, column) of a
 mask covers ``[column, column + 1] x [row, row + 1]``. Run lengths go down the columns first and start with background.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.outlines import Outline, Window, as_outline, fill_outline, trace_mask
 from rtmdet_geo.errors import AnnotationError
 
 
@@ -30,8 +31,10 @@ class CocoObject:
         class_name: name of its category.
         points: (M, 2) float64 x, y in px: corners of the mask's or the polygons' outline (not in drawing order);
             their hull is the object's hull.
-        is_crowd: the annotation's ``iscrowd``.
+        is_crowd: the annotation's ``iscrowd``: a region of many objects, none of which is told from the others.
         annotation_id: id of the annotation, for messages.
+        segmentation: polygons or run lengths as the file has them; None where it has a box only. See
+            :func:`object_outline` and :func:`object_mask`.
     """
 
     image_id: int
@@ -39,6 +42,7 @@ class CocoObject:
     points: NDArray[np.float64]
     is_crowd: bool
     annotation_id: int
+    segmentation: Mapping[str, Any] | Sequence[Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,50 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": [height, width], "counts": encode_counts(runs)}
 
 
+def object_outline(entry: CocoObject) -> Outline:
+    """Return an object's outline in px: its polygons as parts, or the edges of its run-length mask's pixels.
+
+    Returns:
+        The outline; () where the file gives a box only, or polygons of fewer than three corners.
+
+    Raises:
+        AnnotationError: the segmentation is malformed.
+    """
+    if entry.segmentation is None:
+        return ()
+    if isinstance(entry.segmentation, Mapping):
+        return trace_mask(decode_mask(entry.segmentation))
+    try:
+        return as_outline([[ring] for ring in entry.segmentation])
+    except (TypeError, ValueError) as error:
+        raise AnnotationError(f"annotation {entry.annotation_id}: malformed polygon ({error})") from error
+
+
+def object_mask(entry: CocoObject, height: int, width: int) -> NDArray[np.bool_]:
+    """Return an object's mask, from polygons (a pixel is inside if its centre is) or run lengths, crowd or not.
+
+    Args:
+        entry: an object of a label file.
+        height: of its image in px.
+        width: of its image in px.
+
+    Returns:
+        (height, width) bool; where the file gives a box only, all False.
+
+    Raises:
+        AnnotationError: the segmentation is malformed, or a run-length mask is of another size.
+    """
+    if isinstance(entry.segmentation, Mapping):
+        mask = decode_mask(entry.segmentation)
+        if mask.shape != (height, width):
+            raise AnnotationError(
+                f"annotation {entry.annotation_id}: its mask is {mask.shape[0]} x {mask.shape[1]} px, "
+                f"the image is {height} x {width} px"
+            )
+        return mask
+    return fill_outline(object_outline(entry), Window(0, 0, width, height)).astype(np.bool_)
+
+
 def mask_corner_points(segmentation: Mapping[str, Any]) -> NDArray[np.float64]:
     """Pixel corners whose hull is the hull of the mask: four per column that the object touches.
 
@@ -212,6 +260,7 @@ def _object(
         _points(annotation),
         bool(annotation.get("iscrowd", 0)),
         int(annotation.get("id", -1)),
+        annotation.get("segmentation") or None,
     )
 
 

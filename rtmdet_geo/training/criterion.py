@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rtmdet_geo.models.boxes_torch import regularize_le90
-from rtmdet_geo.models.decode import decode_distances, flatten_level, priors_with_stride
+from rtmdet_geo.models.decode import decode_distances, decode_sides, flatten_level, priors_with_stride
 from rtmdet_geo.models.heads import STRIDES, HorizontalOutputs, InstanceOutputs, RotatedOutputs
 from rtmdet_geo.structures import Kind
 from rtmdet_geo.training.assign import Assignment, DynamicSoftLabelAssigner, inside_boxes, mask_centers
@@ -224,8 +224,8 @@ class Criterion(nn.Module):
 class RotatedCriterion(Criterion):
     """Training loss of a rotated model: linear rotated IoU loss; see :class:`Criterion` for the arguments."""
 
-    kind = "rotated"
-    columns = 5
+    kind: ClassVar[Kind] = "rotated"
+    columns: ClassVar[int] = 5
 
     def _raw_distances(self, outputs: Outputs) -> list[Tensor]:
         assert isinstance(outputs, RotatedOutputs)
@@ -242,10 +242,10 @@ class RotatedCriterion(Criterion):
 class HorizontalCriterion(Criterion):
     """Training loss of a model of horizontal boxes: GIoU loss; see :class:`Criterion` for the arguments."""
 
-    kind = "horizontal"
+    kind: ClassVar[Kind] = "horizontal"
 
     def _decode(self, points: Tensor, distances: Tensor) -> Tensor:
-        return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
+        return decode_sides(points, distances)
 
     def _box_loss(self, predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
         return giou_loss(predicted, wanted, weight=weight, reduction="none")
@@ -265,7 +265,7 @@ class InstanceCriterion(HorizontalCriterion):
         options: of :class:`Criterion`.
     """
 
-    kind = "mask"
+    kind: ClassVar[Kind] = "mask"
 
     def __init__(
         self,

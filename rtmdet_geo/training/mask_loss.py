@@ -21,7 +21,7 @@ from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.training.losses import dice_loss
 
 #: Masks are compared at one pixel in so many, along either axis.
-MASK_STRIDE = 4
+LOSS_STRIDE = 4
 #: Relative coordinates are counted in so many strides of the prior.
 _COORDINATE_STRIDES = 8
 
@@ -77,12 +77,12 @@ def mask_losses(
     height, width = features.shape[1] * STRIDES[0], features.shape[2] * STRIDES[0]
     if masks.shape[1:] != (height, width):
         raise ValueError(f"masks are {tuple(masks.shape[1:])} px, the image is {(height, width)} px (height, width)")
-    start = MASK_STRIDE // 2
-    sampled = masks[:, start::MASK_STRIDE, start::MASK_STRIDE]
+    start = LOSS_STRIDE // 2
+    sampled = masks[:, start::LOSS_STRIDE, start::LOSS_STRIDE]
 
     def portion(kernels: Tensor, priors: Tensor, features: Tensor, gts: Tensor) -> Tensor:
         logits = dynamic_masks(kernels, priors, features).unsqueeze(1)
-        logits = functional.interpolate(logits, scale_factor=STRIDES[0] // MASK_STRIDE, mode="bilinear")
+        logits = functional.interpolate(logits, scale_factor=STRIDES[0] // LOSS_STRIDE, mode="bilinear")
         return dice_loss(logits.squeeze(1), sampled[gts], reduction="none")
 
     if len(kernels) <= max_masks:

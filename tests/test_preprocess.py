@@ -1,0 +1,123 @@
+"""Resizing, padding and normalising an ordinary image, against the reference's pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import recipes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtmdet_geo.preprocess import MEAN_BGR, STD_BGR, Letterbox, keep_ratio_size, letterbox, normalise
+from rtmdet_geo.structures import PAD_VALUE
+
+
+@pytest.fixture(scope="module")
+def golden(oracle_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((oracle_dir / "preprocess.json").read_text())
+    assert content["cases"]
+    return content
+
+
+def image_of(case: dict[str, Any]) -> np.ndarray:
+    image: np.ndarray = recipes.image(case["kind"], case["seed"], case["height"], case["width"])
+    assert int(image.sum(dtype=np.int64)) == case["image_sum"]
+    return image
+
+
+def check(boxed: Letterbox, normalised: np.ndarray, case: dict[str, Any]) -> None:
+    """Compare with a golden case: sizes and factors exactly, pixels to one grey level."""
+    meta = case["meta"]
+    assert list(boxed.content) == case["content"]
+    assert list(boxed.image.shape[:2]) == meta["img_shape"] == meta["pad_shape"]
+    assert boxed.scale_factor == pytest.approx(meta["scale_factor"], rel=1e-12)
+    height, width = boxed.content
+    means = boxed.image[:height, :width].mean(axis=(0, 1))
+    np.testing.assert_allclose(means, case["uint8_mean_content"], atol=2e-3)
+    padding = {*boxed.image[height:].ravel().tolist(), *boxed.image[:, width:].ravel().tolist()}
+    assert sorted(padding) == case["uint8_pad_values"]
+    assert list(normalised.shape) == case["padded_shape"]
+    for channel, y, x, grey, value in case["pixels"]:
+        assert abs(int(boxed.image[y, x, channel]) - grey) <= 1, (channel, y, x)
+        assert normalised[channel, y, x] == pytest.approx(value, abs=1.01 / min(STD_BGR)), (channel, y, x)
+    assert recipes.check_summary(case["normalised"], normalised) < 1.01 / min(STD_BGR) / case["normalised"]["absmax"]
+    assert normalised.mean(dtype=np.float64) == pytest.approx(case["normalised"]["mean"], abs=1e-4)
+
+
+def test_oracle_preprocess(golden: dict[str, Any]) -> None:
+    assert golden["mean_bgr"] == pytest.approx(MEAN_BGR)
+    assert golden["std_bgr"] == pytest.approx(STD_BGR)
+    assert golden["pad_value"] == PAD_VALUE
+    assert golden["bgr_to_rgb"] is False
+    for case in golden["cases"]:
+        boxed = letterbox(image_of(case), case["size"])
+        check(boxed, normalise(boxed.image), case)
+
+
+def test_oracle_preprocess_negative_controls(golden: dict[str, Any]) -> None:
+    """Other padding, statistics of the other channel order, a resize to the nearest pixel: each is seen."""
+    case = max(golden["cases"], key=lambda case: len(case["uint8_pad_values"]) * case["height"] * case["width"])
+    image = image_of(case)
+    boxed = letterbox(image, case["size"])
+    black = letterbox(image, case["size"], pad_value=0)
+    swapped = normalise(boxed.image, MEAN_BGR[::-1], STD_BGR[::-1])
+    moved = boxed._replace(image=np.roll(boxed.image, 8, axis=1))
+    for wrong, normalised in (
+        (black, normalise(black.image)),
+        (boxed, swapped),
+        (moved, normalise(moved.image)),
+        (boxed, normalise(boxed.image).transpose(0, 2, 1)),
+    ):
+        with pytest.raises(AssertionError):
+            check(wrong, normalised, case)
+
+
+def test_worked_example() -> None:
+    """2 x 4 px to a side of 8: each pixel twice as large, interpolated between centres, grey below."""
+    image = np.array([[[0], [100], [200], [100]], [[0], [100], [200], [100]]], np.uint8)
+    boxed = letterbox(image, 8)
+    assert (boxed.content, boxed.scale_factor) == ((4, 8), (2.0, 2.0))
+    assert boxed.image[:4, :, 0].tolist() == [[0, 25, 75, 125, 175, 175, 125, 100]] * 4
+    assert (boxed.image[4:] == 114).all()
+    np.testing.assert_allclose(normalise(boxed.image, [100.0], [50.0])[0, 0], [-2, -1.5, -0.5, 0.5, 1.5, 1.5, 0.5, 0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 96), st.integers(0, 2**32))
+def test_properties(height: int, width: int, channels: int, side: int, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    before = image.copy()
+    boxed = letterbox(image, side)
+    new_height, new_width = boxed.content
+    assert boxed.image.shape == (side, side, channels)
+    assert max(boxed.content) == side
+    assert min(boxed.content) >= 1
+    assert abs(new_height - height * side / max(height, width)) <= 1
+    assert abs(new_width - width * side / max(height, width)) <= 1
+    assert boxed.scale_factor == (new_width / width, new_height / height)
+    assert (boxed.image[new_height:] == PAD_VALUE).all()
+    assert (boxed.image[:, new_width:] == PAD_VALUE).all()
+    assert np.array_equal(image, before)
+    one = letterbox(image[:, :, -1:], side)  # channels do not mix
+    assert np.array_equal(one.image[:, :, 0], boxed.image[:, :, -1])
+    turned = letterbox(np.ascontiguousarray(image.transpose(1, 0, 2)), side)
+    assert turned.content == (new_width, new_height)
+    if max(height, width) == side:
+        assert np.array_equal(boxed.image[:height, :width], image)
+
+
+def test_odd_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="sides start at 1"):
+        keep_ratio_size(0, 5, 640)
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint16), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            letterbox(wrong, 8)
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="one mean and std per channel"):
+        normalise(image, [1.0], [1.0])
+    with pytest.raises(ValueError, match="positive"):
+        normalise(image, [1.0] * 3, [1.0, 0.0, 1.0])

@@ -21,7 +21,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.coco import CocoLabels, read_coco
+from rtmdet_geo.annotations.coco import CocoLabels, object_outline, read_coco
+from rtmdet_geo.annotations.outlines import Outline, as_outline, outline_to_lists, transform_outline
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError, OutputError
 from rtmdet_geo.raster import Scene, open_scene, scene_stem
@@ -39,11 +40,22 @@ _INDEX_NAME = "chips.json"
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """A label in source px: points (M, 2) float64 whose hull is the object."""
+    """A label in source px: points (M, 2) float64 whose hull is the object, and its outline (() for a mere box)."""
 
     points: NDArray[np.float64]
+    outline: Outline
     class_name: str | None
     ignore: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _SceneObjects:
+    """All labels of a scene in resampled px."""
+
+    boxes: NDArray[np.float64]  # (N, 5), of least area
+    labels: NDArray[np.int64]  # (N,)
+    ignored: NDArray[np.bool_]  # (N,)
+    outlines: list[Outline]
 
 
 def cut_chips(
@@ -71,7 +83,8 @@ def cut_chips(
     Args:
         scenes: raster files; their stems name them and must differ.
         labels: a COCO json (images matched to scenes by file stem, masks or polygons in source px) or a vector layer in
-            any CRS (polygons). Each object becomes the rectangle of least area around it, in resampled px.
+            any CRS (polygons). Each object becomes the rectangle of least area around it, in resampled px, and its
+            outline, holes and all, where the labels have one.
         out: folder to make: one ``.npy`` a chip, and ``chips.json``.
         model_bands: channels of the chips, in order.
         optional_bands: uint8 value of channels that a scene may lack.
@@ -140,10 +153,10 @@ def cut_chips(
             "gsd_m": gsd_m,
             "stretch": stretch.model_dump(mode="json"),
             "classes": list(class_names),
-            "chips": chips,
+            "chips": chips,  # last, see _index_text
         }
         try:
-            (folder / _INDEX_NAME).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            (folder / _INDEX_NAME).write_text(_index_text(index), encoding="utf-8")
             _move_into_place(folder, out)
         except OSError as error:
             raise OutputError(f"cannot write chips to {str(out)!r}: {error.strerror or error}") from error
@@ -158,6 +171,13 @@ def cut_chips(
     } | {f"num_{name}": value for name, value in counts.items()}
 
 
+def _index_text(index: dict[str, Any]) -> str:
+    """The index as json, its last entry, the chips, one a line: outlines make too many numbers for one a line."""
+    head = json.dumps(index | {"chips": []}, indent=1, allow_nan=False).removesuffix("[]\n}")
+    lines = ",\n  ".join(json.dumps(chip, allow_nan=False) for chip in index["chips"])
+    return f"{head}[\n  {lines}\n ]\n}}\n"
+
+
 def _cut_scene(
     scene: Scene,
     reader: _CocoReader | _LayerReader,
@@ -168,7 +188,8 @@ def _cut_scene(
     counts: dict[str, int],
 ) -> list[dict[str, Any]]:
     """Write the chips of one scene; return their entries of the index."""
-    boxes, labels, ignored = _scene_boxes(scene, reader)
+    objects = _scene_objects(scene, reader)
+    boxes, ignored = objects.boxes, objects.ignored
     polygons = shapely.polygons(boxes_to_polygons(boxes)) if len(boxes) else np.zeros(0, object)
     if chip_size == 0:
         tiles = [Tile(0, 0, 0, 0, scene.width, scene.height)]
@@ -203,8 +224,12 @@ def _cut_scene(
                 "height": tile.height,
                 "valid_share": round(float(valid.mean()), 6),
                 "boxes": (boxes[chosen] - [tile.x, tile.y, 0.0, 0.0, 0.0]).round(6).tolist(),
-                "labels": labels[chosen].tolist(),
+                "labels": objects.labels[chosen].tolist(),
                 "ignore": (ignored[chosen] | (share[chosen] < MIN_INSIDE_SHARE)).tolist(),
+                "outlines": [
+                    outline_to_lists(transform_outline(objects.outlines[index], [[1, 0, -tile.x], [0, 1, -tile.y]]))
+                    for index in chosen
+                ],
                 "stretch_record": scene.stretch_record,
                 "acquired_at": scene.acquired_at,
                 "source_size": [scene.source_width, scene.source_height],
@@ -215,11 +240,9 @@ def _cut_scene(
     return entries
 
 
-def _scene_boxes(
-    scene: Scene, reader: _CocoReader | _LayerReader
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Rectangles of least area (N, 5) in resampled px, labels (N,) and ignore flags (N,) of a scene's objects."""
-    boxes, labels, ignored = [], [], []
+def _scene_objects(scene: Scene, reader: _CocoReader | _LayerReader) -> _SceneObjects:
+    boxes, labels, ignored, outlines = [], [], [], []
+    to_resampled = np.array([[1 / scene.scale_x, 0, 0], [0, 1 / scene.scale_y, 0]])
     for entry in reader.objects(scene):
         if len(entry.points) == 0:
             continue
@@ -228,10 +251,12 @@ def _scene_boxes(
         boxes.append(box)
         labels.append(reader.label(entry.class_name))
         ignored.append(entry.ignore)
-    return (
+        outlines.append(transform_outline(entry.outline, to_resampled))
+    return _SceneObjects(
         np.array(boxes, np.float64).reshape(-1, 5),
         np.array(labels, np.int64),
         np.array(ignored, np.bool_),
+        outlines,
     )
 
 
@@ -281,7 +306,10 @@ class _CocoReader:
                 f"label file {str(self.path)!r} says {scene.scene_id!r} is {size[0]} x {size[1]} px, "
                 f"the scene is {scene.source_width} x {scene.source_height} px; the labels are of another version"
             )
-        return [_Object(entry.points, entry.class_name, entry.is_crowd) for entry in self._labels.objects[image_id]]
+        return [
+            _Object(entry.points, object_outline(entry), entry.class_name, entry.is_crowd)
+            for entry in self._labels.objects[image_id]
+        ]
 
 
 class _LayerReader:
@@ -333,7 +361,7 @@ class _LayerReader:
         return 0 if name is None else _class_index(name, self.classes, self.path)
 
     def objects(self, scene: Scene) -> list[_Object]:
-        """Objects that touch a scene, in source px; holes are left out, parts of a multipolygon are one object."""
+        """Objects that touch a scene, in source px; parts of a multipolygon are one object."""
         geometries = self._layer.geometry
         if scene.crs is not None:
             if self._layer.crs is None:
@@ -345,19 +373,25 @@ class _LayerReader:
             raise AnnotationError(
                 f"scene {scene.path!r} has no CRS, but label layer {str(self.path)!r} has; give labels in pixels"
             )
-        points, owner = shapely.get_coordinates(np.asarray(geometries.array), return_index=True)
+        shapes = np.asarray(geometries.array)
+        points, owner = shapely.get_coordinates(shapes, return_index=True)
         inverse = ~scene.transform
-        columns = inverse.a * points[:, 0] + inverse.b * points[:, 1] + inverse.c
-        rows = inverse.d * points[:, 0] + inverse.e * points[:, 1] + inverse.f
-        pixels = np.column_stack([columns, rows])
+        to_pixels = np.array([[inverse.a, inverse.b, inverse.c], [inverse.d, inverse.e, inverse.f]])
+        pixels = points @ to_pixels[:, :2].T + to_pixels[:, 2]
         splits = np.flatnonzero(np.diff(owner)) + 1
         objects = []
-        for name, part in zip(self._names, np.split(pixels, splits), strict=True):
+        for name, shape, part in zip(self._names, shapes, np.split(pixels, splits), strict=True):
             low, high = part.min(axis=0), part.max(axis=0)
             inside = np.isfinite(part).all() and low[0] < scene.source_width and low[1] < scene.source_height
             if inside and high[0] > 0 and high[1] > 0:
-                objects.append(_Object(part, name, ignore=False))
+                objects.append(_Object(part, _outline_of(shape, to_pixels), name, ignore=False))
         return objects
+
+
+def _outline_of(shape: Any, to_pixels: NDArray[np.float64]) -> Outline:
+    """Outline of a Polygon or MultiPolygon, in source px."""
+    rings = [[shapely.get_coordinates(ring) for ring in shapely.get_rings(part)] for part in shapely.get_parts(shape)]
+    return transform_outline(as_outline(rings), to_pixels)
 
 
 def _open_labels(

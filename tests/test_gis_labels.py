@@ -12,6 +12,7 @@ import shapely
 from rasters import make_raster
 
 from rtmdet_geo.annotations.coco import encode_mask
+from rtmdet_geo.annotations.outlines import Window, as_outline, fill_outline
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import AnnotationError, ConfigError, NotGeoreferencedWarning, OutputError
 from rtmdet_geo.gis_labels import cut_chips
@@ -137,6 +138,60 @@ def test_masks_become_rectangles_over_pixel_corners(tmp_path, scene_path):
     assert chip["boxes"][1] == pytest.approx([11, 26, 12 * 2**0.5, 2**0.5, np.pi / 4])
     assert chip["ignore"] == [False, True]
     assert index_of(tmp_path / "chips")["classes"] == ["ship"]
+
+
+def masks_of(chip):
+    window = Window(0, 0, chip["width"], chip["height"])
+    return [fill_outline(as_outline(outline), window).astype(bool) for outline in chip["outlines"]]
+
+
+def test_outlines_of_run_lengths_give_the_masks_back(tmp_path, scene_path):
+    rng = np.random.default_rng(0)
+    masks = [rng.random((40, 60)) < 0.3, np.zeros((40, 60), bool)]
+    masks[1][5:30, 10:50], masks[1][10:20, 15:25] = True, False  # with a hole
+    labels = coco_file(tmp_path / "labels.json", masks)
+    cut_chips([scene_path], labels, tmp_path / "whole", chip_size=0)
+    (chip,) = index_of(tmp_path / "whole")["chips"]
+    for found, mask in zip(masks_of(chip), masks, strict=True):
+        np.testing.assert_array_equal(found, mask)
+    cut_chips([scene_path], labels, tmp_path / "tiles", chip_size=24, overlap=8)
+    for chip in index_of(tmp_path / "tiles")["chips"]:
+        frame = slice(chip["y"], chip["y"] + 24), slice(chip["x"], chip["x"] + 24)
+        for found, box in zip(masks_of(chip), chip["boxes"], strict=True):
+            mask = masks[0] if box[2] > 45 else masks[1]
+            np.testing.assert_array_equal(found, mask[frame])
+    # At half the resolution the shapes stay: areas are a quarter, holes are holes.
+    cut_chips([scene_path], labels, tmp_path / "coarse", chip_size=0, gsd_m=20)
+    (chip,) = index_of(tmp_path / "coarse")["chips"]
+    assert masks_of(chip)[1].sum() == pytest.approx(masks[1].sum() / 4, rel=0.06)
+
+
+def test_outlines_of_a_layer_have_holes_and_parts(tmp_path, scene_path):
+    def square(x, y, side):
+        return np.array([[x, y], [x + side, y], [x + side, y + side], [x, y + side]], float)
+
+    to_world = np.array([10, -10]), np.array([500_000, 4_000_400])
+    rings = [square(5, 5, 20) * to_world[0] + to_world[1], square(10, 10, 6) * to_world[0] + to_world[1]]
+    court = shapely.Polygon(rings[0], [rings[1]])
+    twins = shapely.MultiPolygon(shapely.polygons([square(x, 30, 5) * to_world[0] + to_world[1] for x in (30, 40)]))
+    geopandas.GeoDataFrame(geometry=[court, twins], crs="EPSG:32630").to_file(tmp_path / "houses.gpkg")
+    cut_chips([scene_path], tmp_path / "houses.gpkg", tmp_path / "chips", chip_size=0)
+    (chip,) = index_of(tmp_path / "chips")["chips"]
+    first, second = masks_of(chip)
+    assert first.sum() == 400 - 36 and first[5:25, 5:25].sum() == first.sum() and not first[10:16, 10:16].any()
+    assert second.sum() == 50 and second[30:35, 30:35].all() and second[30:35, 40:45].all()
+
+
+def test_a_mere_box_has_no_outline(tmp_path, scene_path):
+    content = {
+        "images": [{"id": 0, "file_name": "port.tif"}],
+        "categories": [{"id": 1, "name": "ship"}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 1, "bbox": [3, 4, 10, 5]}],
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    cut_chips([scene_path], tmp_path / "labels.json", tmp_path / "chips", chip_size=0)
+    (chip,) = index_of(tmp_path / "chips")["chips"]
+    assert chip["boxes"] == [pytest.approx([8, 6.5, 10, 5, 0])] and chip["outlines"] == [[]]
 
 
 def test_scene_without_crs_takes_pixel_labels(tmp_path):

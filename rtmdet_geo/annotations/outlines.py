@@ -170,7 +170,7 @@ def _image_corners_inside(begin: FloatArray, end: FloatArray, width: float, heig
     crosses = (begin[:, 1] <= y) != (end[:, 1] <= y)
     rise = np.where(end[:, 1] == begin[:, 1], 1.0, end[:, 1] - begin[:, 1])
     at = begin[:, 0] + (y - begin[:, 1]) / rise * (end[:, 0] - begin[:, 0])
-    return corners[(crosses & (at > x)).sum(axis=1) % 2 == 1]
+    return np.asarray(corners[(crosses & (at > x)).sum(axis=1) % 2 == 1])
 
 
 @compiled

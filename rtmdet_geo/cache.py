@@ -35,6 +35,8 @@ CHUNK_BYTES = 1 << 18
 MAX_ATTEMPTS = 5
 #: Seconds of silence after which a connection counts as lost.
 TIMEOUT_S = 30.0
+#: Pause in s after the first attempt that fails; each further one doubles it.
+FIRST_PAUSE_S = 1.0
 #: Longest pause in s between two attempts, and the longest that a server's Retry-After is obeyed.
 MAX_PAUSE_S = 30.0
 #: HTTP answers that may be better the next time (RFC 9110 sections 15.5 and 15.6; 425 is RFC 8470, 429 is RFC 6585).
@@ -190,7 +192,7 @@ class _Transfer:
                 attempts = 1 if self.furthest > before else attempts + 1
                 if attempts >= MAX_ATTEMPTS:
                     raise DownloadError(self._advice(str(error))) from error
-                pause = min(max(2.0 ** (attempts - 1), error.retry_after_s), MAX_PAUSE_S)
+                pause = min(max(FIRST_PAUSE_S * 2.0 ** (attempts - 1), error.retry_after_s), MAX_PAUSE_S)
                 logger.warning("%s: %s; next attempt in %.0f s", self.path.name, error, pause)
                 self.wait.pause(pause)
                 continue

@@ -1,5 +1,8 @@
 """What models exist, where their files lie, and what a model file says of itself. No torch, no onnxruntime.
 
+Three tables: models that come with the package (here), networks that can be built (``variants.py``), published weights
+for them (``checkpoints.py``). No name is in two of them.
+
 A model file carries its :class:`~rtmdet_geo.structures.ModelSpec` as JSON under the metadata key ``model_spec``: in an
 ONNX file among ``metadata_props``, in a safetensors file in the header's ``__metadata__``. Both are read here without
 loading a single weight, so ``rtmdet-geo models list`` costs milliseconds.
@@ -10,13 +13,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from rtmdet_geo.checkpoints import CHECKPOINTS, download_checkpoint
 from rtmdet_geo.errors import ModelFileError, UnknownModelError
+from rtmdet_geo.variants import VARIANTS
 
 if TYPE_CHECKING:
     from rtmdet_geo.structures import ModelSpec
@@ -28,6 +35,8 @@ SPEC_KEY = "model_spec"
 GRAPH_SHA256_KEY = "graph_sha256"
 #: Suffixes of files that hold a ModelSpec.
 MODEL_SUFFIXES = (".onnx", ".safetensors")
+#: Suffixes of weights: ours, and foreign files of torch.
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 #: A safetensors header longer than this is taken as a sign of another file type (the format's own limit is 100 MB).
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -40,11 +49,13 @@ class CatalogEntry:
         name: what ``--model`` takes.
         file_name: file in ``rtmdet_geo/assets``.
         summary: one line for ``rtmdet-geo models list``.
+        flops: multiply-adds for one of its tiles.
     """
 
     name: str
     file_name: str
     summary: str
+    flops: int
 
     @property
     def path(self) -> Path:
@@ -57,6 +68,11 @@ class CatalogEntry:
         return self.path.with_suffix(".safetensors")
 
     @property
+    def params(self) -> int:
+        """Trainable numbers."""
+        return count_stored_parameters(self.weights_path)
+
+    @property
     def is_available(self) -> bool:
         """Whether the file is there."""
         return self.path.is_file()
@@ -67,6 +83,7 @@ CATALOG: dict[str, CatalogEntry] = {
         "sen2ships_r",
         "sen2ships_r.onnx",
         "oriented boxes of ships in 10 m Sentinel-2 scenes (colour, with or without near infrared)",
+        9_228_604_416,
     ),
 }
 DEFAULT_MODEL = "sen2ships_r"
@@ -104,25 +121,51 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
     if path.suffix.lower() in MODEL_SUFFIXES or len(path.parts) > 1 or path.is_dir():
         what = "a folder, not a model file" if path.is_dir() else "not there"
         raise ModelFileError(f"model file {text!r} is {what}; see `rtmdet-geo models list` for names")
+    if text in CHECKPOINTS or text in VARIANTS:
+        what = "published weights" if text in CHECKPOINTS else "a network to train"
+        raise UnknownModelError(f"{text!r} is {what}, not a model file; export its weights first (`rtmdet-geo export`)")
     near = difflib.get_close_matches(text, CATALOG, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(sorted(CATALOG))}"
     raise UnknownModelError(f"no model is named {text!r} and no file has that path; {hint}")
 
 
 def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file to start training from: a catalogue name's, or the path itself.
+    """Return the weights file to start training from: a bundled model's, published weights, or the path itself.
+
+    Published weights that are not in the cache are downloaded.
 
     Raises:
-        ModelFileError: the file is missing.
+        ModelFileError: the file is missing, or holds no weights to start from.
         UnknownModelError: it is no name of the catalogue and no path.
+        DownloadError, ChecksumError: see :func:`rtmdet_geo.cache.download`.
     """
     text = os.fspath(name_or_path)
+    if text in CHECKPOINTS:
+        converted = CHECKPOINTS[text].converted_path
+        return converted if converted.is_file() else download_checkpoint(text)
     path = CATALOG[text].weights_path if text in CATALOG else find_model(text)
-    if not path.is_file() or path.suffix.lower() != ".safetensors":
+    if not path.is_file() or path.suffix.lower() not in WEIGHTS_SUFFIXES:
         raise ModelFileError(
-            f"{str(path)!r} is no safetensors file to start training from; name a catalogue model or a file"
+            f"{str(path)!r} is no weights file to start training from ({', '.join(WEIGHTS_SUFFIXES)}); "
+            "name a catalogue model or a file"
         )
     return path
+
+
+def count_stored_parameters(path: str | os.PathLike[str]) -> int:
+    """Return the trainable numbers that a safetensors file holds, from its header: batch-norm statistics left out.
+
+    Raises:
+        ModelFileError: the file is missing or is no safetensors file.
+    """
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    with _opened(path) as (file, size):
+        header = _safetensors_header(file, size)
+    return sum(
+        math.prod(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__" and not name.endswith(buffers)
+    )
 
 
 def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
@@ -158,19 +201,25 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ModelFileError: the file is missing or is neither.
     """
-    path = Path(path)
+    with _opened(path) as (file, size):
+        if os.fspath(path).lower().endswith(".safetensors"):
+            metadata = _safetensors_header(file, size).get("__metadata__", {})
+            return {str(key): str(value) for key, value in metadata.items()}
+        return _onnx_metadata(file, size)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """Yield the open file and its size in bytes; failures to open or to parse it become ModelFileError."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if path.suffix.lower() == ".safetensors":
-                return _safetensors_metadata(file, size)
-            return _onnx_metadata(file, size)
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
     except _MalformedError as error:
         raise ModelFileError(
-            f"{str(path)!r} is no readable model file ({error}); it may be truncated: copy or export it again"
+            f"{os.fspath(path)!r} is no readable model file ({error}); it may be truncated: copy or export it again"
         ) from error
     except OSError as error:
-        raise ModelFileError(f"cannot read model file {str(path)!r}: {error.strerror or error}") from error
+        raise ModelFileError(f"cannot read model file {os.fspath(path)!r}: {error.strerror or error}") from error
 
 
 def check_graph(path: str | os.PathLike[str]) -> None:
@@ -204,7 +253,7 @@ class _MalformedError(Exception):
     """The bytes are not what the format says."""
 
 
-def _safetensors_metadata(file: BinaryIO, size: int) -> dict[str, str]:
+def _safetensors_header(file: BinaryIO, size: int) -> dict[str, dict[str, Any]]:
     """Header of a safetensors file: 8 bytes little-endian length, then JSON (safetensors README, "Format")."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -213,8 +262,9 @@ def _safetensors_metadata(file: BinaryIO, size: int) -> dict[str, str]:
         header = json.loads(file.read(length))
     except ValueError as error:
         raise _MalformedError("its safetensors header is no JSON") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return {str(key): str(value) for key, value in metadata.items()}
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise _MalformedError("its safetensors header is no table")
+    return header
 
 
 def _onnx_metadata(file: BinaryIO, size: int) -> dict[str, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -14,10 +17,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from synthetic import make_spec
 
-from rtmdet_geo import catalog
+from rtmdet_geo import catalog, class_names
 from rtmdet_geo.catalog import (
     CATALOG,
     DEFAULT_MODEL,
+    count_stored_parameters,
     file_sha256,
     find_model,
     find_weights,
@@ -25,7 +29,10 @@ from rtmdet_geo.catalog import (
     read_metadata,
     read_spec,
 )
+from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
 from rtmdet_geo.errors import ModelFileError, UnknownModelError
+from rtmdet_geo.structures import ModelSpec
+from rtmdet_geo.variants import TASKS, VARIANTS
 
 
 def onnx_file(path: Path, metadata: dict[str, str]) -> Path:
@@ -151,10 +158,134 @@ def test_weights_to_start_from(tmp_path):
     path = tmp_path / "mine.safetensors"
     path.write_bytes(b"")
     assert find_weights(path) == path
-    with pytest.raises(ModelFileError, match="no safetensors"):
+    foreign = tmp_path / "theirs.pth"
+    foreign.write_bytes(b"")
+    assert find_weights(foreign) == foreign
+    with pytest.raises(ModelFileError, match="no weights file"):
         find_weights(onnx_file(tmp_path / "mine.onnx", {}))
     with pytest.raises(UnknownModelError):
         find_weights("qqqq")
+
+
+def test_published_weights_to_start_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTMDET_GEO_CACHE", str(tmp_path))
+    fetched = []
+    monkeypatch.setattr(catalog, "download_checkpoint", lambda name: fetched.append(name) or Path("x.pth"))
+    assert find_weights("rtmdet_s_coco") == Path("x.pth") and fetched == ["rtmdet_s_coco"]
+    converted = CHECKPOINTS["rtmdet_s_coco"].converted_path
+    converted.parent.mkdir(parents=True)
+    converted.write_bytes(b"")
+    assert find_weights("rtmdet_s_coco") == converted and len(fetched) == 1
+
+
+@pytest.mark.parametrize(("name", "what"), [("rtmdet_s_coco", "published weights"), ("rtmdet_s", "a network to train")])
+def test_weights_and_networks_are_no_model_files(name, what):
+    with pytest.raises(UnknownModelError, match=what):
+        find_model(name)
+
+
+# ---------------------------------------------------------------- variants and published weights
+
+
+def oracle_keys(folder: Path) -> dict[str, dict]:
+    """Return the keys files by reference name."""
+    files = sorted(folder.glob("keys_*.json"))
+    assert files
+    return {facts["model"]: facts for facts in (json.loads(file.read_text()) for file in files)}
+
+
+def test_oracle_every_reference_model_is_in_the_catalogue(oracle_dir):
+    by_reference = {variant.reference: variant for variant in VARIANTS.values() if variant.reference}
+    references = oracle_keys(oracle_dir)
+    assert set(by_reference) == set(references)
+    for name, facts in references.items():
+        variant = by_reference[name]
+        assert variant.params == facts["params"], name
+        assert variant.flops == pytest.approx(facts["flops"], rel=1e-3), name
+        assert [variant.input_size] * 2 == facts["input"][2:], name
+
+
+def test_variants_say_what_was_published():
+    for name, variant in VARIANTS.items():
+        assert variant.name == name and type(variant.params) is int and type(variant.flops) is int
+        assert variant.task in TASKS
+        if variant.is_ours:
+            assert variant.published_params_m is None and variant.published_gflops is None
+        else:  # published figures are rounded, and older than the count here
+            assert variant.params / 1e6 == pytest.approx(variant.published_params_m, rel=0.025)
+            assert variant.flops / 1e9 == pytest.approx(variant.published_gflops, rel=0.02)
+
+
+def test_names_do_not_collide():
+    names = [*CATALOG, *VARIANTS, *CHECKPOINTS]
+    assert len(set(names)) == len(names)
+
+
+def test_every_published_size_has_weights():
+    sizes = Counter(checkpoint.variant for checkpoint in CHECKPOINTS.values())
+    assert set(sizes) == {variant.name for variant in VARIANTS.values() if not variant.is_ours}
+    tasks = Counter(checkpoint.task for checkpoint in CHECKPOINTS.values())
+    assert tasks == {"detection": 5, "instances": 5, "rotated": 11, "classification": 5}
+    assert len({checkpoint.url for checkpoint in CHECKPOINTS.values()}) == 26
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoint_is_described(name):
+    checkpoint = CHECKPOINTS[name]
+    assert checkpoint.name == name and name.startswith(checkpoint.variant)
+    assert checkpoint.url.startswith("https://download.openmmlab.com/mm") and checkpoint.url.endswith(".pth")
+    assert re.fullmatch("[0-9a-f]{8}", checkpoint.sha256) and f"-{checkpoint.sha256}.pth" in checkpoint.url
+    assert checkpoint.licence == "Apache-2.0" and checkpoint.data.terms and checkpoint.data.resolution
+    assert len(checkpoint.classes) == VARIANTS[checkpoint.variant].num_classes or checkpoint.data.name.startswith(
+        "HRSC"
+    )
+    assert checkpoint.metrics and all(30 < value < 100 for value in checkpoint.metrics.values())
+    spec = checkpoint.spec()
+    assert spec.architecture == checkpoint.variant and spec.classes == checkpoint.classes
+    for channel, mean, std in zip(spec.bands, spec.mean, spec.std, strict=True):
+        expected = {"red": (123.675, 58.395), "green": (116.28, 57.12), "blue": (103.53, 57.375)}
+        assert (mean, std) == expected[channel]
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_a_few_rows_by_hand():
+    """Copied from the published tables once more, by eye."""
+    tiny = CHECKPOINTS["rtmdet_r_tiny_hrsc"]
+    assert (tiny.classes, tiny.input_size, tiny.sha256) == (("ship",), 800, "9f2e3ca6")
+    large = CHECKPOINTS["rtmdet_r_l_dota_ms_coco"]
+    assert large.metrics == {"mAP": 56.74, "mAP50": 81.33, "mAP75": 63.45} and large.pretraining == "COCO 2017"
+    instances = CHECKPOINTS["rtmdet_ins_x_coco"]
+    assert instances.url.endswith(
+        "/mmdetection/v3.0/rtmdet/rtmdet-ins_x_8xb16-300e_coco/rtmdet-ins_x_8xb16-300e_coco_20221124_111313-33d4595b.pth"
+    )
+    assert CHECKPOINTS["cspnext_m_imagenet"].bands == ("red", "green", "blue")
+    assert CHECKPOINTS["rtmdet_tiny_coco"].bands == ("blue", "green", "red")
+
+
+def test_class_names():
+    assert [len(names) for names in (class_names.COCO, class_names.DOTA_V1, class_names.IMAGENET)] == [80, 15, 1000]
+    for names in (class_names.COCO, class_names.DOTA_V1, class_names.IMAGENET):
+        assert len({name.lower() for name in names}) == len(names) and all(name == name.strip() for name in names)
+    assert [class_names.COCO[index] for index in (0, 8, 79)] == ["person", "boat", "toothbrush"]
+    assert [class_names.DOTA_V1[index] for index in (6, 9, 11)] == ["ship", "storage-tank", "roundabout"]
+    known = {0: "tench", 404: "airliner", 510: "container ship", 812: "space shuttle", 999: "toilet tissue"}
+    assert {index: class_names.IMAGENET[index] for index in known} == known
+
+
+def test_unknown_weights():
+    with pytest.raises(UnknownModelError, match="'rtmdet_r_l_dota_ms_coco'"):
+        find_checkpoint("rtmdet_r_l")
+    with pytest.raises(UnknownModelError, match="rtmdet_tiny_coco"):
+        find_checkpoint("rtmdet_tiny_cocoo")
+    with pytest.raises(UnknownModelError, match="models list"):
+        find_checkpoint("zzz")
+
+
+@pytest.mark.parametrize("name", sorted(CATALOG))
+def test_parameters_of_a_file(name, tmp_path):
+    assert count_stored_parameters(CATALOG[name].weights_path) == CATALOG[name].params > 100_000
+    with pytest.raises(ModelFileError):
+        count_stored_parameters(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("name", sorted(CATALOG))

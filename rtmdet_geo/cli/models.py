@@ -1,20 +1,29 @@
-"""``rtmdet-geo models``: what models there are and what a model says of itself."""
+"""``rtmdet-geo models``: what models there are, what a model says of itself, and downloads of published weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtmdet_geo.cli import options, report
 
 if TYPE_CHECKING:
+    from rtmdet_geo.catalog import CatalogEntry
+    from rtmdet_geo.checkpoints import Checkpoint
     from rtmdet_geo.structures import ModelSpec
+    from rtmdet_geo.variants import Variant
+
+#: More classes than this are counted, not listed.
+_MAX_CLASSES_SHOWN = 100
+#: Columns of the table: name, parameters, GFLOPs, side in px, published figures; and the lines of weights below it.
+_VARIANT_LINE = "{:<26} {:>11} {:>8} {:>5}  {:<27}  {:<10}  {}"
+_WEIGHTS_LINE = "  {:<24} {:<55}  {:<10}  {}"
 
 
 @click.group()
 def models() -> None:
-    """List models and print model cards.
+    """List models, print model cards, fetch published weights.
 
     \b
     Example:
@@ -26,32 +35,27 @@ def models() -> None:
 @options.json_option
 @options.verbosity_options
 def list_command(as_json: bool) -> None:
-    """List the models that can be asked for by name.
+    """List bundled models, networks that can be built, and published weights.
 
     \b
     Example:
       rtmdet-geo models list
-    """
-    from rtmdet_geo.catalog import DEFAULT_MODEL, list_models
 
-    entries = [
-        {
-            "name": entry.name,
-            "summary": entry.summary,
-            "path": str(entry.path),
-            "is_available": entry.is_available,
-            "is_default": entry.name == DEFAULT_MODEL,
-        }
-        for entry in list_models()
-    ]
+    GFLOPS are multiply-adds in 1e9 for one square image of PX. `--json` has everything, urls and hashes included.
+    """
+    from rtmdet_geo.catalog import list_models
+    from rtmdet_geo.checkpoints import CHECKPOINTS
+    from rtmdet_geo.variants import VARIANTS
+
     if as_json:
-        report.echo_json(entries)
+        report.echo_json(
+            [
+                *(_bundled_facts(entry) for entry in list_models()),
+                *(_variant_facts(variant) for variant in VARIANTS.values()),
+            ]
+        )
         return
-    width = max(len(str(entry["name"])) for entry in entries)
-    for entry in entries:
-        notes = [note for note, key in (("default", "is_default"),) if entry[key]]
-        notes += [] if entry["is_available"] else ["file missing"]
-        click.echo(f"{entry['name']:<{width}}  {entry['summary']}" + (f"  [{', '.join(notes)}]" if notes else ""))
+    click.echo(format_table(list_models(), list(VARIANTS.values()), list(CHECKPOINTS.values())))
 
 
 @models.command("show")
@@ -59,7 +63,7 @@ def list_command(as_json: bool) -> None:
 @options.json_option
 @options.verbosity_options
 def show_command(model: str, as_json: bool) -> None:
-    """Print the model card that travels in a model file (.onnx) or weights file (.safetensors).
+    """Print the card of a model, of published weights, or of a file (.onnx, .safetensors).
 
     \b
     Example:
@@ -68,19 +72,195 @@ def show_command(model: str, as_json: bool) -> None:
     show_model(model, as_json)
 
 
+@models.command("download")
+@click.argument("name")
+@options.json_option
+@options.progress_option
+@options.verbosity_options
+@click.pass_context
+def download_command(ctx: click.Context, name: str, as_json: bool, progress_mode: str) -> None:
+    """Fetch published weights into the cache and print the path of the file.
+
+    \b
+    Example:
+      rtmdet-geo models download rtmdet_r_tiny_dota
+
+    Nothing is fetched if the file is there. A broken download is resumed, by the next run as well. RTMDET_GEO_CACHE
+    names another cache folder. Without network the message says which file to put where.
+    """
+    options.check_stdout_owner(as_json, progress_mode)
+    from rtmdet_geo.catalog import file_sha256
+    from rtmdet_geo.checkpoints import download_checkpoint, find_checkpoint
+
+    checkpoint = find_checkpoint(name)
+    start = {"name": checkpoint.name, "url": checkpoint.url, "path": checkpoint.path}
+    with report.progress(ctx, progress_mode, name, start, in_bytes=True) as advance:
+        path = download_checkpoint(name, progress=advance, cancelled=report.cancel_requested.is_set)
+    summary = {**start, "sha256": file_sha256(path), "bytes": path.stat().st_size, "licence": checkpoint.licence}
+    report.emit_event(ctx, {"event": "done", **summary})
+    if as_json:
+        report.echo_json(summary)
+    elif progress_mode != "jsonl":
+        click.echo(path)
+
+
 def show_model(model: str, as_json: bool) -> None:
     """Write a model's card, or its ModelSpec with path and hash as JSON, to stdout."""
     from rtmdet_geo.catalog import file_sha256, find_model, read_spec
+    from rtmdet_geo.checkpoints import CHECKPOINTS
 
+    if model in CHECKPOINTS:
+        _show_checkpoint(CHECKPOINTS[model], as_json)
+        return
     path = find_model(model)
     spec = read_spec(path)
     if as_json:
         report.echo_json({"path": path, "sha256": file_sha256(path), **spec.model_dump(mode="json")})
     else:
-        click.echo(format_card(spec, str(path), path.stat().st_size))
+        click.echo(format_card(spec, f"{path}, {path.stat().st_size / 1e6:.1f} MB"))
 
 
-def format_card(spec: ModelSpec, path: str, num_bytes: int) -> str:
+def _show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
+    spec = checkpoint.spec()
+    if as_json:
+        report.echo_json({**spec.model_dump(mode="json"), **_checkpoint_facts(checkpoint)})
+        return
+    where = f"in the cache, {checkpoint.path}" if checkpoint.is_cached else "not in the cache"
+    click.echo(format_card(spec, f"{checkpoint.url} ({where})"))
+
+
+def format_table(bundled: list[CatalogEntry], variants: list[Variant], checkpoints: list[Checkpoint]) -> str:
+    """Return all models as lines of at most 120 columns."""
+    from rtmdet_geo.catalog import DEFAULT_MODEL
+    from rtmdet_geo.variants import TASKS
+
+    lines = ["Bundled models: rtmdet-geo detect -m NAME", ""]
+    for entry in bundled:
+        notes = ["default"] if entry.name == DEFAULT_MODEL else []
+        notes += [] if entry.is_available else ["file missing"]
+        facts = _bundled_facts(entry)
+        lines.append(
+            _VARIANT_LINE.format(entry.name, *_costs(facts), "", facts["licence"] or "", ", ".join(notes)).rstrip()
+        )
+        lines.append(f"  {entry.summary}")
+    for task, title in TASKS.items():
+        lines += ["", f"{task.capitalize()}: {title}", ""]
+        header = _VARIANT_LINE.format(
+            "NETWORK / weights", "PARAMETERS", "GFLOPS", "PX", "PUBLISHED: M, G", "LICENCE", "FROM"
+        )
+        lines.append(header)
+        for variant in variants:
+            if variant.task == task:
+                lines += _variant_lines(variant, [item for item in checkpoints if item.variant == variant.name])
+    lines += [
+        "",
+        "Weights of OpenMMLab: rtmdet-geo models download NAME; their terms: rtmdet-geo models show NAME.",
+        "The licence is that of code and weights as published; the data they were trained on have terms of their own.",
+    ]
+    return "\n".join(lines)
+
+
+def _variant_lines(variant: Variant, checkpoints: list[Checkpoint]) -> list[str]:
+    published = "" if variant.is_ours else f"{variant.published_params_m:g}, {variant.published_gflops:g}"
+    note = "for tests" if variant.is_for_tests else "own size, to be trained" if variant.is_ours else ""
+    lines = [_VARIANT_LINE.format(variant.name, *_costs(_costs_of(variant)), published, "Apache-2.0", note).rstrip()]
+    for checkpoint in checkpoints:
+        scores = ", ".join(f"{name} {value:g}" for name, value in checkpoint.metrics.items())
+        where = "in the cache" if checkpoint.is_cached else checkpoint.url.split("/")[2]
+        measured = f"{scores} on {checkpoint.data.tested_on}"
+        lines.append(_WEIGHTS_LINE.format(checkpoint.name, measured, checkpoint.licence, where))
+    return lines
+
+
+def _costs(facts: dict[str, Any]) -> tuple[str, str, str]:
+    params = "unknown" if facts["params"] is None else f"{facts['params']:,}"
+    return params, f"{facts['flops'] / 1e9:.2f}", str(facts["input_size"])
+
+
+def _costs_of(variant: Variant) -> dict[str, Any]:
+    return {"params": variant.params, "flops": variant.flops, "input_size": variant.input_size}
+
+
+def _bundled_facts(entry: CatalogEntry) -> dict[str, Any]:
+    """Return a bundled model as JSON says it."""
+    from rtmdet_geo.catalog import DEFAULT_MODEL, read_spec
+    from rtmdet_geo.errors import ModelFileError
+
+    facts: dict[str, Any] = {
+        "name": entry.name,
+        "type": "model",
+        "summary": entry.summary,
+        "path": entry.path,
+        "is_available": entry.is_available,
+        "is_default": entry.name == DEFAULT_MODEL,
+        "flops": entry.flops,
+    }
+    try:
+        spec = read_spec(entry.weights_path)
+        params: int | None = entry.params
+    except ModelFileError:  # a file is missing; the list says so and goes on
+        return facts | {"params": None, "input_size": None, "licence": None}
+    return facts | {
+        "params": params,
+        "task": spec.kind,
+        "architecture": spec.architecture,
+        "input_size": spec.tile_size,
+        "licence": spec.licence,
+        "metrics": spec.metrics,
+        "training_data": spec.training_data,
+    }
+
+
+def _variant_facts(variant: Variant) -> dict[str, Any]:
+    """Return a network with its published weights as JSON says it."""
+    from rtmdet_geo.checkpoints import CHECKPOINTS
+
+    return {
+        "name": variant.name,
+        "type": "network",
+        "task": variant.task,
+        **_costs_of(variant),
+        "num_classes": variant.num_classes,
+        "reference": variant.reference or None,
+        "published_params_m": variant.published_params_m,
+        "published_gflops": variant.published_gflops,
+        "licence": "Apache-2.0",
+        "is_for_tests": variant.is_for_tests,
+        "checkpoints": [_checkpoint_facts(item) for item in CHECKPOINTS.values() if item.variant == variant.name],
+    }
+
+
+def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return published weights as JSON says them."""
+    return {
+        "name": checkpoint.name,
+        "url": checkpoint.url,
+        "sha256_prefix": checkpoint.sha256,
+        "path": checkpoint.path,
+        "is_cached": checkpoint.is_cached,
+        "metrics": checkpoint.metrics,
+        "measured_on": checkpoint.data.tested_on,
+        "training_data": checkpoint.data.name,
+        "recipe": checkpoint.recipe,
+        "pretraining": checkpoint.pretraining,
+        "input_size": checkpoint.input_size,
+        "bands": checkpoint.bands,
+        "num_classes": len(checkpoint.classes),
+        "resolution": checkpoint.data.resolution,
+        "licence": checkpoint.licence,
+        "data_terms": checkpoint.data.terms,
+    }
+
+
+_FINDS = {
+    "rotated": "rotated boxes",
+    "horizontal": "horizontal boxes",
+    "mask": "instance masks",
+    "classification": "classes of whole images",
+}
+
+
+def format_card(spec: ModelSpec, where: str) -> str:
     """Return the model card as lines ``name   value``; what the file does not say reads "not stated"."""
     stretch = spec.stretch
     limits = {
@@ -90,11 +270,13 @@ def format_card(spec: ModelSpec, path: str, num_bytes: int) -> str:
         "none": "none, 8-bit values as they are",
     }
     fills = ", ".join(f"{name} (filled with {value})" for name, value in spec.optional_bands.items())
+    is_long = len(spec.classes) > _MAX_CLASSES_SHOWN
+    classes = f"{len(spec.classes)}: {', '.join(spec.classes[:5])}, ..." if is_long else ", ".join(spec.classes)
     rows: list[tuple[str, str]] = [
         ("model", spec.name),
-        ("file", f"{path}, {num_bytes / 1e6:.1f} MB"),
-        ("architecture", f"{spec.architecture}, {spec.kind} boxes"),
-        ("classes", ", ".join(spec.classes)),
+        ("file", where),
+        ("architecture", f"{spec.architecture}, {_FINDS[spec.kind]}"),
+        ("classes", classes),
         ("bands", ", ".join(spec.bands)),
         ("may be missing", fills or "none"),
         ("resolution", f"{spec.gsd_m:g} m per pixel" if spec.gsd_m else "any"),

@@ -7,7 +7,7 @@ option               detect train export data chips  models info
 -m/--model           x
 --overwrite          x            x      x
 --json               x            x      x           x      x
---progress           x            x      x
+--progress           x            x      x           x
 -v/--verbose -q      x      x     x      x           x      x
 ==================== ====== ===== ====== =========== ====== ====
 """

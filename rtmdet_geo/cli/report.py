@@ -147,7 +147,9 @@ def forget_progress(ctx: click.Context) -> None:
 
 
 @contextmanager
-def progress(ctx: click.Context, mode: str, description: str, start: dict[str, Any]) -> Iterator[ProgressCallable]:
+def progress(
+    ctx: click.Context, mode: str, description: str, start: dict[str, Any], *, in_bytes: bool = False
+) -> Iterator[ProgressCallable]:
     """Yield the callable that a library function gets as ``progress``.
 
     Args:
@@ -155,13 +157,14 @@ def progress(ctx: click.Context, mode: str, description: str, start: dict[str, A
         mode: "auto" (a bar if stderr is a terminal and -q was not given), "bar", "none" or "jsonl".
         description: text beside the bar.
         start: fields of the ``start`` event of jsonl, which is written at once. The caller emits ``done``.
+        in_bytes: the bar counts bytes; a total of 0 is unknown.
     """
     with ExitStack() as stack:
         bar = None
         if mode == "jsonl":
             emit_event(ctx, {"event": "start", **start})
         elif mode == "bar" or (mode == "auto" and sys.stderr.isatty() and verbosity(ctx) >= 0):
-            bar = stack.enter_context(_open_bar())
+            bar = stack.enter_context(_open_bar(in_bytes))
             ctx.meta[_BAR] = bar
             stack.callback(forget_progress, ctx)
             task = bar.add_task(description, total=None)
@@ -169,19 +172,19 @@ def progress(ctx: click.Context, mode: str, description: str, start: dict[str, A
         def advance(done: int, total: int) -> None:
             emit_event(ctx, {"event": "progress", "done": done, "total": total})
             if bar is not None:
-                bar.update(task, completed=done, total=total)
+                bar.update(task, completed=done, total=total or None)
 
         yield advance
 
 
-def _open_bar() -> Progress:
+def _open_bar(in_bytes: bool) -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         transient=True,

@@ -115,7 +115,10 @@ def named_outputs(outputs):
     return named
 
 
-@pytest.mark.parametrize("size", ["tiny", "s", "m", "l", "x"])
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ("m", "l", "x")]
+
+
+@pytest.mark.parametrize("size", ["tiny", "s", *LARGE])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_oracle_forward(oracle_dir, family, size):
     """Every golden forward of this size (there may be none of some sizes, but not none at all), eval and train."""

@@ -1,4 +1,8 @@
-"""Average precision of rotated boxes, pooled over images, all points of the curve (VOC 2010 and later)."""
+"""Average precision, pooled over images, all points of the curve (VOC 2010 and later).
+
+Boxes are compared by their rotated IoU; whoever compares something else, such as masks
+(:func:`rtmdet_geo.evaluation.masks.mask_iou`), brings the overlaps along.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,12 @@ class Curve:
 
 
 def precision_recall(
-    detections: Sequence[Detections], truths: Sequence[Truth], *, label: int, iou_threshold: float
+    detections: Sequence[Detections],
+    truths: Sequence[Truth],
+    *,
+    label: int,
+    iou_threshold: float,
+    overlaps: Sequence[Array] | None = None,
 ) -> Curve:
     """Match detections to labelled objects greedily in order of score, pooled over images.
 
@@ -64,29 +73,43 @@ def precision_recall(
         detections: one per image.
         truths: one per image, same order.
         label: class index.
-        iou_threshold: rotated IoU from which on a detection is a hit, in (0, 1].
+        iou_threshold: IoU from which on a detection is a hit, in (0, 1].
+        overlaps: per image (D, G) IoU of all its detections with all its objects, classes mixed; None: the rotated IoU
+            of the boxes.
 
     Returns:
         The curve.
+
+    Raises:
+        ValueError: detections, truths and overlaps do not agree in number or shape.
     """
+    if overlaps is not None:
+        shapes = [(len(found), len(truth.labels)) for found, truth in zip(detections, truths, strict=True)]
+        if [overlap.shape for overlap in overlaps] != shapes:
+            raise ValueError(f"overlaps must be {shapes}, one row a detection and one column an object of each image")
     scores, hits, counted = [], [], []
     num_objects = 0
-    for found, truth in zip(detections, truths, strict=True):
+    for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         of_class = truth.labels == label
         boxes, ignored = truth.boxes[of_class], truth.ignored[of_class]
         num_objects += int((~ignored).sum())
-        chosen = found.select(np.flatnonzero(found.labels == label))
-        order = np.argsort(-chosen.scores, kind="stable")
-        overlap = rotated_iou(chosen.boxes[order], boxes) if len(boxes) and len(order) else np.zeros((len(order), 0))
+        rows = np.flatnonzero(found.labels == label)
+        rows = rows[np.argsort(-found.scores[rows], kind="stable")]
+        if overlaps is not None:
+            overlap = overlaps[image][np.ix_(rows, np.flatnonzero(of_class))]
+        elif len(boxes) and len(rows):
+            overlap = rotated_iou(found.boxes[rows], boxes)
+        else:
+            overlap = np.zeros((len(rows), len(boxes)))
         taken = np.zeros(len(boxes), bool)
-        for row in range(len(order)):
+        for row in range(len(rows)):
             best = int(np.argmax(overlap[row])) if len(boxes) else -1
             near = best >= 0 and overlap[row, best] >= iou_threshold
             hits.append(bool(near and not ignored[best] and not taken[best]))
             counted.append(not (near and ignored[best]))
             if near:
                 taken[best] = True
-        scores.append(chosen.scores[order])
+        scores.append(found.scores[rows])
     score = np.concatenate(scores) if scores else np.zeros(0)
     keep = np.array(counted, bool)
     score, hit = score[keep].astype(float), np.array(hits, bool)[keep]

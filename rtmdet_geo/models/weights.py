@@ -1,203 +1,263 @@
-"""Weights on disk: safetensors with a ModelSpec inside, strict loading, batch-norm fusion.
+"""Weights into networks: published, bundled, other programs' checkpoints; strictly, or a transfer by request.
 
-A file stores every tensor once: names that share storage (the heads' convolutions) are listed in the metadata key
-``shared`` and restored on loading. Matrices and kernels are stored as float16 by default; vectors (biases, batch-norm
-statistics) stay float32, because variances may leave float16's range. The spec's ``weights_sha256`` is the hash of what
-loading returns and is checked by it.
+The files themselves are :mod:`rtmdet_geo.models.weight_files`', whose functions are offered here as well.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from rtmdet_geo.errors import ChecksumError, WeightsError
+from rtmdet_geo.catalog import CATALOG, SPEC_KEY, read_metadata
+from rtmdet_geo.checkpoints import CHECKPOINTS, Checkpoint, download_checkpoint, find_checkpoint
+from rtmdet_geo.errors import ConfigError, ModelFileError, OutputError, WeightsError
 from rtmdet_geo.models.blocks import ConvModule
-from rtmdet_geo.models.rtmdet import BUILDERS, RTMDet, get_model
-from rtmdet_geo.outputs import staged_output
+from rtmdet_geo.models.classifier import CLASSIFIERS
+from rtmdet_geo.models.foreign import fit_names, read_foreign
+from rtmdet_geo.models.rtmdet import BUILDERS
+from rtmdet_geo.models.transfer import LoadReport, choose_parts, transfer_state
+from rtmdet_geo.models.weight_files import State, find_shared, load_state, load_weights, save_weights, weights_sha256
 from rtmdet_geo.structures import ModelSpec
+
+__all__ = [
+    "LoadReport",
+    "build_from_weights",
+    "convert_checkpoint",
+    "find_shared",
+    "fuse_batch_norm",
+    "load_checkpoint",
+    "load_into",
+    "load_state",
+    "load_weights",
+    "save_weights",
+    "weights_sha256",
+]
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
-#: Keys shown of each list in an error message.
-_NUM_SHOWN = 5
 
-
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 over names, dtypes, shapes and values of a state_dict, in the order of names.
+def load_into(model: nn.Module, weights: str | os.PathLike[str]) -> None:
+    """Load weights strictly into a network: what builders do with ``weights=``.
 
     Args:
-        state: tensors of any device and dtype; aliased names count each.
+        model: network of :mod:`rtmdet_geo.models`.
+        weights: see :func:`load_checkpoint`.
+
+    Raises:
+        See :func:`load_checkpoint`.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    load_checkpoint(model, weights)
 
 
-def find_shared(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return {aliased name: the first name of the same storage, offset and shape} of a state_dict."""
-    first: dict[tuple[object, ...], str] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in state.items():
-        if tensor.numel() == 0:
-            continue
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        canonical = first.setdefault(place, name)
-        if canonical != name:
-            shared[name] = canonical
-    return shared
-
-
-def save_weights(
-    model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], spec: ModelSpec, *, half: bool = True
-) -> ModelSpec:
-    """Write weights and spec to a safetensors file, under a temporary name first.
+def load_checkpoint(
+    model: nn.Module,
+    weights: str | os.PathLike[str],
+    *,
+    parts: Sequence[str] | None = None,
+    transfer: bool = False,
+    bands: Sequence[str] | None = None,
+    source_bands: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> LoadReport:
+    """Load weights into a network: strictly, unless parts or a transfer are asked for.
 
     Args:
-        model: a module, or its state_dict (aliases must share storage to be stored once).
-        path: file to write; replaced if it exists.
-        spec: what the file says of itself; ``weights_sha256`` is filled in.
-        half: store tensors of two and more axes as float16.
+        model: network of :mod:`rtmdet_geo.models`; unchanged if anything fails.
+        weights: name of published weights (downloaded and converted once) or of a bundled model, or path of a
+            safetensors file or of another program's checkpoint (see :mod:`rtmdet_geo.models.foreign`).
+        parts: parts of the network to load, such as ("backbone",) from a classifier, or ("backbone", "neck"); strict
+            within them, the rest of the file is ignored. None: the whole network.
+        transfer: fit to another number of classes (the layers that depend on it keep the network's own values) and of
+            bands (see :func:`rtmdet_geo.models.transfer.adapt_bands`). What is not loaded is logged as a warning.
+        bands: names of the network's channels, for ``transfer``: kernels of bands are matched by name. Published
+            detectors take blue, green, red in this order.
+        source_bands: names of the channels that the weights are for, if the file does not say them.
+        progress: called with (bytes here, bytes in all) during a download.
+        cancelled: True stops a download.
+
+    Returns:
+        What was loaded, what was not.
+
+    Raises:
+        UnknownModelError: ``weights`` is neither a file nor a known name.
+        WeightsError: the file is missing or damaged, or does not fit; missing, unexpected and wrongly shaped keys are
+            listed.
+        ConfigError: ``parts`` or ``bands`` do not fit the network.
+        DownloadError, ChecksumError, OutputError, Cancelled: see :func:`rtmdet_geo.cache.download`.
+
+    Example:
+        >>> from rtmdet_geo.models import rtmdet_r_nano
+        >>> model = rtmdet_r_nano(num_classes=3, in_channels=4)
+        >>> load_checkpoint(model, "sen2ships_r", transfer=True).reinitialised[0]
+        'bbox_head.rtm_cls.0.weight'
+    """
+    if bands is not None and not transfer:
+        raise ConfigError("bands= fits weights to other bands, which is a transfer: say transfer=True as well")
+    source = os.fspath(weights)
+    if source in CHECKPOINTS and parts is None:
+        _check_published(model, CHECKPOINTS[source], transfer)
+    state, spec = _read_any(weights, progress, cancelled)
+    own = model.state_dict()
+    names = fit_names(state, own)
+    state = {names[name]: value for name, value in state.items()}
+    chosen, ignored = list(own), []
+    if parts is not None:
+        kept, chosen = choose_parts(list(state), list(own), [parts] if isinstance(parts, str) else parts)
+        ignored = sorted(set(state) - set(kept))
+        state = {name: state[name] for name in kept}
+    reinitialised: list[str] = []
+    adapted: list[str] = []
+    if transfer:
+        there = source_bands if source_bands is not None else spec.bands if spec is not None else None
+        targets = {name: own[name] for name in chosen}
+        state, reinitialised, adapted = transfer_state(state, targets, bands=bands, source_bands=there)
+    load_state(model, state, source=source, only=chosen)
+    if reinitialised:
+        logger.warning("%s: other classes; re-initialised, not loaded: %s", source, ", ".join(reinitialised))
+    if adapted:
+        logger.warning("%s: other bands; fitted: %s", source, ", ".join(adapted))
+    loaded = tuple(name for name in state if name not in {*reinitialised, *adapted})
+    logger.info("%s: %d tensors loaded, %d of the file ignored", source, len(loaded), len(ignored))
+    return LoadReport(source, loaded, tuple(reinitialised), tuple(adapted), tuple(ignored))
+
+
+def _read_any(
+    weights: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> tuple[State, ModelSpec | None]:
+    """Return the tensors of a name or path, and the spec if one is known."""
+    source = os.fspath(weights)
+    if source in CHECKPOINTS:
+        return _read_published(CHECKPOINTS[source], progress, cancelled)
+    if source in CATALOG:
+        return load_weights(CATALOG[source].weights_path)
+    path = Path(weights)
+    if not path.is_file() and not path.suffix and len(path.parts) == 1:
+        find_checkpoint(source)  # raises with near names
+    if path.suffix.lower() == ".safetensors" and _has_spec(path):
+        return load_weights(path)
+    return read_foreign(path).state, None
+
+
+def _has_spec(path: Path) -> bool:
+    """Say whether a safetensors file is ours; a damaged one is, so that its error is told."""
+    try:
+        return SPEC_KEY in read_metadata(path)
+    except ModelFileError:
+        return True
+
+
+def _check_published(model: nn.Module, checkpoint: Checkpoint, transfer: bool) -> None:
+    """Refuse weights that cannot fit before they are downloaded."""
+    architecture = getattr(model, "architecture", "")
+    if architecture != checkpoint.variant:
+        fitting = [item.name for item in CHECKPOINTS.values() if item.variant == architecture]
+        hint = f"published for it: {', '.join(fitting)}" if fitting else "none are published for it"
+        raise WeightsError(
+            f"{checkpoint.name!r} are weights of {checkpoint.variant}, not of {architecture or type(model).__name__}; "
+            f"{hint}; load_checkpoint(..., parts=('backbone',)) takes a part of them"
+        )
+    there = len(checkpoint.classes), len(checkpoint.bands)
+    here = int(model.num_classes), int(model.in_channels)
+    if there != here and not transfer:
+        raise WeightsError(
+            f"{checkpoint.name!r} has (classes, bands) {there}, the network {here}; "
+            "load_checkpoint(..., transfer=True) fits them to other classes and bands"
+        )
+
+
+def _read_published(
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> tuple[State, ModelSpec]:
+    """Return published weights from the cache; the first time they are downloaded and converted."""
+    converted = checkpoint.converted_path
+    if converted.is_file():
+        try:
+            return load_weights(converted)
+        except WeightsError as error:
+            logger.warning("%s; it is made again", error)
+    if not checkpoint.path.is_file():
+        logger.info("fetching %s", checkpoint.url)
+    original = download_checkpoint(checkpoint.name, progress=progress, cancelled=cancelled)
+    try:
+        convert_checkpoint(original, converted, checkpoint.spec())
+    except OutputError as error:  # a cache that somebody else filled
+        logger.info("%s; %s is read instead", error, original)
+        return read_foreign(original).state, checkpoint.spec()
+    return load_weights(converted)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], spec: ModelSpec, *, half: bool = False
+) -> ModelSpec:
+    """Write another program's checkpoint as safetensors with its ModelSpec, after loading it strictly into its network.
+
+    Args:
+        source: file that :func:`rtmdet_geo.models.foreign.read_foreign` reads.
+        path: file to write.
+        spec: architecture, classes and bands must fit the weights.
+        half: see :func:`save_weights`.
 
     Returns:
         The spec as written.
 
     Raises:
-        WeightsError: a value is not finite, or leaves the range of float16.
-        OutputError: the file cannot be written.
+        WeightsError: the file is damaged or does not fit.
+        OutputError: ``path`` cannot be written.
     """
-    path = Path(path)
-    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
-    shared = find_shared(state)
-    stored: State = {}
-    for name, tensor in state.items():
-        if name in shared:
-            continue
-        values = tensor.detach().cpu()
-        if half and values.is_floating_point() and values.ndim >= 2:
-            values = values.half()
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise WeightsError(
-                f"{name!r} holds values that are not finite as {values.dtype}; {str(path)!r} not written"
-            )
-        stored[name] = values.contiguous()
-    spec = spec.model_copy(update={"weights_sha256": weights_sha256(_restore(stored, shared))})
-    metadata = {"format": "pt", "model_spec": spec.model_dump_json(), "shared": json.dumps(shared)}
-    with staged_output(path) as staged:
-        save_file(stored, staged, metadata=metadata)
-    return spec
+    foreign = read_foreign(source)
+    if foreign.classes and foreign.classes != spec.classes:
+        logger.warning("%s names classes %s..., the spec %s...", source, foreign.classes[:3], spec.classes[:3])
+    model = _build(spec, source)
+    own = model.state_dict()
+    names = fit_names(foreign.state, own)
+    load_state(model, {names[name]: value for name, value in foreign.state.items()}, source=source)
+    return save_weights(model, path, spec, half=half)
 
 
-def load_weights(path: str | os.PathLike[str]) -> tuple[State, ModelSpec]:
-    """Read a file of :func:`save_weights`.
+def _build(spec: ModelSpec, source: object) -> nn.Module:
+    """Return the network that a spec describes, not initialised for anything."""
+    builder: Callable[..., nn.Module] | None = {**BUILDERS, **CLASSIFIERS}.get(spec.architecture)
+    if builder is None:
+        known = ", ".join((*BUILDERS, *CLASSIFIERS))
+        raise WeightsError(f"{str(source)!r} names architecture {spec.architecture!r}; known: {known}")
+    return builder(num_classes=len(spec.classes), in_channels=len(spec.bands))
+
+
+def build_from_weights(weights: str | os.PathLike[str]) -> tuple[Any, ModelSpec]:
+    """Build the network that weights are for, with these weights, in evaluation mode.
 
     Args:
-        path: safetensors file.
+        weights: path of one of our safetensors files, or name of published weights or of a bundled model.
 
     Returns:
-        The state_dict (floating tensors as float32, on the CPU, aliases sharing storage) and the spec.
+        An ``RTMDet`` or ``CSPNeXtClassifier``, and its spec.
 
     Raises:
-        WeightsError: the file is missing, truncated, not safetensors, or without a valid ModelSpec.
-        ChecksumError: the tensors are not those that the spec was written for.
+        UnknownModelError: neither a file nor a known name.
+        WeightsError: see :func:`load_weights` and :func:`load_state`; also if the file has no spec, or one that names
+            no builder.
+        DownloadError, ChecksumError, OutputError: see :func:`rtmdet_geo.cache.download`.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    state, spec = _read_any(weights)
+    if spec is None:
         raise WeightsError(
-            f"cannot read weights {str(path)!r} ({error}); is it a complete safetensors file?"
-        ) from error
-    try:
-        spec = ModelSpec.model_validate_json(metadata["model_spec"])
-        shared = json.loads(metadata.get("shared", "{}"))
-        state = _restore(stored, shared)
-    except (KeyError, ValidationError, json.JSONDecodeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(
-            f"{str(path)!r} holds no valid model_spec or shared list ({reason}); export it again"
-        ) from error
-    if spec.weights_sha256 and weights_sha256(state) != spec.weights_sha256:
-        raise ChecksumError(f"weights in {str(path)!r} are not the ones its ModelSpec names; fetch or export it again")
-    return state, spec
-
-
-def _restore(stored: Mapping[str, Tensor], shared: Mapping[str, str]) -> State:
-    """Return floating tensors as float32 and add the aliases."""
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
-    state.update({alias: state[canonical] for alias, canonical in shared.items()})
-    return state
-
-
-def _listed(title: str, names: list[str]) -> str:
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return f"{len(names)} {title}: {', '.join(names[:_NUM_SHOWN])}{more}"
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: object = "state_dict") -> None:
-    """Load a state_dict strictly, or change nothing.
-
-    ``num_batches_tracked`` may be missing (old checkpoints lack it). Tensors are converted to the model's dtype.
-
-    Args:
-        model: network whose keys decide.
-        state: tensors by name.
-        source: named in messages.
-
-    Raises:
-        WeightsError: keys are missing, unexpected or of another shape; the message lists them.
-    """
-    own = model.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    reshaped = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("wrongly shaped", reshaped)]
-    if any(names for _, names in faults):
-        details = "; ".join(_listed(title, names) for title, names in faults if names)
-        name = getattr(model, "architecture", type(model).__name__)
-        raise WeightsError(
-            f"weights {str(source)!r} do not fit {name}: {details}; check architecture, number of classes and bands"
+            f"{os.fspath(weights)!r} does not say what it is for; build the network and use load_checkpoint, or "
+            "convert_checkpoint with a ModelSpec"
         )
-    model.load_state_dict(dict(state), strict=False)
-
-
-def load_into(model: nn.Module, weights: str | Path) -> None:
-    """Load weights strictly into a model."""
-    load_state(model, load_weights(weights)[0], source=weights)
-
-
-def build_from_weights(path: str | os.PathLike[str]) -> tuple[RTMDet, ModelSpec]:
-    """Build the network that a weights file names, with its weights, in evaluation mode.
-
-    Raises:
-        WeightsError: see :func:`load_weights` and :func:`load_state`; also if the spec names no builder.
-    """
-    state, spec = load_weights(path)
-    if spec.architecture not in BUILDERS:
-        raise WeightsError(f"{str(path)!r} names architecture {spec.architecture!r}; known: {', '.join(BUILDERS)}")
-    model = get_model(spec.architecture, num_classes=len(spec.classes), in_channels=len(spec.bands))
-    load_state(model, state, source=path)
+    model = _build(spec, weights)
+    load_state(model, state, source=weights)
     return model.eval(), spec
 
 

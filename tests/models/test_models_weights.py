@@ -151,7 +151,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rtmdet_geo.models.weights.save_file", fail)
+    monkeypatch.setattr("rtmdet_geo.models.weight_files.save_file", fail)
     model = rtmdet_r_test()
     with pytest.raises(OSError, match="disk full"):
         save_weights(model, path, spec_of(model))

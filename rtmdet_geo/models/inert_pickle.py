@@ -11,6 +11,7 @@ Opcodes: Python's ``pickletools`` documentation. Meaning of torch's names: its `
 from __future__ import annotations
 
 import pickletools
+import warnings
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -108,7 +109,9 @@ def load_inert(stream: IO[bytes], storages: dict[str, StorageReference] | None =
         WeightsError: it is no pickle, or one that no program of torch writes.
     """
     try:
-        return _Machine({} if storages is None else storages).run(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickletools: escapes in texts that it does not know
+            return _Machine({} if storages is None else storages).run(stream)
     except WeightsError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as error:

@@ -182,7 +182,7 @@ def test_swapped_frame_is_the_reference_s(height: int, width: int, seed: int, fa
     original = (max(1, round(8 * height / factor_y) - 3), max(1, round(8 * width / factor_x) - 3))
     frame = original_frame(features, (factor_x, factor_y), original, axes="swapped")
     masks = assemble_masks(kernels, priors, features, frame=frame)
-    sizes = [(8 * height, 8 * width), (math.ceil(8 * height / factor_x), math.ceil(8 * width / factor_y))]
+    sizes = [(8 * height, 8 * width), (math.ceil(8 * height * (1 / factor_x)), math.ceil(8 * width * (1 / factor_y)))]
     logits = obvious_masks(kernels, priors, features, sizes)[:, : original[0], : original[1]]
     assert masks.shape == logits.shape
     is_clear = np.abs(logits) > 2e-3

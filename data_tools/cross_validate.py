@@ -21,11 +21,11 @@ import torch
 
 from rtmdet_geo.config import Recipe, load_recipe
 from rtmdet_geo.errors import ConfigError
-from rtmdet_geo.evaluation.rotated import Truth, precision_recall
+from rtmdet_geo.evaluation.rotated import precision_recall
 from rtmdet_geo.models.weights import build_from_weights
 from rtmdet_geo.training.datasets import load_chips, split_chips
 from rtmdet_geo.training.loop import CHECKPOINT, train_model
-from rtmdet_geo.training.validate import detect_chip
+from rtmdet_geo.training.validate import chip_truths, find_objects, mask_overlaps
 
 COLUMNS = (
     "recipe", "model", "parameters", "iterations", "scene", "class", "bands", "iou", "ap", "best_f1", "best_score",
@@ -73,24 +73,27 @@ def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list
     }
     rows: list[dict[str, object]] = []
     for dropped in first.validation.drop_bands:
-        found, truths, scenes = [], [], []
+        found, searched = [], []
         for fold, recipe in recipes.items():
             network, _ = build_from_weights(out / fold / "model.safetensors")
             network.eval()
             facts["parameters"] = sum(parameter.numel() for parameter in network.parameters())
             for chip in split_chips(chips, recipe)[1]:
-                found.append(detect_chip(network, chip, recipe, dropped=dropped))
-                truths.append(Truth(chip.boxes, chip.labels, chip.ignored))
-                scenes.append(chip.scene)
+                found.append(find_objects(network, chip, recipe, dropped=dropped))
+                searched.append(chip)
+        scenes = [chip.scene for chip in searched]
+        truths = chip_truths(searched, first.model.kind)
+        overlaps = mask_overlaps(found, searched) if first.model.kind == "mask" else None
         bands = "+".join(band for band in first.model.bands if band not in dropped)
         groups = {"all left-out": range(len(scenes))} | {scene: [index] for index, scene in enumerate(scenes)}
         for (name, members), (label, class_name) in product(groups.items(), enumerate(first.model.classes)):
             for iou in first.validation.iou_thresholds:
                 curve = precision_recall(
-                    [found[index] for index in members],
+                    [found[index].detections for index in members],
                     [truths[index] for index in members],
                     label=label,
                     iou_threshold=iou,
+                    overlaps=None if overlaps is None else [overlaps[index] for index in members],
                 )
                 f1, score = curve.best_f1
                 rows.append(

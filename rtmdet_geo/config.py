@@ -16,10 +16,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rtmdet_geo.checkpoints import KINDS
 from rtmdet_geo.errors import ConfigError
-from rtmdet_geo.structures import StretchSpec
+from rtmdet_geo.structures import Kind, StretchSpec
+from rtmdet_geo.variants import VARIANTS
 
 _MAX_BASE_DEPTH = 2
+#: Overlap from which on two detections of one class are one object (test settings of the published recipes).
+NMS_IOU_THRESHOLDS: dict[Kind, float] = {"rotated": 0.1, "horizontal": 0.65, "mask": 0.6}
 
 
 class _Section(BaseModel):
@@ -42,6 +46,22 @@ class ModelSection(_Section):
     tile_size: int = Field(1024, ge=32, multiple_of=32)
     overlap: int = Field(200, ge=0)
     score_threshold: float = Field(0.3, ge=0, le=1)
+
+    @property
+    def kind(self) -> Kind:
+        """What the network named finds: "rotated", "horizontal" or "mask".
+
+        Raises:
+            ConfigError: no such network, or one that finds no objects.
+        """
+        kind = KINDS[VARIANTS[self.name].task] if self.name in VARIANTS else None
+        if kind is None or kind == "classification":
+            near = difflib.get_close_matches(
+                self.name, [n for n in VARIANTS if n.startswith("rtmdet")], n=3, cutoff=0.5
+            )
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"model.name {self.name!r} is no detector{hint}")
+        return kind
 
     @model_validator(mode="after")
     def _one_value_per_band(self) -> ModelSection:
@@ -118,11 +138,16 @@ class LoopSection(_Section):
 
 
 class ValidationSection(_Section):
-    """How left-out scenes are scored: all-point AP at each rotated IoU, over detections at or above the score."""
+    """How left-out scenes are scored: all-point AP at each IoU, over detections at or above the score.
+
+    The IoU is that of the model's kind: of boxes, or of masks. ``nms_iou_threshold``: the kind's own when not given
+    (:data:`NMS_IOU_THRESHOLDS`). ``mask_threshold``: probability above which a pixel belongs to a mask.
+    """
 
     score_threshold: float = Field(0.05, ge=0, le=1)
     iou_thresholds: tuple[float, ...] = (0.25, 0.5)
-    nms_iou_threshold: float = Field(0.1, ge=0, le=1)
+    nms_iou_threshold: float = Field(NMS_IOU_THRESHOLDS["rotated"], ge=0, le=1)
+    mask_threshold: float = Field(0.5, gt=0, lt=1)
     drop_bands: tuple[tuple[str, ...], ...] = ((),)
 
 
@@ -147,6 +172,20 @@ class Recipe(_Section):
     loop: LoopSection = Field(default_factory=LoopSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     card: CardSection = Field(default_factory=CardSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nms_of_the_kind(cls, values: Any) -> Any:
+        """Fill in the default of ``validation.nms_iou_threshold``; what is malformed is left to the sections."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
+            return values
+        name = values["model"].get("name", ModelSection.model_fields["name"].default)
+        validation = values.get("validation", {})
+        variant = VARIANTS.get(name) if isinstance(name, str) else None
+        if variant is None or variant.task == "classification" or not isinstance(validation, Mapping):
+            return values
+        kind = typing.cast(Kind, KINDS[variant.task])
+        return {**values, "validation": {"nms_iou_threshold": NMS_IOU_THRESHOLDS[kind], **validation}}
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that :func:`load_recipe` reads back to an equal object."""

@@ -70,6 +70,45 @@ def test_no_such_recipe_lists_those_there_are():
         load_recipe("nothing_r")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "iou"),
+    [("rtmdet_r_s", "rotated", 0.1), ("rtmdet_m", "horizontal", 0.65), ("rtmdet_ins_tiny", "mask", 0.6)],
+)
+def test_the_model_decides_the_kind_and_its_overlap(name, kind, iou):
+    recipe = parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "name": name}})
+    assert recipe.model.kind == kind and recipe.validation.nms_iou_threshold == iou
+    given = {**MINIMAL, "model": {"classes": ["ship"], "name": name}, "validation": {"nms_iou_threshold": 0.3}}
+    assert parse_recipe(given).validation.nms_iou_threshold == 0.3
+
+
+def test_the_kind_is_that_of_the_builder():
+    pytest.importorskip("torch")
+    from rtmdet_geo.models import BUILDERS
+
+    for name, build in BUILDERS.items():
+        kind = parse_recipe({**MINIMAL, "model": {"classes": ["s"], "name": name}}).model.kind
+        if name.endswith("_test"):  # of each kind one; the sizes share the head's class
+            assert kind == build().kind
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("rtmdet_inz_tiny", "no detector; did you mean rtmdet_ins_tiny"), ("cspnext_s", "is no detector")],
+)
+def test_a_name_that_is_no_detector_has_no_kind(name, message):
+    model = parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "name": name}}).model
+    with pytest.raises(ConfigError, match=message):
+        _ = model.kind
+
+
+@pytest.mark.parametrize(
+    "values", [[], {"model": 3}, {**MINIMAL, "validation": 3}, {**MINIMAL, "model": {"name": [1]}}]
+)
+def test_malformed_sections_are_config_errors(values):
+    with pytest.raises(ConfigError):
+        parse_recipe(values)
+
+
 def test_values_that_contradict_each_other():
     with pytest.raises(ConfigError, match="fold 'z'"):
         parse_recipe({**MINIMAL, "data": {"chips": "c", "fold": "z"}})

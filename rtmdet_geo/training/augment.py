@@ -1,19 +1,21 @@
-"""Random changes of a training crop, for pixels and rotated boxes alike. numpy and OpenCV only.
+"""Random changes of a training crop, for pixels, rotated boxes and outlines alike. numpy and OpenCV only.
 
-Geometry is one similarity transform (rotation, scale, flip, shift) per crop, so pixels are interpolated once and boxes
-follow exactly. Boxes are cx, cy, w, h in px and an angle in rad (le90), in the frame of structures.py: continuous
-coordinates, origin at the outer corner of the top-left pixel.
+Geometry is one similarity transform (rotation, scale, flip, shift) per crop, so pixels are interpolated once and labels
+follow exactly: outlines are transformed and only then cut into masks. Boxes are cx, cy, w, h in px and an angle in rad
+(le90), in the frame of structures.py: continuous coordinates, origin at the outer corner of the top-left pixel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.outlines import Outline, Window, fill_outline, transform_outline, visible_bounds
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
 from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou
@@ -105,6 +107,43 @@ def visible_share(boxes: Array, size: tuple[int, int]) -> Array:
     if near.any():
         share[near] = rotated_iou(boxes[near], inside, mode="iof")[:, 0]
     return share
+
+
+def crop_bounds(outlines: Sequence[Outline], matrix: Array, size: tuple[int, int]) -> Array:
+    """Return the horizontal boxes around what a crop shows of outlines.
+
+    Args:
+        outlines: N of them, in px of the source.
+        matrix: (2, 3) source px to crop px.
+        size: width and height of the crop.
+
+    Returns:
+        (N, 4) float64 x1, y1, x2, y2 in px within the crop; zeros where it shows nothing.
+    """
+    bounds = np.zeros((len(outlines), 4))
+    for row, outline in zip(bounds, outlines, strict=True):
+        seen = visible_bounds(transform_outline(outline, matrix), *size)
+        if seen is not None:
+            row[:] = seen
+    return bounds
+
+
+def crop_masks(outlines: Sequence[Outline], matrix: Array, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Cut outlines into the pixels of a crop.
+
+    Args:
+        outlines: N of them, in px of the source.
+        matrix: (2, 3) source px to crop px.
+        size: width and height of the crop.
+
+    Returns:
+        (N, height, width) uint8, 1 where the pixel's centre lies inside.
+    """
+    width, height = size
+    masks = np.zeros((len(outlines), height, width), np.uint8)
+    for mask, outline in zip(masks, outlines, strict=True):
+        mask[:] = fill_outline(transform_outline(outline, matrix), Window(0, 0, width, height))
+    return masks
 
 
 def random_tones(rng: np.random.Generator, section: AugmentSection, image: Array) -> Array:

@@ -10,39 +10,88 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.outlines import Outline, as_outline, mask_bounds, outline_points
+from rtmdet_geo.boxes import boxes_to_polygons, hboxes_to_boxes
 from rtmdet_geo.config import AugmentSection, ModelSection, Recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RTMDetGeoError
-from rtmdet_geo.structures import StretchSpec
+from rtmdet_geo.structures import Kind, StretchSpec
 from rtmdet_geo.training import augment
 
 Array = NDArray[Any]
 
+#: Objects whose box is narrower (px) are left out whatever the recipe says: a loss cannot learn from no area.
+_MIN_SIDE_PX = 1e-3
+
 
 @dataclass(frozen=True)
 class Chip:
-    """One image with its labels. boxes (N, 5) float64 chip px, labels (N,) int64, ignored (N,) bool; pixels CHW."""
+    """One image with its labels.
+
+    Attributes:
+        scene: name of the scene that it was cut from.
+        pixels: (C, H, W) uint8, perhaps a memory map.
+        boxes: (N, 5) float64 chip px, le90.
+        labels: (N,) int64.
+        ignored: (N,) bool.
+        outlines: N outlines in chip px, () for an object that has none; or nothing where no object has one.
+    """
 
     scene: str
     pixels: Array
     boxes: Array
     labels: Array
     ignored: Array
+    outlines: tuple[Outline, ...] = ()
+
+    @cached_property
+    def shapes(self) -> tuple[Outline, ...]:
+        """N outlines; the box's corners for an object that has none."""
+        corners = boxes_to_polygons(self.boxes)
+        outlines = self.outlines or ((),) * len(corners)
+        return tuple(outline or ((box,),) for outline, box in zip(outlines, corners, strict=True))
+
+    def boxes_of(self, kind: Kind) -> Array:
+        """Return the boxes that a model of some kind should find, (N, 5): rotated, or with angle 0 and w along x."""
+        if kind == "rotated":
+            return self.boxes
+        points = [outline_points(shape) for shape in self.shapes]
+        corners = [np.concatenate((part.min(axis=0), part.max(axis=0))) for part in points]
+        return hboxes_to_boxes(np.array(corners).reshape(-1, 4))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training crop. image (C, H, W) uint8, boxes (N, 5) float32 px le90, labels (N,) int64, ignored (M, 5)."""
+    """One training crop.
+
+    Attributes:
+        image: (C, H, W) uint8.
+        boxes: (N, 5) float32 px le90 for rotated models, else (N, 4) x1, y1, x2, y2 within the crop.
+        labels: (N,) int64.
+        ignored: (M, 5) or (M, 4) likewise: regions in which nothing is known.
+        masks: (N, H, W) uint8, 0 or 1, for models of instances; else None.
+    """
 
     image: Array
     boxes: Array
     labels: Array
     ignored: Array
+    masks: Array | None = None
+
+
+class _Labels(NamedTuple):
+    """What a crop shows: N objects, whole or cut."""
+
+    boxes: Array  # (N, 5) or (N, 4), as in Sample
+    labels: Array  # (N,)
+    cut: Array  # (N,) bool: to be ignored
+    masks: Array | None  # (N, H, W) uint8
 
 
 def load_chips(folder: Path, model: ModelSection) -> list[Chip]:
@@ -115,9 +164,28 @@ def _read_chip(folder: Path, entry: dict[str, Any], order: list[int], label_of: 
         raise AnnotationError(
             f"labels of chip {entry['file']!r} in chips.json are not finite boxes with one label each"
         )
+    outlines = tuple(as_outline(parts) for parts in entry.get("outlines", ()))
+    if outlines and len(outlines) != len(boxes):
+        raise AnnotationError(f"chip {entry['file']!r} in chips.json has {len(boxes)} boxes, {len(outlines)} outlines")
     if order != list(range(len(pixels))):
         pixels = pixels[order]
-    return Chip(entry["scene"], pixels, boxes, labels, ignored)
+    return Chip(entry["scene"], pixels, boxes, labels, ignored, outlines)
+
+
+def check_outlines(chips: list[Chip]) -> None:
+    """Refuse chips that cannot teach masks.
+
+    Raises:
+        ConfigError: an object that is not ignored has no outline.
+    """
+    for chip in chips:
+        outlines = chip.outlines or ((),) * len(chip.boxes)
+        missing = sum(not outline and not ignored for outline, ignored in zip(outlines, chip.ignored, strict=True))
+        if missing:
+            raise ConfigError(
+                f"{missing} objects of scene {chip.scene!r} have a box but no outline to learn masks from: cut chips "
+                "from labels with polygons or masks, or take a model of boxes (rtmdet_*, rtmdet_r_*)"
+            )
 
 
 def split_chips(chips: list[Chip], recipe: Recipe) -> tuple[list[Chip], list[Chip]]:
@@ -140,15 +208,19 @@ def split_chips(chips: list[Chip], recipe: Recipe) -> tuple[list[Chip], list[Chi
 
 
 class CropSampler:
-    """Draws training crops from chips by the recipe's augmentation."""
+    """Draws training crops from chips by the recipe's augmentation, with labels of the recipe's kind of model."""
 
     def __init__(self, chips: list[Chip], recipe: Recipe) -> None:
         """Weigh scenes by the square root of their number of objects, so that one full harbour does not rule.
 
         Raises:
-            ConfigError: ``augment.band_dropout`` names a band without a fill value.
+            ConfigError: ``augment.band_dropout`` names a band without a fill value, or masks are to be learnt from
+                objects without outlines.
         """
         self.chips = chips
+        self.kind: Kind = recipe.model.kind
+        if self.kind == "mask":
+            check_outlines(chips)
         self.section: AugmentSection = recipe.augment
         self.seed = recipe.loop.seed
         bands, fill = recipe.model.bands, recipe.model.optional_bands
@@ -168,14 +240,16 @@ class CropSampler:
         """Return the crop at a position of an iteration's batch; the same arguments give the same crop."""
         rng = np.random.default_rng([self.seed, iteration, position])
         size = self.section.crop_size
-        image, boxes, labels, cut = (
+        image, found = (
             self._mosaic(rng, size) if rng.random() < self.section.mosaic_prob else self._crop(rng, size, size)
         )
         image = augment.random_tones(rng, self.section, image)
         image = augment.drop_bands(rng, image, self.dropout, self.fill)
-        return Sample(image, boxes[~cut].astype(np.float32), labels[~cut], boxes[cut].astype(np.float32))
+        boxes, whole = found.boxes.astype(np.float32), ~found.cut
+        masks = None if found.masks is None else found.masks[whole]
+        return Sample(image, boxes[whole], found.labels[whole], boxes[found.cut], masks)
 
-    def _mosaic(self, rng: np.random.Generator, size: int) -> tuple[Array, Array, Array, Array]:
+    def _mosaic(self, rng: np.random.Generator, size: int) -> tuple[Array, _Labels]:
         """Four crops around a random point, as YOLO's mosaic but each cut at its final size."""
         split_x, split_y = (int(size * rng.uniform(0.35, 0.65)) for _ in range(2))
         image = np.empty((len(self.chips[0].pixels), size, size), np.uint8)
@@ -186,23 +260,44 @@ class CropSampler:
             (0, split_y, split_x, size - split_y),
             (split_x, split_y, size - split_x, size - split_y),
         ):
-            part, boxes, labels, cut = self._crop(rng, width, height)
+            part, found = self._crop(rng, width, height)
             image[:, y : y + height, x : x + width] = part
-            boxes[:, :2] += (x, y)
-            parts.append((boxes, labels, cut))
-        boxes, labels, cut = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return image, boxes, labels, cut
+            found.boxes[:, :4] += (x, y, 0, 0) if self.kind == "rotated" else (x, y, x, y)
+            if found.masks is not None:
+                room = ((0, 0), (y, size - y - height), (x, size - x - width))
+                found = found._replace(masks=np.pad(found.masks, room))
+            parts.append(found)
+        boxes, labels, cut = (np.concatenate([part[field] for part in parts]) for field in range(3))
+        masks = [part.masks for part in parts if part.masks is not None]
+        return image, _Labels(boxes, labels, cut, np.concatenate(masks) if masks else None)
 
-    def _crop(self, rng: np.random.Generator, width: int, height: int) -> tuple[Array, Array, Array, Array]:
-        """Cut one crop: around a random object, or anywhere. Gives image, boxes, labels, which boxes to ignore."""
-        section = self.section
+    def _crop(self, rng: np.random.Generator, width: int, height: int) -> tuple[Array, _Labels]:
+        """Cut one crop: around a random object, or anywhere."""
         chip, centre = self._look_at(rng, width, height)
-        matrix = augment.random_similarity(rng, section, (centre[0], centre[1]), (width, height))
+        matrix = augment.random_similarity(rng, self.section, (centre[0], centre[1]), (width, height))
+        found = self._labels(chip, matrix, (width, height))
+        return augment.warp_crop(chip.pixels, matrix, (width, height)), found
+
+    def _labels(self, chip: Chip, matrix: Array, size: tuple[int, int]) -> _Labels:
+        """What a crop shows of a chip's objects; those of which it shows too little are cut, specks are left out."""
         boxes = augment.transform_boxes(chip.boxes, matrix)
-        share = augment.visible_share(boxes, (width, height))
-        seen = (share > 0.05) & (boxes[:, 2:4].min(axis=1, initial=np.inf) >= section.min_size_px)
-        cut = chip.ignored[seen] | (share[seen] < section.min_visible)
-        return augment.warp_crop(chip.pixels, matrix, (width, height)), boxes[seen], chip.labels[seen], cut
+        share = augment.visible_share(boxes, size)
+        seen = np.flatnonzero(share > 0.05)
+        boxes, cut, masks = boxes[seen], chip.ignored[seen] | (share[seen] < self.section.min_visible), None
+        if self.kind == "rotated":
+            sides = boxes[:, 2:4]
+        else:
+            shapes = [chip.shapes[index] for index in seen]
+            boxes = augment.crop_bounds(shapes, matrix, size)
+            if self.kind == "mask":
+                masks = augment.crop_masks(shapes, matrix, size)
+                for box, mask, is_cut in zip(boxes, masks, cut, strict=True):
+                    if not is_cut:  # the box is the mask's, as in the reference; a mask without pixels teaches nothing
+                        bounds = mask_bounds(mask)
+                        box[:] = 0 if bounds is None else bounds
+            sides = boxes[:, 2:] - boxes[:, :2]
+        large = sides.min(axis=1, initial=np.inf) >= max(self.section.min_size_px, _MIN_SIDE_PX)
+        return _Labels(boxes[large], chip.labels[seen][large], cut[large], None if masks is None else masks[large])
 
     def _look_at(self, rng: np.random.Generator, width: int, height: int) -> tuple[Chip, Array]:
         """Choose a chip and the centre of a crop in it: near an object, near a false alarm, or anywhere."""

@@ -25,13 +25,13 @@ from torch import nn
 
 import rtmdet_geo
 from rtmdet_geo.catalog import find_weights
-from rtmdet_geo.config import Recipe
+from rtmdet_geo.config import Recipe, load_recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
-from rtmdet_geo.training.criterion import RotatedCriterion
+from rtmdet_geo.training.criterion import Target, make_criterion
 from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, Sample, load_chips, split_chips
 from rtmdet_geo.training.ema import ModelEMA
 from rtmdet_geo.training.schedule import learning_rate, param_groups
@@ -40,7 +40,8 @@ from rtmdet_geo.training.validate import find_false_alarms, validate
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "last.pt"
-LOG_COLUMNS = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm", "seconds")
+#: Columns of log.csv; before ``grad_norm`` come the terms of the loss.
+LOG_COLUMNS = ("iteration", "lr", "loss", "grad_norm", "seconds")
 
 
 def train_model(
@@ -54,7 +55,7 @@ def train_model(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Train a network by a recipe.
+    """Train a network by a recipe; its ``model.name`` decides what is learnt: rotated or horizontal boxes, or masks.
 
     Args:
         recipe: see :mod:`rtmdet_geo.config`.
@@ -92,7 +93,7 @@ def train_model(
     network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
     ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
     optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
-    criterion = RotatedCriterion(len(recipe.model.classes))
+    criterion = make_criterion(network.kind, len(recipe.model.classes))
     sampler = CropSampler(training, recipe)
     start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
     loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)
@@ -114,12 +115,12 @@ def train_model(
             with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
                 outputs = network(_to_input(samples, recipe, device))
             losses = criterion(outputs, _to_targets(samples, device))
-            loss = losses["loss_cls"] + losses["loss_bbox"]
+            loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optim.clip_grad_norm)
-            values = torch.stack([loss.detach(), losses["loss_cls"].detach(), losses["loss_bbox"].detach(), grad_norm])
-            row = dict(zip(("loss", "loss_cls", "loss_bbox", "grad_norm"), values.tolist(), strict=True))
+            values = {"loss": loss, **losses, "grad_norm": grad_norm}
+            row = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
             _check_finite(row, iteration, run)
             optimizer.step()
             ema.update(network)
@@ -152,15 +153,21 @@ def train_model(
 
 
 def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) -> ModelSpec:
-    """Return the ModelSpec of a network trained by a recipe; its metrics are the card's and the validation rows."""
+    """Return the ModelSpec of a network trained by a recipe; its metrics are the card's and the validation rows.
+
+    Raises:
+        ConfigError: the recipe's model is no detector.
+    """
     model, card = recipe.model, recipe.card
+    measure = "mask AP" if model.kind == "mask" else "AP"
     metrics = card.metrics | {
-        f"{row['class']} AP{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
+        f"{row['class']} {measure}{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
         for row in validation or []
     }
     return ModelSpec(
         name=recipe.name,
         architecture=model.name,
+        kind=model.kind,
         classes=model.classes,
         bands=model.bands,
         optional_bands=model.optional_bands,
@@ -202,7 +209,7 @@ def _open_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> No
     if resume:
         if not (run / CHECKPOINT).is_file():
             raise OutputError(f"nothing to resume in {str(run)!r}: {CHECKPOINT} is missing")
-        if saved.read_text(encoding="utf-8") != recipe.to_yaml():
+        if load_recipe(saved) != recipe:
             raise ConfigError(f"the recipe differs from {saved}, with which this run began: resume with that file")
         return
     if saved.exists() and not overwrite:
@@ -234,12 +241,13 @@ def _to_input(samples: list[Sample], recipe: Recipe, device: str) -> torch.Tenso
     return ((images - mean) / std).contiguous(memory_format=memory_format)
 
 
-def _to_targets(samples: list[Sample], device: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _to_targets(samples: list[Sample], device: str) -> list[Target]:
     return [
-        (
+        Target(
             torch.from_numpy(sample.boxes).to(device),
             torch.from_numpy(sample.labels).to(device),
             torch.from_numpy(sample.ignored).to(device),
+            None if sample.masks is None else torch.from_numpy(sample.masks).to(device),
         )
         for sample in samples
     ]
@@ -271,15 +279,18 @@ def _check_finite(row: dict[str, float], iteration: int, run: Path) -> None:
 def _log(run: Path, row: dict[str, float], done: int, start: int, total: int, elapsed: float) -> None:
     path = run / "log.csv"
     is_new = not path.exists()
+    terms = [name for name in row if name.startswith("loss_")]
+    columns = [*LOG_COLUMNS[:3], *terms, *LOG_COLUMNS[3:]]
     with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, LOG_COLUMNS)
+        writer = csv.DictWriter(stream, columns)
         if is_new:
             writer.writeheader()
-        writer.writerow({name: f"{row[name]:.9g}" for name in LOG_COLUMNS})
+        writer.writerow({name: f"{row[name]:.9g}" for name in columns})
     remaining = elapsed / (done - start) * (total - done)
+    parts = ", ".join(f"{name.removeprefix('loss_')} {row[name]:.4f}" for name in terms)
     logger.info(
-        "iteration %d/%d  loss %.4f (cls %.4f, box %.4f)  lr %.2e  %.2f s/it  %d min left",
-        *(done, total, row["loss"], row["loss_cls"], row["loss_bbox"], row["lr"], row["seconds"], remaining // 60),
+        "iteration %d/%d  loss %.4f (%s)  lr %.2e  %.2f s/it  %d min left",
+        *(done, total, row["loss"], parts, row["lr"], row["seconds"], remaining // 60),
     )
 
 

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.outlines import fill_outline, pixel_window
 from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.evaluation.masks import mask_iou
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
-from rtmdet_geo.merge import merge_detections
-from rtmdet_geo.models.decode import DetectionGraph
+from rtmdet_geo.masks import CroppedMask, MaskFrame, assemble_cropped_masks
+from rtmdet_geo.merge import merge_detections, to_scene
+from rtmdet_geo.models.decode import Candidates, DetectionGraph, InstanceCandidates
 from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.structures import PAD_VALUE, Detections
+from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.training.datasets import Chip
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a network found on one chip: detections in chip px, and for models of instances a mask for each."""
+
+    detections: Detections
+    masks: list[CroppedMask] | None = None
 
 
 def detect_chip(
     network: torch.nn.Module, chip: Chip, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
 ) -> Detections:
+    """Run the network over one chip in tiles and merge; see :func:`find_objects`, masks are not assembled."""
+    return _run(network, chip, recipe, dropped, device)[0]
+
+
+def find_objects(
+    network: torch.nn.Module, chip: Chip, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
+) -> Found:
     """Run the network over one chip in tiles and merge.
 
     Args:
@@ -34,8 +53,44 @@ def detect_chip(
         device: where the network is.
 
     Returns:
-        Detections in chip px (frame "scene"), score at or above ``validation.score_threshold``, score order.
+        Detections in chip px (frame "scene"), score at or above ``validation.score_threshold``, score order; each with
+        its mask in chip px if the model gives masks.
     """
+    detections, parts = _run(network, chip, recipe, dropped, device)
+    if network.kind != "mask":
+        return Found(detections)
+    sources = _sources(detections, parts)
+    masks: list[CroppedMask] = [CroppedMask(np.zeros((0, 0), np.uint8), 0, 0)] * len(detections)
+    for number, part in enumerate(parts):
+        here = np.flatnonzero(sources[:, 0] == number)
+        rows = sources[here, 1]
+        assert part.instances is not None
+        kernels, priors, features = part.instances
+        tile_masks = assemble_cropped_masks(
+            kernels[rows],
+            priors[rows],
+            features,
+            part.detections.boxes[rows],
+            threshold=recipe.validation.mask_threshold,
+            frame=MaskFrame(part.tile.height, part.tile.width),
+        )
+        for index, item in zip(here, tile_masks, strict=True):
+            masks[index] = CroppedMask(item.mask, item.x + part.tile.x, item.y + part.tile.y)
+    return Found(detections, masks)
+
+
+class _Part(NamedTuple):
+    """Raw detections of one tile; ``instances``: kernels and priors of each, and the tile's mask features."""
+
+    tile: Tile
+    detections: Detections
+    instances: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None
+
+
+def _run(
+    network: torch.nn.Module, chip: Chip, recipe: Recipe, dropped: Sequence[str], device: str
+) -> tuple[Detections, list[_Part]]:
+    """Return the merged detections of a chip and what they come from."""
     model, section = recipe.model, recipe.validation
     graph = DetectionGraph(network, model.mean, model.std).to(device)
     _, height, width = chip.pixels.shape
@@ -49,16 +104,69 @@ def detect_chip(
         for band in dropped:
             image[model.bands.index(band)] = model.optional_bands[band]
         with torch.inference_mode():
-            boxes, scores, labels = graph(torch.from_numpy(image)[None].to(device))
-        parts.append((tile, _above(boxes[0], scores[0], labels[0], section.score_threshold)))
-    return merge_detections(parts, grid, iou_threshold=section.nms_iou_threshold).detections
+            candidates = graph(torch.from_numpy(image)[None].to(device))
+        parts.append(_above(candidates, tile, graph.kind, section.score_threshold))
+    merged = merge_detections(
+        [(part.tile, part.detections) for part in parts], grid, iou_threshold=section.nms_iou_threshold
+    )
+    return merged.detections, parts
 
 
-def _above(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float) -> Detections:
-    keep = scores >= threshold
-    arrays: list[NDArray[Any]] = [tensor[keep].float().cpu().numpy() for tensor in (boxes, scores, labels)]
-    valid = (arrays[0][:, 2:4] > 0).all(axis=1)
-    return Detections(regularize_le90(arrays[0][valid]), arrays[1][valid], arrays[2][valid])
+def _above(candidates: Candidates | InstanceCandidates, tile: Tile, kind: Kind, threshold: float) -> _Part:
+    """Take the candidates of one image, as they come from the graph, from the threshold on."""
+    keep = (candidates.scores[0] >= threshold) & (candidates.boxes[0, :, 2:4] > 0).all(dim=1)
+    boxes, scores, labels, *more = (tensor[0, keep].float().cpu().numpy() for tensor in candidates[:5])
+    if kind == "rotated":
+        return _Part(tile, Detections(regularize_le90(boxes), scores, labels), None)
+    # Instances are merged by their boxes; masks are made for the survivors only.
+    detections = Detections(boxes, scores, labels, kind="horizontal")
+    if not isinstance(candidates, InstanceCandidates):
+        return _Part(tile, detections, None)
+    return _Part(tile, detections, (*more, candidates.mask_features[0].float().cpu().numpy()))
+
+
+def _sources(detections: Detections, parts: Sequence[_Part]) -> NDArray[np.int64]:
+    """Return (N, 2) the part and the row in it that each merged detection is; merging selects and moves, no more."""
+    rows: dict[tuple[float, ...], tuple[int, int]] = {}
+    for number, part in enumerate(parts):
+        moved = to_scene(part.detections, part.tile)
+        for row, key in enumerate(_keys(moved)):
+            rows.setdefault(key, (number, row))
+    return np.array([rows[key] for key in _keys(detections)], np.int64).reshape(-1, 2)
+
+
+def _keys(detections: Detections) -> list[tuple[float, ...]]:
+    columns = detections.boxes, detections.scores[:, None], detections.labels[:, None]
+    return [tuple(row) for row in np.concatenate(columns, axis=1).tolist()]
+
+
+def chip_masks(chip: Chip) -> list[CroppedMask]:
+    """Return the labelled masks of a chip in its px, one per object (a box's own pixels where there is no outline)."""
+    _, height, width = chip.pixels.shape
+    masks = []
+    for shape in chip.shapes:
+        window = pixel_window(shape, width, height)
+        masks.append(CroppedMask(fill_outline(shape, window), window.x, window.y))
+    return masks
+
+
+def chip_truths(chips: Sequence[Chip], kind: Kind) -> list[Truth]:
+    """Return the labels of chips, boxes as a model of some kind should find them."""
+    return [Truth(chip.boxes_of(kind), chip.labels, chip.ignored) for chip in chips]
+
+
+def mask_overlaps(found: Sequence[Found], chips: Sequence[Chip]) -> list[NDArray[Any]]:
+    """Return per chip the mask IoU (D, G) of what was found with what is labelled.
+
+    Raises:
+        ValueError: something was found without masks.
+    """
+    overlaps = []
+    for item, chip in zip(found, chips, strict=True):
+        if item.masks is None:
+            raise ValueError(f"scene {chip.scene!r} was searched by a model without masks")
+        overlaps.append(mask_iou(item.masks, chip_masks(chip)))
+    return overlaps
 
 
 def validate(
@@ -69,7 +177,7 @@ def validate(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Score a network on left-out chips.
+    """Score a network on left-out chips: by the IoU of boxes, for models of instances by that of masks.
 
     Args:
         network: put into eval mode for the time of the call.
@@ -84,17 +192,18 @@ def validate(
     """
     was_training = network.training
     network.eval()
-    truths = [Truth(chip.boxes, chip.labels, chip.ignored) for chip in chips]
+    truths = chip_truths(chips, network.kind)
     rows = []
     runs = recipe.validation.drop_bands
     for run, dropped in enumerate(runs):
         found = []
         for number, chip in enumerate(chips, 1):
-            found.append(detect_chip(network, chip, recipe, dropped=dropped, device=device))
+            found.append(find_objects(network, chip, recipe, dropped=dropped, device=device))
             if progress is not None:
                 progress(run * len(chips) + number, len(runs) * len(chips))
         bands = "+".join(band for band in recipe.model.bands if band not in dropped)
-        rows += _rows(bands, found, truths, recipe)
+        overlaps = mask_overlaps(found, chips) if network.kind == "mask" else None
+        rows += _rows(bands, [item.detections for item in found], truths, overlaps, recipe)
     network.train(was_training)
     return rows
 
@@ -130,17 +239,20 @@ def find_false_alarms(
         found = detect_chip(network, chip, recipe, dropped=dropped, device=device)
         found = found.select(found.scores >= score_threshold)
         if len(found) and len(chip.boxes):
-            found = found.select(rotated_iou(found.boxes, chip.boxes).max(axis=1) <= max_iou)
+            labelled = chip.boxes_of(network.kind)
+            found = found.select(rotated_iou(found.boxes, labelled).max(axis=1) <= max_iou)
         found = found.select(np.arange(min(limit, len(found))))
         rows.append(np.column_stack([np.full(len(found), index), found.boxes[:, :2], found.scores]))
     return np.concatenate(rows) if rows else np.zeros((0, 4))
 
 
-def _rows(bands: str, found: list[Detections], truths: list[Truth], recipe: Recipe) -> list[dict[str, Any]]:
+def _rows(
+    bands: str, found: list[Detections], truths: list[Truth], overlaps: list[NDArray[Any]] | None, recipe: Recipe
+) -> list[dict[str, Any]]:
     rows = []
     for label, name in enumerate(recipe.model.classes):
         for iou in recipe.validation.iou_thresholds:
-            curve: Curve = precision_recall(found, truths, label=label, iou_threshold=iou)
+            curve: Curve = precision_recall(found, truths, label=label, iou_threshold=iou, overlaps=overlaps)
             f1, score = curve.best_f1
             rows.append(
                 {

@@ -1,4 +1,4 @@
-"""Crops: boxes follow painted pixels, shares are areas, tones and bands behave."""
+"""Crops: boxes and masks follow painted pixels, shares are areas, tones and bands behave."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtmdet_geo.annotations.outlines import Window, as_outline, fill_outline, mask_bounds, transform_outline
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
 from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou_aligned
 from rtmdet_geo.structures import PAD_VALUE
 from rtmdet_geo.training.augment import (
+    crop_bounds,
+    crop_masks,
     drop_bands,
     random_similarity,
     random_tones,
@@ -46,6 +49,58 @@ def test_boxes_follow_painted_pixels(seed, angle, flip):
     assert np.allclose(seen[:2], moved[:2], atol=1.0)
     assert rotated_iou_aligned(seen[None], moved[None])[0] > 0.85
     assert np.array_equal(crop[0], crop[1])
+
+
+def house(x, y, angle):
+    """L-shaped outline of 60 px with a courtyard in its thick arm."""
+    wall = np.array([[0, 0], [60, 0], [60, 30], [24, 30], [24, 60], [0, 60]], float)
+    yard = np.array([[32, 8], [52, 8], [52, 22], [32, 22]], float)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return as_outline([[(ring - 30) @ turn.T + (x, y) for ring in (wall, yard)]])
+
+
+def painted_outline(outline, size=200, factor=8):
+    """(2, size, size) uint8, the outline at 255, anti-aliased."""
+    large = fill_outline(transform_outline(outline, factor * np.eye(2, 3)), Window(0, 0, size * factor, size * factor))
+    plane = cv2.resize(255 * large, (size, size), interpolation=cv2.INTER_AREA)
+    return np.stack([plane, plane])
+
+
+def grown(mask):
+    return cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    angle=st.floats(-3.1, 3.1),
+    flip=st.booleans(),
+    centre=st.tuples(st.floats(40, 160), st.floats(40, 160)),
+)
+@settings(deadline=None, max_examples=25)
+def test_masks_follow_painted_pixels_to_one_pixel(seed, angle, flip, centre):
+    rng = np.random.default_rng(seed)
+    outline, size = house(100, 95, angle), (120, 104)
+    matrix = random_similarity(rng, AugmentSection(flip_prob=float(flip)), centre, size)  # may cut the house
+    (mask,) = crop_masks([outline], matrix, size)
+    picture = warp_crop(painted_outline(outline), matrix, size)[0]
+    inside = warp_crop(np.full((1, 200, 200), 255, np.uint8), matrix, size)[0] == 255  # beyond it is grey, not dark
+    seen = picture >= 128
+    assert mask.shape == (104, 120) and mask.dtype == np.uint8
+    assert not (seen & inside & ~grown(mask)).any() and not ((mask > 0) & inside & ~grown(seen)).any()
+    # The box holds the mask; where nothing is cut off they differ by a pixel's rounding.
+    (bounds,) = crop_bounds([outline], matrix, size)
+    if mask.any():
+        found = mask_bounds(mask)
+        assert (found[:2] >= np.floor(bounds[:2])).all() and (found[2:] <= np.ceil(bounds[2:])).all()
+        if (bounds[:2] > 0).all() and (bounds[2:] < size).all():
+            np.testing.assert_allclose(found, bounds, atol=1.5)
+
+
+def test_nothing_visible_gives_zeros():
+    outline, far = house(100, 100, 0), np.array([[1.0, 0, 500], [0, 1, 0]])
+    assert crop_bounds([outline, ()], far, (64, 64)).tolist() == [[0] * 4] * 2
+    assert not crop_masks([outline, ()], far, (64, 64)).any()
+    assert crop_bounds([], far, (64, 32)).shape == (0, 4) and crop_masks([], far, (64, 32)).shape == (0, 32, 64)
 
 
 def test_identity_gives_the_very_pixels_and_grey_outside():

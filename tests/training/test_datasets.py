@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 
+from rtmdet_geo.annotations.outlines import mask_bounds
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
-from rtmdet_geo.training.datasets import BatchLoader, CropSampler, load_chips, split_chips
+from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, load_chips, split_chips
 
 
 def same(first, second):
     return all(
-        np.array_equal(getattr(first, name), getattr(second, name)) for name in ("image", "boxes", "labels", "ignored")
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in ("image", "boxes", "labels", "ignored", "masks")
     )
 
 
@@ -50,12 +53,15 @@ def test_split_leaves_fold_and_holdout_out(chips_dir, recipe_values):
     assert [chip.scene for chip in left_out] == ["alpha"]
 
 
-def test_crops_are_a_pure_function_whatever_the_threads(chips_dir, recipe):
+@pytest.mark.parametrize("name", ["rtmdet_r_test", "rtmdet_test", "rtmdet_ins_test"])
+def test_crops_are_a_pure_function_whatever_the_threads(chips_dir, recipe_values, name):
+    recipe_values["model"]["name"] = name
+    recipe = parse_recipe(recipe_values)
     chips = load_chips(chips_dir, recipe.model)
     sampler = CropSampler(chips, recipe)
-    threaded, plain = (BatchLoader(sampler, batch_size=3, workers=workers) for workers in (2, 0))
+    threaded, single = (BatchLoader(sampler, batch_size=3, workers=workers) for workers in (2, 0))
     for iteration in (0, 1, 5):
-        for first, second in zip(threaded.batch(iteration), plain.batch(iteration), strict=True):
+        for first, second in zip(threaded.batch(iteration), single.batch(iteration), strict=True):
             assert same(first, second)
     threaded.close()
     assert not same(sampler.draw(0, 0), sampler.draw(0, 1))
@@ -75,6 +81,85 @@ def test_crops_show_their_boxes(chips_dir, recipe_values):
     assert seen > 10
 
 
+def plain(values, name, **augment):
+    """A recipe whose crops keep the pixels' tones, for a model of some kind."""
+    values["model"]["name"] = name
+    tones = {"band_dropout": {}, "offset": 0, "gain": 0, "band_gain": 0, "gamma": 0, "noise": 0, "blur_prob": 0}
+    values["augment"] |= tones | augment
+    return parse_recipe(values)
+
+
+def grown(masks):
+    return cv2.dilate(masks.max(axis=0), np.ones((3, 3), np.uint8)) > 0
+
+
+def test_crops_show_their_masks(houses_dir, house_values):
+    recipe = plain(house_values, "rtmdet_ins_test", mosaic_prob=0.5, min_visible=0.0)
+    sampler = CropSampler(load_chips(houses_dir, recipe.model), recipe)
+    seen = 0
+    for position in range(20):
+        sample = sampler.draw(0, position)
+        assert sample.masks.shape == (len(sample.boxes), 128, 128) and sample.masks.dtype == np.uint8
+        assert sample.boxes.shape[1] == 4 and sample.boxes.dtype == np.float32 and len(sample.ignored) == 0
+        bright = (sample.image[0] > 125).astype(np.uint8)
+        for mask, box in zip(sample.masks, sample.boxes, strict=True):
+            seen += 1
+            assert box.tolist() == mask_bounds(mask).tolist()
+            assert not (mask.astype(bool) & ~grown(bright[None])).any()
+        if len(sample.masks):  # what is bright without a mask is a speck at the border: less than 5 % of a house
+            rest = (bright > 0) & ~grown(sample.masks)
+            assert rest.sum() < 4 * 0.05 * 1300
+    assert seen > 30
+
+
+def test_horizontal_crops_have_the_boxes_of_the_masks(houses_dir, house_values):
+    """The same draw for either kind: boxes of outlines hold boxes of masks, and differ by rounding to pixels."""
+    samples = []
+    for name in ("rtmdet_ins_test", "rtmdet_test"):
+        recipe = plain(house_values, name, min_visible=0.0, min_size_px=0.0)
+        sampler = CropSampler(load_chips(houses_dir, recipe.model), recipe)
+        samples.append([sampler.draw(3, position) for position in range(12)])
+    for instances, horizontal in zip(*samples, strict=True):
+        assert np.array_equal(instances.image, horizontal.image) and horizontal.masks is None
+        if len(instances.boxes) == len(horizontal.boxes):
+            assert (instances.boxes[:, :2] >= np.floor(horizontal.boxes[:, :2])).all()
+            assert (instances.boxes[:, 2:] <= np.ceil(horizontal.boxes[:, 2:])).all()
+            # A sliver at the crop's border may cover few pixels' centres.
+            assert np.percentile(np.abs(instances.boxes - horizontal.boxes), 90) < 1.5
+        assert 0 <= len(horizontal.boxes) - len(instances.boxes) <= 1  # one so thin that it covers no pixel's centre
+        assert (horizontal.boxes >= 0).all() and (horizontal.boxes <= 128).all()
+
+
+def test_objects_cut_by_the_crop_are_ignored(houses_dir, house_values):
+    recipe = plain(house_values, "rtmdet_ins_test", mosaic_prob=0.0, min_visible=1.0)
+    sampler = CropSampler(load_chips(houses_dir, recipe.model), recipe)
+    samples = [sampler.draw(0, position) for position in range(12)]
+    assert sum(len(sample.ignored) for sample in samples) > 5 and sum(len(sample.boxes) for sample in samples) > 5
+    for sample in samples:
+        assert sample.ignored.shape[1] == 4 and len(sample.masks) == len(sample.labels) == len(sample.boxes)
+        touches = (sample.ignored <= 0.01) | (sample.ignored >= 127.99)
+        assert touches.any(axis=1).all()
+
+
+def test_boxes_without_outlines(broken, recipe_values):
+    def remove(index):
+        for chip in index["chips"]:
+            del chip["outlines"]
+        index["chips"][0]["boxes"][0] = [50, 40, 30, 10, np.pi / 6]
+
+    folder = broken(remove)
+    horizontal = plain(recipe_values, "rtmdet_test")
+    chips = load_chips(folder, horizontal.model)
+    half = [15 * 3**0.5 / 2 + 2.5, 7.5 + 5 * 3**0.5 / 2]  # half extents by hand
+    assert chips[0].boxes_of("horizontal")[0] == pytest.approx([50, 40, 2 * half[0], 2 * half[1], 0])
+    assert np.array_equal(chips[0].boxes_of("rotated"), chips[0].boxes)
+    assert CropSampler(chips, horizontal).draw(0, 0).boxes.shape[1] == 4
+    with pytest.raises(ConfigError, match="4 objects of scene 'alpha' have a box but no outline"):
+        CropSampler(chips, plain(recipe_values, "rtmdet_ins_test"))
+    nothing = Chip("empty", np.zeros((4, 9, 9), np.uint8), np.zeros((0, 5)), np.zeros(0, int), np.zeros(0, bool))
+    assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == ()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -90,6 +175,9 @@ def test_crops_show_their_boxes(chips_dir, recipe_values):
         (lambda index: index["chips"][0].update(width=99), AnnotationError, "not what chips.json says"),
         (lambda index: index["chips"][0].update(labels=[0]), AnnotationError, "one label each"),
         (lambda index: index["chips"][0]["boxes"][0].__setitem__(2, -3), AnnotationError, "finite boxes"),
+        (lambda index: index["chips"][0]["outlines"].pop(), AnnotationError, "4 boxes, 3 outlines"),
+        (lambda index: index["chips"][0].update(outlines=[[[[1, 2, 3]]]] * 4), AnnotationError, "not an index"),
+        (lambda index: index["chips"][0].update(outlines=7), AnnotationError, "not an index"),
     ],
 )
 def test_an_index_that_is_wrong_says_where(broken, recipe, change, error, message):

@@ -342,6 +342,7 @@ class _Transfer:
 
     def _advice(self, reason: str) -> str:
         check = f" (its SHA-256 begins {self.sha256})" if self.sha256 else ""
+        reason += "; the file that is there has another hash" if self.path.exists() else ""
         return (
             f"cannot download {self.url}: {reason}; without network, fetch that file{check} on another computer and "
             f"put it at {str(self.path)!r}, then run again"

@@ -152,6 +152,19 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def find_spec(name_or_path: str | os.PathLike[str]) -> ModelSpec:
+    """Return what weights say of themselves: bundled or published ones by name, or a file.
+
+    Nothing is downloaded: published weights are described by the catalogue.
+
+    Raises:
+        ModelFileError: the file is missing, corrupt, or lacks a valid ``model_spec``.
+        UnknownModelError: it is no name of the catalogue and no path.
+    """
+    text = os.fspath(name_or_path)
+    return CHECKPOINTS[text].spec() if text in CHECKPOINTS else read_spec(find_weights(text))
+
+
 def count_stored_parameters(path: str | os.PathLike[str]) -> int:
     """Return the trainable numbers that a safetensors file holds, from its header: batch-norm statistics left out.
 

@@ -207,6 +207,9 @@ def test_offline_says_which_file_to_put_where(tmp_path):
     assert url in message and repr(str(target)) in message and SHA256[:8] in message and "\n" not in message
     assert isinstance(caught.value, OSError)
     assert list(tmp_path.iterdir()) == []
+    target.write_bytes(b"half of it")
+    with pytest.raises(DownloadError, match="file that is there has another hash"):
+        download(url, target, sha256=SHA256[:8], sleep=lambda seconds: None)
     target.write_bytes(CONTENT)  # the advice is followed
     assert download(url, target, sha256=SHA256[:8]) == target
 

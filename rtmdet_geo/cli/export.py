@@ -42,19 +42,20 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn WEIGHTS, the .safetensors file of a training run, into a model file for `detect`.
+    """Turn WEIGHTS, the .safetensors file of a training run or a catalogue name, into a model file for `detect`.
 
     \b
     Example:
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
 
-    The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it.
+    The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it. Published weights go by their name
+    in `rtmdet-geo models list` and are fetched when they are not in the cache.
     """
     from rtmdet_geo.backends import require_package
-    from rtmdet_geo.catalog import read_spec
+    from rtmdet_geo.catalog import find_spec
 
     require_package("torch", extra="export")
-    spec = read_spec(weights)
+    spec = find_spec(weights)
     if score_threshold is not None:
         spec = spec.model_copy(update={"score_threshold": score_threshold})
 

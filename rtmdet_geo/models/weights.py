@@ -192,8 +192,8 @@ def _read_published(
     original = download_checkpoint(checkpoint.name, progress=progress, cancelled=cancelled)
     try:
         convert_checkpoint(original, converted, checkpoint.spec())
-    except OutputError as error:  # a cache that somebody else filled
-        logger.info("%s; %s is read instead", error, original)
+    except (OutputError, WeightsError) as error:  # a cache that somebody else filled; a file of the backbone alone
+        logger.info("not converted: %s; %s is read as it is", error, original)
         return read_foreign(original).state, checkpoint.spec()
     return load_weights(converted)
 

@@ -116,8 +116,8 @@ def house_values(houses_dir):
         "data": {"chips": str(houses_dir)},
         "augment": {"crop_size": 128, "mosaic_prob": 0.25, "scale_min": 0.9, "scale_max": 1.1, "min_visible": 0.4},
         "optim": {
-            "batch_size": 4,
-            "iterations": 150,
+            "batch_size": 3,
+            "iterations": 120,
             "warmup_iterations": 10,
             "lr": 6e-3,
             "ema_gamma": 20,

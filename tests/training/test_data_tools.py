@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+import pytest
 import yaml
 from click.testing import CliRunner
 
@@ -15,7 +16,9 @@ from rtmdet_geo.training.datasets import Chip
 from rtmdet_geo.training.loop import train_model
 
 
-def test_cross_validation_trains_every_fold_once_and_pools(recipe_values, tmp_path):
+@pytest.mark.parametrize("name", ["rtmdet_r_test", "rtmdet_ins_test"])
+def test_cross_validation_trains_every_fold_once_and_pools(recipe_values, tmp_path, name):
+    recipe_values["model"]["name"] = name
     recipe_values["data"] |= {"folds": {"a": ["alpha"], "b": ["beta", "gamma"]}, "fold": None}
     recipe_values["optim"]["iterations"] = 2
     path = tmp_path / "toy.yaml"

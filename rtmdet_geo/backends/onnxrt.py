@@ -134,7 +134,9 @@ class OnnxRuntimeBackend:
                 )
             self.num_saturated += self._count_saturated(scores, images.shape[2], images.shape[3], score_threshold)
             yield [
-                rows_to_detections(*rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.object_kind)
+                rows_to_detections(
+                    *rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.object_kind
+                )
                 for rows in zip(boxes, scores, labels, strict=True)
             ]
 

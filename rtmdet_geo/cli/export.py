@@ -42,7 +42,7 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn WEIGHTS, the .safetensors file of a training run or a catalogue name, into a model file for `detect`.
+    """Turn WEIGHTS, a .safetensors file or a name of published weights, into a model file for `detect`.
 
     \b
     Example:

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from rtmdet_geo.annotations.outlines import (
     Window,
     as_outline,
+    clip_outline,
     fill_outline,
     mask_bounds,
     outline_points,
@@ -116,6 +117,26 @@ def test_visible_bounds_are_those_of_the_intersection(seed, count, x, y):
         np.testing.assert_allclose(found, seen.bounds, atol=1e-6)
     elif found is not None:
         assert (found[2] - found[0]) * (found[3] - found[1]) < 1e-6
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 2**32 - 1), st.integers(3, 10), st.floats(-30, 60), st.floats(-30, 60))
+def test_clipping_keeps_what_is_inside_and_nothing_else(seed, count, x, y):
+    outline = as_outline([[polygon(seed, count, centre=(x, y)), polygon(seed + 1, 4, centre=(x, y))]])
+    clipped = clip_outline(outline, 40, 30)
+    inside = Window(0, 0, 40, 30)
+    np.testing.assert_array_equal(fill_outline(clipped, inside), fill_outline(outline, inside))
+    points = outline_points(clipped)
+    assert (points >= 0).all() and (points <= (40, 30)).all()
+    if (outline_points(outline) >= 0).all() and (outline_points(outline) <= (40, 30)).all():
+        assert all(np.array_equal(a, b) for a, b in zip(clipped[0], outline[0], strict=True))
+
+
+def test_clipping_by_hand():
+    ((ring, hole),) = clip_outline(SQUARE_WITH_HOLE, 7, 30)
+    assert sorted(map(tuple, ring)) == [(2, 2), (2, 12), (7, 2), (7, 12)]
+    assert sorted(map(tuple, hole)) == [(5, 5), (5, 9), (7, 5), (7, 9)]
+    assert clip_outline(SQUARE_WITH_HOLE, 1, 1) == () == clip_outline((), 9, 9)
 
 
 def test_visible_bounds_by_hand():

@@ -120,6 +120,23 @@ def visible_bounds(outline: Outline, width: float, height: float) -> FloatArray 
     return np.concatenate((points.min(axis=0), points.max(axis=0))) if len(points) else None
 
 
+def clip_outline(outline: Outline, width: float, height: float) -> Outline:
+    """Return what of an outline lies in an image of width x height px (Sutherland and Hodgman 1974, ring by ring).
+
+    Where a ring leaves the image and comes back, its pieces stay connected along the image's edge, by lines without
+    area: :func:`fill_outline` is exact, corners may be more than needed.
+    """
+    parts = []
+    for part in outline:
+        rings = part
+        for axis, limit, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
+            rings = tuple(_clip_ring(ring, axis, limit, sign) for ring in rings)
+        rings = tuple(ring for ring in rings if len(ring) >= 3)
+        if rings:
+            parts.append(rings)
+    return tuple(parts)
+
+
 def trace_mask(mask: NDArray[Any]) -> Outline:
     """Return the outline of a mask along the edges of its pixels; all rings are one part.
 
@@ -145,6 +162,22 @@ def mask_bounds(mask: NDArray[Any]) -> FloatArray | None:
     if len(rows) == 0:
         return None
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+
+
+def _clip_ring(ring: FloatArray, axis: int, limit: float, sign: int) -> FloatArray:
+    """Return the part of a ring (M, 2) with ``sign * (coordinate - limit) >= 0``."""
+    depth = sign * (ring[:, axis] - limit)
+    if (depth >= 0).all():
+        return ring
+    corners = []
+    for i in range(len(ring)):
+        if (depth[i] >= 0) != (depth[i - 1] >= 0):
+            crossing = ring[i - 1] + depth[i - 1] / (depth[i - 1] - depth[i]) * (ring[i] - ring[i - 1])
+            crossing[axis] = limit
+            corners.append(crossing)
+        if depth[i] >= 0:
+            corners.append(ring[i])
+    return np.array(corners, np.float64).reshape(-1, 2)
 
 
 def _clipped_ends(begin: FloatArray, end: FloatArray, width: float, height: float) -> FloatArray:

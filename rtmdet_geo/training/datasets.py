@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, as_outline, mask_bounds, outline_points
+from rtmdet_geo.annotations.outlines import Outline, as_outline, clip_outline, mask_bounds, outline_points
 from rtmdet_geo.boxes import boxes_to_polygons, hboxes_to_boxes
 from rtmdet_geo.config import AugmentSection, ModelSection, Recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RTMDetGeoError
@@ -52,10 +52,12 @@ class Chip:
 
     @cached_property
     def shapes(self) -> tuple[Outline, ...]:
-        """N outlines; the box's corners for an object that has none."""
+        """N outlines cut off at the chip's edges, beyond which nothing is known; of the box where there is none."""
         corners = boxes_to_polygons(self.boxes)
         outlines = self.outlines or ((),) * len(corners)
-        return tuple(outline or ((box,),) for outline, box in zip(outlines, corners, strict=True))
+        whole = [outline or ((box,),) for outline, box in zip(outlines, corners, strict=True)]
+        _, height, width = self.pixels.shape
+        return tuple(clip_outline(outline, width, height) or outline for outline in whole)
 
     def boxes_of(self, kind: Kind) -> Array:
         """Return the boxes that a model of some kind should find, (N, 5): rotated, or with angle 0 and w along x."""

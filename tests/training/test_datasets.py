@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rtmdet_geo.annotations.outlines import mask_bounds
+from rtmdet_geo.annotations.outlines import mask_bounds, outline_points
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
 from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, load_chips, split_chips
@@ -139,6 +139,20 @@ def test_objects_cut_by_the_crop_are_ignored(houses_dir, house_values):
         assert sample.ignored.shape[1] == 4 and len(sample.masks) == len(sample.labels) == len(sample.boxes)
         touches = (sample.ignored <= 0.01) | (sample.ignored >= 127.99)
         assert touches.any(axis=1).all()
+
+
+def test_masks_end_where_the_chip_ends(broken, recipe_values):
+    """Beyond a chip crops are grey: what is there of an object is not known, and not to be learnt."""
+
+    def move(index):
+        index["chips"][0]["outlines"][0] = [[[-30, 20, 50, 20, 50, 40, -30, 40]]]
+        index["chips"][0]["boxes"][0] = [10, 30, 80, 20, 0]
+
+    recipe = plain(recipe_values, "rtmdet_ins_test")
+    chip = load_chips(broken(move), recipe.model)[0]
+    assert chip.boxes_of("horizontal")[0].tolist() == [25, 30, 50, 20, 0]
+    assert chip.boxes_of("rotated")[0].tolist() == [10, 30, 80, 20, 0]
+    assert outline_points(chip.shapes[0])[:, 0].min() == 0
 
 
 def test_boxes_without_outlines(broken, recipe_values):

@@ -28,14 +28,14 @@ SQUARE_WITH_HOLE = as_outline([[[[2, 2], [12, 2], [12, 12], [2, 12]], [[5, 5], [
 
 
 def polygon(seed, count=9, centre=(32, 32), radius=25):
-    """A star-shaped polygon with ``count`` corners."""
+    """A star-shaped polygon with ``count`` corners; it never crosses itself."""
     rng = np.random.default_rng(seed)
-    angle = np.sort(rng.uniform(0, 2 * np.pi, count))
+    angle = (np.arange(count) + rng.uniform(0, 0.9, count)) * 2 * np.pi / count
     length = rng.uniform(0.2, 1, count) * radius
     return np.column_stack((centre[0] + length * np.cos(angle), centre[1] + length * np.sin(angle)))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(masks)
 def test_trace_and_fill_are_inverse(mask):
     outline = trace_mask(mask)
@@ -107,7 +107,7 @@ def test_holes_and_parts():
     assert fill_outline(SQUARE_WITH_HOLE, Window(0, 0, 0, 0)).shape == (0, 0)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(3, 10), st.floats(-30, 60), st.floats(-30, 60))
 def test_visible_bounds_are_those_of_the_intersection(seed, count, x, y):
     ring = polygon(seed, count, centre=(x, y))
@@ -119,7 +119,7 @@ def test_visible_bounds_are_those_of_the_intersection(seed, count, x, y):
         assert (found[2] - found[0]) * (found[3] - found[1]) < 1e-6
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(3, 10), st.floats(-30, 60), st.floats(-30, 60))
 def test_clipping_keeps_what_is_inside_and_nothing_else(seed, count, x, y):
     outline = as_outline([[polygon(seed, count, centre=(x, y)), polygon(seed + 1, 4, centre=(x, y))]])

@@ -25,7 +25,8 @@ def main(run: Path) -> None:
     """Run the command line."""
     network, trained = build_from_weights(run / "model.safetensors")
     entry = CATALOG[trained.name]
-    spec = make_spec(load_recipe(trained.name))
+    recipe = load_recipe(trained.name)
+    spec = make_spec(recipe).model_copy(update={"metrics": recipe.card.metrics})
     if (spec.architecture, spec.classes, spec.bands, spec.stretch, spec.mean, spec.std, spec.gsd_m) != (
         *(
             trained.architecture,

@@ -67,6 +67,9 @@ class ModelSection(_Section):
     def _one_value_per_band(self) -> ModelSection:
         if len(self.mean) != len(self.bands) or len(self.std) != len(self.bands):
             raise ValueError(f"mean and std need one value for each of the {len(self.bands)} bands")
+        unknown = sorted(set(self.optional_bands) - set(self.bands))
+        if unknown:
+            raise ValueError(f"optional_bands names {', '.join(unknown)}, but bands are {', '.join(self.bands)}")
         return self
 
 
@@ -187,6 +190,17 @@ class Recipe(_Section):
         kind = typing.cast(Kind, KINDS[variant.task])
         return {**values, "validation": {"nms_iou_threshold": NMS_IOU_THRESHOLDS[kind], **validation}}
 
+    @model_validator(mode="after")
+    def _dropped_bands_have_fill_values(self) -> Recipe:
+        dropped = set(self.augment.band_dropout).union(*self.validation.drop_bands)
+        lacking = sorted(dropped - set(self.model.optional_bands))
+        if lacking:
+            raise ValueError(
+                f"augment.band_dropout or validation.drop_bands names {', '.join(lacking)}, which has no fill value in "
+                "model.optional_bands"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that :func:`load_recipe` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -297,6 +311,9 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
         return f"unknown key {where!r}{hint}"
+    if first["type"] == "value_error":  # of our own validators: the message says all, the input is a whole section
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
     return f"{where}: {first['msg']} (got {first.get('input')!r})"
 
 

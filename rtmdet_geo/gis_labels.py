@@ -98,7 +98,7 @@ def cut_chips(
         scene_gsd_m: ``--gsd`` for every scene.
         nodata: ``--nodata`` for every scene.
         keep_empty: whether chips without objects are written. Chips without a valid pixel never are.
-        overwrite: whether an existing ``out`` is replaced.
+        overwrite: whether an existing ``out`` is replaced; only a folder of chips is.
         progress: called with (scenes done, scenes in all).
 
     Returns:
@@ -106,8 +106,8 @@ def cut_chips(
         ``num_ignored``, ``num_by_class``, ``num_objects_outside`` (labels that lie on no chip).
 
     Raises:
-        OutputError: ``out`` exists, or cannot be written.
-        AnnotationError: labels are malformed, or name a class that ``classes`` does not.
+        OutputError: ``out`` exists, holds other files than chips, or cannot be written.
+        AnnotationError: labels are malformed, name a class that ``classes`` does not, or lie on none of the scenes.
         RasterError, BandError, ResolutionError: as :func:`rtmdet_geo.raster.open_scene`.
     """
     out = Path(out)
@@ -122,6 +122,7 @@ def cut_chips(
         )
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise OutputError(f"folder {str(out)!r} exists; use --overwrite or another name")
+    _check_replaceable(out)
     if chip_size != 0:
         TileGrid(chip_size, chip_size, chip_size, overlap)  # refuses sizes out of range before any work is done
     reader = _open_labels(Path(labels), stems, class_column, classes)
@@ -146,6 +147,8 @@ def cut_chips(
                 chips += _cut_scene(scene, reader, folder, chip_size, overlap, keep_empty, counts)
             if progress is not None:
                 progress(number + 1, len(stems))
+        if isinstance(reader, _LayerReader):
+            reader.check_used()
         index = {
             "format_version": 1,
             "bands": list(model_bands),
@@ -349,6 +352,7 @@ class _LayerReader:
             )
         names = [None] * len(self._layer) if class_column is None else [str(v) for v in self._layer[class_column]]
         self._names: list[str | None] = list(names)
+        self._num_near = 0
         found = sorted({name for name in names if name is not None})
         self.classes = tuple(classes) if classes is not None else tuple(found) or ("object",)
         if class_column is None and len(self.classes) != 1:
@@ -373,6 +377,8 @@ class _LayerReader:
             raise AnnotationError(
                 f"scene {scene.path!r} has no CRS, but label layer {str(self.path)!r} has; give labels in pixels"
             )
+        if len(geometries) == 0:
+            return []
         shapes = np.asarray(geometries.array)
         points, owner = shapely.get_coordinates(shapes, return_index=True)
         inverse = ~scene.transform
@@ -385,7 +391,20 @@ class _LayerReader:
             inside = np.isfinite(part).all() and low[0] < scene.source_width and low[1] < scene.source_height
             if inside and high[0] > 0 and high[1] > 0:
                 objects.append(_Object(part, _outline_of(shape, to_pixels), name, ignore=False))
+        self._num_near += len(objects)
         return objects
+
+    def check_used(self) -> None:
+        """Refuse a layer of which nothing lies on the scenes that were asked about.
+
+        Raises:
+            AnnotationError: there are objects, but not one touches a scene.
+        """
+        if self._names and self._num_near == 0:
+            raise AnnotationError(
+                f"none of the {len(self._names)} objects of {str(self.path)!r} lies on a scene; is it the layer of "
+                "other scenes, or its CRS wrong?"
+            )
 
 
 def _outline_of(shape: Any, to_pixels: NDArray[np.float64]) -> Outline:
@@ -421,6 +440,26 @@ def _class_index(name: str | None, classes: Sequence[str], path: Path) -> int:
     return list(classes).index(name)
 
 
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but an earlier folder of chips.
+
+    Raises:
+        OutputError: ``out`` is a file, or holds something that is not a chip.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise OutputError(f"{str(out)!r} is no folder of chips; give another name")
+    foreign = sorted(
+        path.name for path in out.iterdir() if path.is_dir() or not (path.name == _INDEX_NAME or path.suffix == ".npy")
+    )
+    if foreign:
+        raise OutputError(
+            f"folder {str(out)!r} holds other files than chips ({', '.join(foreign[:3])}), which would be "
+            "deleted; give another name"
+        )
+
+
 def _temporary_folder(out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -434,12 +473,9 @@ def _temporary_folder(out: Path) -> Path:
 def _move_into_place(folder: Path, out: Path) -> None:
     """Rename ``folder`` to ``out``; what was there is moved aside first and deleted last."""
     old: Path | None = None
-    if out.exists() or out.is_symlink():
+    if out.exists():
         old = folder.with_name(folder.name + ".old")
         out.rename(old)
     folder.rename(out)
     if old is not None:
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+        shutil.rmtree(old)

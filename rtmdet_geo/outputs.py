@@ -31,6 +31,13 @@ def check_folder(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise OutputError(f"folder {str(folder)!r} of the output is not writable; choose another")
 
 
+def _umask() -> int:
+    """Return the permissions that new files of this process lack."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) -> Iterator[Path]:
     """Give a temporary path to write; rename it to ``path`` when the block ends well, remove it when it does not.
@@ -54,6 +61,7 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         yield staged
         with staged.open("rb+") as stream:
             os.fsync(stream.fileno())
+        staged.chmod(0o666 & ~_umask())  # some writers make private files
         for ending in ("-wal", "-shm", "-journal"):  # of an old file: SQLite would replay them into the new one
             path.with_name(path.name + ending).unlink(missing_ok=True)
         os.replace(staged, path)

@@ -88,8 +88,11 @@ def open_scene(
         source.close()
         raise
     if not scene.is_georeferenced:
+        assumed = ""
+        if gsd_m is None and model_gsd_m is not None:
+            assumed = f"; its pixels are taken for {model_gsd_m:g} m, the model's (--gsd says otherwise)"
         warnings.warn(
-            f"scene {scene.path!r} has no CRS; results are in pixels, without metres and azimuths",
+            f"scene {scene.path!r} has no CRS; results are in pixels, without metres and azimuths{assumed}",
             NotGeoreferencedWarning,
             stacklevel=2,
         )

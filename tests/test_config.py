@@ -114,3 +114,8 @@ def test_values_that_contradict_each_other():
         parse_recipe({**MINIMAL, "data": {"chips": "c", "fold": "z"}})
     with pytest.raises(ConfigError, match="one value for each"):
         parse_recipe({**MINIMAL, "model": {"classes": ["s"], "bands": ["red"]}})
+    with pytest.raises(ConfigError, match=r"^recipe: model: optional_bands names nir, but bands are red, green, blue$"):
+        parse_recipe({**MINIMAL, "model": {"classes": ["s"], "optional_bands": {"nir": 5}}})
+    for section in ({"augment": {"band_dropout": {"nir": 0.5}}}, {"validation": {"drop_bands": [["nir"]]}}):
+        with pytest.raises(ConfigError, match="names nir, which has no fill value"):
+            parse_recipe({**MINIMAL, **section})

@@ -105,10 +105,8 @@ def test_empty_chips_and_invalid_chips(tmp_path, layer_path):
     dropped = cut_chips([values_path], layer_path, tmp_path / "b", chip_size=20, overlap=0, keep_empty=False)
     assert kept["num_chips"] == 6 and dropped["num_chips"] == 6 - dropped["num_empty_chips"] < 6
     assert all(chip["boxes"] for chip in index_of(tmp_path / "b")["chips"])
-    outside = layer_of([np.array([[500.0, 1], [510, 1], [510, 9]])])
-    outside.to_file(tmp_path / "far.gpkg")
-    summary = cut_chips([values_path], tmp_path / "far.gpkg", tmp_path / "c", chip_size=4, overlap=0)
-    assert summary["num_boxes"] == 0 and summary["num_invalid_chips"] > 0
+    small = cut_chips([values_path], layer_path, tmp_path / "c", chip_size=4, overlap=0)
+    assert small["num_invalid_chips"] > 0
 
 
 def coco_file(path, masks, *, names=("port.tif",), crowd=()):
@@ -227,6 +225,32 @@ def test_output_is_all_or_nothing(tmp_path, scene_path, layer_path):
     assert seen == [(1, 1)] and not (out / "port_0_0.npy").stat().st_mode & 0o111
     assert len(index_of(out)["chips"]) == 6
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["chips"]
+
+
+def test_overwriting_spares_whatever_is_no_chip(tmp_path, scene_path, layer_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("three years")
+    with pytest.raises(OutputError, match=r"thesis\.txt"):
+        cut_chips([scene_path], layer_path, folder, chip_size=0, overwrite=True)
+    with pytest.raises(OutputError, match="no folder of chips"):
+        cut_chips([scene_path], layer_path, folder / "thesis.txt", chip_size=0, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_layer_without_objects_gives_empty_chips(tmp_path, scene_path):
+    empty = tmp_path / "empty.gpkg"
+    layer_of([]).to_file(empty)
+    summary = cut_chips([scene_path], empty, tmp_path / "chips", chip_size=0, classes=["ship"])
+    assert (summary["num_chips"], summary["num_empty_chips"], summary["num_boxes"]) == (1, 1, 0)
+
+
+def test_labels_of_another_place_are_refused(tmp_path, scene_path):
+    far = tmp_path / "far.gpkg"
+    layer_of([np.array([[0, 0], [4, 0], [4, 4]]) + 5000]).to_file(far)
+    with pytest.raises(AnnotationError, match=r"none of the 1 objects.*CRS"):
+        cut_chips([scene_path], far, tmp_path / "chips", chip_size=0)
+    assert not (tmp_path / "chips").exists()
 
 
 def test_refusals(tmp_path, scene_path, layer_path):

@@ -153,14 +153,16 @@ def train_model(
 
 
 def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) -> ModelSpec:
-    """Return the ModelSpec of a network trained by a recipe; its metrics are the card's and the validation rows.
+    """Return the ModelSpec of a network trained by a recipe; its metrics are those of the validation rows.
+
+    The card's metrics are left out: they were measured on other weights.
 
     Raises:
         ConfigError: the recipe's model is no detector.
     """
     model, card = recipe.model, recipe.card
     measure = "mask AP" if model.kind == "mask" else "AP"
-    metrics = card.metrics | {
+    metrics = {
         f"{row['class']} {measure}{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
         for row in validation or []
     }
@@ -206,17 +208,18 @@ def _seed(seed: int) -> None:
 
 def _open_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     saved = run / "recipe.yaml"
+    products = (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors")
     if resume:
         if not (run / CHECKPOINT).is_file():
             raise OutputError(f"nothing to resume in {str(run)!r}: {CHECKPOINT} is missing")
         if load_recipe(saved) != recipe:
             raise ConfigError(f"the recipe differs from {saved}, with which this run began: resume with that file")
         return
-    if saved.exists() and not overwrite:
+    if any((run / name).exists() for name in products) and not overwrite:
         raise OutputError(f"{str(run)!r} already holds a run: --resume goes on with it, --overwrite begins anew")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors"):
+        for name in products:
             (run / name).unlink(missing_ok=True)
         saved.write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:

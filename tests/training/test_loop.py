@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rtmdet_geo.config import load_recipe, parse_recipe
-from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError, WeightsError
+from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, RTMDetGeoError, TrainingError, WeightsError
 from rtmdet_geo.models import HorizontalOutputs, get_model
 from rtmdet_geo.models.weights import build_from_weights, load_weights
 from rtmdet_geo.training.datasets import load_chips
@@ -26,6 +26,9 @@ LOSSES = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+BAND_SETS = ("red+green+blue+nir", "red+green+blue")
 
 
 def losses(run):
@@ -46,6 +49,16 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path):
     assert spec.architecture == "rtmdet_r_test" and spec.optional_bands == {"nir": 30}
     assert network.in_channels == 4
     assert len(losses(tmp_path / "run")) == 6
+    assert set(spec.metrics) == {f"ship AP{at} left-out {bands}" for at in (25, 50) for bands in BAND_SETS}
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mode & 0o044
+
+
+def test_a_run_that_failed_to_start_is_no_obstacle(recipe, tmp_path):
+    lost = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": "nowhere"})})
+    with pytest.raises(RTMDetGeoError, match="nowhere"):
+        train_model(lost, tmp_path / "run")
+    train_model(recipe, tmp_path / "run")
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize("name", ["rtmdet_r_test", "rtmdet_test", "rtmdet_ins_test"])

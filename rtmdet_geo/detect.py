@@ -41,7 +41,7 @@ from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.structures import PAD_VALUE, Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.vector import build_features, check_output, parse_crs, write_features
+from rtmdet_geo.vector import build_features, check_output, driver_of, parse_crs, write_features
 
 if TYPE_CHECKING:
     import geopandas
@@ -168,6 +168,8 @@ def detect_scene(
     started = time.perf_counter()
     _check_outputs(scene, output, preview, driver, overwrite)
     target_crs = parse_crs(dst_crs)
+    if target_crs is not None and target_crs != "EPSG:4326" and output and driver_of(output, driver) == "GeoJSON":
+        raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
     model_path = find_model(model)
     engine = open_backend(model_path, name=backend, threads=threads)
     plan = _make_plan(

@@ -261,6 +261,9 @@ def test_output_crs(engine, scene, tmp_path):
     detect_scene(scene, tmp_path / "ships.geojson", dst_crs="EPSG:4326")
     layer = geopandas.read_file(tmp_path / "ships.geojson").to_crs("EPSG:32630")
     assert match(layer) < 0.75
+    with pytest.raises(ConfigError, match=r"always EPSG:4326.*\.gpkg"):
+        detect_scene(scene, tmp_path / "utm.geojson", dst_crs="EPSG:32630")
+    assert not (tmp_path / "utm.geojson").exists()
 
 
 def test_preview_is_drawn_and_checked_first(engine, scene, tmp_path):

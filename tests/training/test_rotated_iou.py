@@ -23,10 +23,14 @@ def _polygon(box: np.ndarray) -> shapely.Polygon:
     return shapely.affinity.translate(turned, box[0], box[1])
 
 
-def exact_iou(box1: np.ndarray, box2: np.ndarray) -> float:
-    """The slow obvious reference, float64."""
+def exact_iou(box1: np.ndarray, box2: np.ndarray, *, grid_size: float | None = None) -> float:
+    """The slow obvious reference, float64.
+
+    Without a grid GEOS may find no intersection at all where edges nearly coincide (seen: the boxes 12, 0, 30, 29.375,
+    0.625 and 12, 0, 30, 61.5, 0.625, one inside the other); with one, corners are rounded to it.
+    """
     first, second = _polygon(box1), _polygon(box2)
-    common = first.intersection(second).area
+    common = shapely.intersection(first, second, grid_size=grid_size).area
     return float(common / (first.area + second.area - common))
 
 
@@ -164,8 +168,10 @@ def test_not_a_number_is_not_hidden() -> None:
     assert rotated_iou_aligned(boxes, torch.tensor([[0.0, 0, 4, 2, 0]] * 3)).isnan().all()
 
 
+# Rounded: between edges on one line (the kink's mean) and edges at an angle there are no angles of 1e-36, where the
+# gradients of the two boxes may be those of different sides of the kink.
 _box = st.tuples(st.floats(-50, 50), st.floats(-50, 50), st.floats(0.1, 80), st.floats(0.1, 80), st.floats(-7, 7)).map(
-    np.array
+    lambda box: np.round(box, 6)
 )
 
 
@@ -184,7 +190,7 @@ def test_symmetric_bounded_invariant(box1: np.ndarray, box2: np.ndarray, shift: 
     assert iou(box2, box1) == pytest.approx(value, abs=1e-9)
     assert iou(move(box1), move(box2)) == pytest.approx(value, abs=1e-9)
     assert iou(box1[[0, 1, 3, 2, 4]] + [0, 0, 0, 0, math.pi / 2], box2) == pytest.approx(value, abs=1e-9)
-    assert value == pytest.approx(exact_iou(box1, box2), abs=1e-9)
+    assert value == pytest.approx(exact_iou(box1, box2, grid_size=1e-12), abs=1e-9)
     gradients = _gradients(box1, box2)[0]
     assert np.isfinite(gradients).all()
     # Moving or turning both boxes alike changes nothing.

@@ -216,8 +216,7 @@ class CropSampler:
         """Weigh scenes by the square root of their number of objects, so that one full harbour does not rule.
 
         Raises:
-            ConfigError: ``augment.band_dropout`` names a band without a fill value, or masks are to be learnt from
-                objects without outlines.
+            ConfigError: masks are to be learnt from objects without outlines.
         """
         self.chips = chips
         self.kind: Kind = recipe.model.kind
@@ -226,9 +225,6 @@ class CropSampler:
         self.section: AugmentSection = recipe.augment
         self.seed = recipe.loop.seed
         bands, fill = recipe.model.bands, recipe.model.optional_bands
-        lacking = set(recipe.augment.band_dropout) - set(fill)
-        if lacking:
-            raise ConfigError(f"augment.band_dropout needs a fill value in model.optional_bands for {sorted(lacking)}")
         self.dropout = {bands.index(band): share for band, share in recipe.augment.band_dropout.items()}
         self.fill = {bands.index(band): value for band, value in fill.items()}
         objects = np.array([(~chip.ignored).sum() for chip in chips], float)

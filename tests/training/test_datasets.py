@@ -221,10 +221,3 @@ def test_split_refuses_what_cannot_be(chips_dir, recipe_values):
     recipe_values["data"] |= {"folds": {}, "fold": None, "holdout": ["alpha", "beta", "gamma"]}
     with pytest.raises(ConfigError, match="no labelled object"):
         split_chips(chips, parse_recipe(recipe_values))
-
-
-def test_band_dropout_needs_a_fill_value(chips_dir, recipe_values):
-    recipe_values["augment"]["band_dropout"] = {"red": 0.5}
-    recipe = parse_recipe(recipe_values)
-    with pytest.raises(ConfigError, match="red"):
-        CropSampler(load_chips(chips_dir, recipe.model), recipe)

@@ -16,24 +16,16 @@ from typing import TYPE_CHECKING
 from rtmdet_geo import class_names
 from rtmdet_geo.cache import cache_dir, download
 from rtmdet_geo.errors import UnknownModelError
-from rtmdet_geo.variants import VARIANTS, Task
+from rtmdet_geo.variants import KINDS, NMS_IOU_THRESHOLDS, VARIANTS, Task
 
 if TYPE_CHECKING:
-    from rtmdet_geo.structures import ModelKind, ModelSpec
+    from rtmdet_geo.structures import ModelSpec
 
 #: Mean and standard deviation of ImageNet's channels, red green blue, on the scale of uint8 (every published recipe).
 _MEAN_RGB = (123.675, 116.28, 103.53)
 _STD_RGB = (58.395, 57.12, 57.375)
 
 _HOST = "https://download.openmmlab.com"
-KINDS: dict[Task, ModelKind] = {
-    "detection": "horizontal",
-    "instances": "mask",
-    "rotated": "rotated",
-    "classification": "classification",
-}
-#: Overlap at which two results of one class are one object (test settings of the published recipes).
-_IOU: dict[Task, float] = {"detection": 0.65, "instances": 0.6, "rotated": 0.1, "classification": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +166,7 @@ class Checkpoint:
             tile_size=self.input_size,
             overlap=0 if is_classifier else 200,
             score_threshold=0.0 if is_classifier else 0.3,
-            iou_threshold=_IOU[self.task],
+            iou_threshold=NMS_IOU_THRESHOLDS[KINDS[self.task]],
             training_data=f"{self.data.name} ({self.recipe}), after {self.pretraining}; {self.data.resolution}",
             metrics={f"{name} (%), {self.data.tested_on}, published": value for name, value in self.metrics.items()},
             limits=f"thresholds are not tuned. {self.data.terms}",

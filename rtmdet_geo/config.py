@@ -16,14 +16,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rtmdet_geo.checkpoints import KINDS
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.structures import Kind, StretchSpec
-from rtmdet_geo.variants import VARIANTS
+from rtmdet_geo.variants import KINDS, NMS_IOU_THRESHOLDS, VARIANTS
 
 _MAX_BASE_DEPTH = 2
-#: Overlap from which on two detections of one class are one object (test settings of the published recipes).
-NMS_IOU_THRESHOLDS: dict[Kind, float] = {"rotated": 0.1, "horizontal": 0.65, "mask": 0.6}
 
 
 class _Section(BaseModel):
@@ -144,7 +141,8 @@ class ValidationSection(_Section):
     """How left-out scenes are scored: all-point AP at each IoU, over detections at or above the score.
 
     The IoU is that of the model's kind: of boxes, or of masks. ``nms_iou_threshold``: the kind's own when not given
-    (:data:`NMS_IOU_THRESHOLDS`). ``mask_threshold``: probability above which a pixel belongs to a mask.
+    (:data:`rtmdet_geo.variants.NMS_IOU_THRESHOLDS`). ``mask_threshold``: probability above which a pixel belongs to a
+    mask.
     """
 
     score_threshold: float = Field(0.05, ge=0, le=1)
@@ -187,8 +185,8 @@ class Recipe(_Section):
         variant = VARIANTS.get(name) if isinstance(name, str) else None
         if variant is None or variant.task == "classification" or not isinstance(validation, Mapping):
             return values
-        kind = typing.cast(Kind, KINDS[variant.task])
-        return {**values, "validation": {"nms_iou_threshold": NMS_IOU_THRESHOLDS[kind], **validation}}
+        threshold = NMS_IOU_THRESHOLDS[KINDS[variant.task]]
+        return {**values, "validation": {"nms_iou_threshold": threshold, **validation}}
 
     @model_validator(mode="after")
     def _dropped_bands_have_fill_values(self) -> Recipe:

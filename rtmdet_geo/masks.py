@@ -33,7 +33,7 @@ NUM_KERNEL_PARAMETERS = sum(inputs * outputs + outputs for inputs, outputs in KE
 #: Pixels of the input per cell of the mask features.
 MASK_STRIDE = 8
 #: Relative coordinates are divided by the prior's stride times this (``RTMDetInsHead``: strides * 8).
-_COORDINATE_RANGE = 8
+COORDINATE_RANGE = 8
 
 
 class MaskFrame(NamedTuple):
@@ -224,7 +224,7 @@ def _apply_kernel(
     """Return the logits (h, w) of one instance at the cells of features (8, h, w), a window of the map."""
     _, height, width = features.shape
     x, y, stride = prior
-    reach = stride * _COORDINATE_RANGE
+    reach = stride * COORDINATE_RANGE
     inputs = np.empty((2 + NUM_MASK_FEATURES, height, width), np.float32)
     inputs[0] = (x - np.arange(first_column, first_column + width, dtype=np.float32) * MASK_STRIDE) / reach
     inputs[1] = ((y - np.arange(first_row, first_row + height, dtype=np.float32) * MASK_STRIDE) / reach)[:, None]

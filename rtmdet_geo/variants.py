@@ -9,7 +9,11 @@ outside of training and needs 8 to 12 % less.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import ModelKind
 
 Task = Literal["detection", "instances", "rotated", "classification"]
 #: Titles of the tasks, in the order of listings.
@@ -19,6 +23,17 @@ TASKS: dict[Task, str] = {
     "rotated": "oriented boxes",
     "classification": "classes of whole images",
 }
+
+#: What a model of each task gives.
+KINDS: dict[Task, ModelKind] = {
+    "detection": "horizontal",
+    "instances": "mask",
+    "rotated": "rotated",
+    "classification": "classification",
+}
+#: Overlap from which on two results of one class are one object (test settings of the published recipes); a classifier
+#: has no use for it.
+NMS_IOU_THRESHOLDS: dict[ModelKind, float] = {"rotated": 0.1, "horizontal": 0.65, "mask": 0.6, "classification": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +73,25 @@ class Variant:
         return self.name.endswith("_test")
 
 
-def _detection(size: str, params: int, flops: int, *published: float) -> Variant:
-    reference = f"rtmdet_{size}" if published else ""
-    return Variant(f"rtmdet_{size}", "detection", params, flops, 640, 80, reference, *published)
+def _variant(
+    task: Task,
+    family: str,
+    reference: str,
+    input_size: int,
+    num_classes: int,
+    size: str,
+    params: int,
+    flops: int,
+    *published: float,
+) -> Variant:
+    name = f"{reference}_{size}" if published else ""
+    return Variant(f"{family}_{size}", task, params, flops, input_size, num_classes, name, *published)
 
 
-def _instances(size: str, params: int, flops: int, *published: float) -> Variant:
-    reference = f"rtmdet-ins_{size}" if published else ""
-    return Variant(f"rtmdet_ins_{size}", "instances", params, flops, 640, 80, reference, *published)
-
-
-def _rotated(size: str, params: int, flops: int, *published: float) -> Variant:
-    reference = f"rotated_rtmdet_{size}" if published else ""
-    return Variant(f"rtmdet_r_{size}", "rotated", params, flops, 1024, 15, reference, *published)
-
-
-def _classifier(size: str, params: int, flops: int, *published: float) -> Variant:
-    reference = f"cspnext_{size}" if published else ""
-    return Variant(f"cspnext_{size}", "classification", params, flops, 224, 1000, reference, *published)
+_detection = partial(_variant, "detection", "rtmdet", "rtmdet", 640, 80)
+_instances = partial(_variant, "instances", "rtmdet_ins", "rtmdet-ins", 640, 80)
+_rotated = partial(_variant, "rotated", "rtmdet_r", "rotated_rtmdet", 1024, 15)
+_classifier = partial(_variant, "classification", "cspnext", "cspnext", 224, 1000)
 
 
 #: Published figures: README of configs/rtmdet in MMDetection 3.x, of configs/rotated_rtmdet in MMRotate 1.x.

@@ -8,6 +8,7 @@ in what a box is and how boxes are compared; instances add a loss on masks (:mod
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -51,7 +52,7 @@ class _Batch(NamedTuple):
     level_sizes: list[int]
 
 
-class Criterion(nn.Module):
+class Criterion(nn.Module, ABC):
     """Training loss of a model, what is common to all kinds.
 
     Args:
@@ -117,13 +118,13 @@ class Criterion(nn.Module):
         """Per level (N, 4 or 5, h, w)."""
         return outputs.reg
 
+    @abstractmethod
     def _decode(self, points: Tensor, distances: Tensor) -> Tensor:
         """Boxes (..., columns) of points (..., 2) and distances (..., columns)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _box_loss(self, predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
         """Weighted losses (K,) of boxes (K, columns)."""
-        raise NotImplementedError
 
     def _centers(self, target: Target) -> Tensor | None:
         """Where the assigner's centre cost is 0, (G, 2) px; None for the boxes' centres."""

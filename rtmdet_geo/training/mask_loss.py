@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from rtmdet_geo.masks import KERNEL_LAYERS
+from rtmdet_geo.masks import COORDINATE_RANGE, KERNEL_LAYERS
 from rtmdet_geo.models.decode import level_priors
 from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.training.losses import dice_loss
 
 #: Masks are compared at one pixel in so many, along either axis.
 LOSS_STRIDE = 4
-#: Relative coordinates are counted in so many strides of the prior.
-_COORDINATE_STRIDES = 8
 
 
 def dynamic_masks(kernels: Tensor, priors: Tensor, features: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def dynamic_masks(kernels: Tensor, priors: Tensor, features: Tensor) -> Tensor:
         part.reshape(number, outputs, inputs) for part, (inputs, outputs) in zip(parts, KERNEL_LAYERS, strict=False)
     ]
     biases = [part.unsqueeze(-1) for part in parts[len(KERNEL_LAYERS) :]]
-    slopes = weights[0][:, :, :2] / (_COORDINATE_STRIDES * priors[:, 2, None, None])  # per px, (K, 8, 2)
+    slopes = weights[0][:, :, :2] / (COORDINATE_RANGE * priors[:, 2, None, None])  # per px, (K, 8, 2)
     cells = level_priors(height, width, STRIDES[0], device=features.device)
     inputs = torch.cat((-cells.T, features.flatten(1)))  # (10, h * w)
     first = torch.cat((slopes, weights[0][:, :, 2:]), dim=2)

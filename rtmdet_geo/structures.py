@@ -1,5 +1,8 @@
 r"""What crosses the borders between stages: :class:`Tile`, :class:`Detections`, :class:`ModelSpec`. numpy only.
 
+Masks take two forms. In a tile they are :class:`MaskKernels`: numbers from which :mod:`rtmdet_geo.masks` makes a mask,
+which is done for the survivors of NMS only. In a scene they are polygons, so memory follows the objects' outlines.
+
 Conventions (stated once, used everywhere):
 
 * Pixel coordinates are continuous; the origin is the **outer corner** of the top-left pixel, x to the right, y down,
@@ -49,6 +52,73 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskView:
+    """The picture that instances were found in, as their masks need it: the tile itself, or the tile resized or flipped.
+
+    Attributes:
+        features: (8, h, w) float32 mask features at stride 8 of the picture, padding included.
+        step_x: px of the picture from one column of the tile to the next; 1 unless it was resized.
+        step_y: likewise, rows.
+        flip_x: the picture shows the tile mirrored, left and right changed.
+        flip_y: likewise, top and bottom.
+    """
+
+    features: NDArray[np.float32]
+    step_x: float = 1.0
+    step_y: float = 1.0
+    flip_x: bool = False
+    flip_y: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MaskKernels:
+    """What the masks of N instances are made of.
+
+    Attributes:
+        kernels: (N, 169) float32 parameters of each instance's three convolutions.
+        priors: (N, 3) float32 x, y and stride, in px of the view, of the prior that it comes from.
+        views: pictures that instances were found in.
+        view_index: (N,) int64, index into ``views``.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+
+    kernels: NDArray[np.float32]
+    priors: NDArray[np.float32]
+    views: tuple[MaskView, ...]
+    view_index: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        number = len(self.kernels)
+        if self.priors.shape != (number, 3) or self.view_index.shape != (number,):
+            raise ValueError(
+                f"mask kernels disagree: kernels {self.kernels.shape}, priors {self.priors.shape}, "
+                f"view_index {self.view_index.shape}"
+            )
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.kernels)
+
+    def select(self, index: NDArray[Any]) -> MaskKernels:
+        """Return those that ``index`` (boolean or integer, numpy rules) picks."""
+        return replace(self, kernels=self.kernels[index], priors=self.priors[index], view_index=self.view_index[index])
+
+    @classmethod
+    def concatenate(cls, parts: list[MaskKernels]) -> MaskKernels:
+        """Join the instances of several pictures of one tile, in order; one part at least."""
+        shifts = np.cumsum([0, *(len(part.views) for part in parts)])
+        return cls(
+            np.concatenate([part.kernels for part in parts]),
+            np.concatenate([part.priors for part in parts]),
+            tuple(view for part in parts for view in part.views),
+            np.concatenate([part.view_index + shift for part, shift in zip(parts, shifts, strict=False)]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Detections:
     """N detections in one frame.
 
@@ -58,6 +128,8 @@ class Detections:
         labels: (N,) int64, index into ``ModelSpec.classes``.
         frame: "tile" (px of the tile) or "scene" (px of the source scene).
         kind: "rotated", "horizontal" or "mask".
+        masks: of kind "mask" only: :class:`MaskKernels` in a tile; (N,) shapely polygons or multipolygons in the px of
+            the boxes in a scene. None where nothing needs them.
 
     Raises:
         ValueError: shapes do not agree.
@@ -68,6 +140,7 @@ class Detections:
     labels: NDArray[np.int64]
     frame: Frame = "tile"
     kind: Kind = "rotated"
+    masks: MaskKernels | NDArray[np.object_] | None = None
 
     def __post_init__(self) -> None:
         """Cast to the contract's dtypes and check the shapes."""
@@ -80,6 +153,8 @@ class Detections:
             raise ValueError(
                 f"Detections disagree: boxes {self.boxes.shape}, scores {self.scores.shape}, labels {self.labels.shape}"
             )
+        if self.masks is not None and len(self.masks) != number:
+            raise ValueError(f"Detections disagree: {number} boxes, {len(self.masks)} masks")
 
     def __len__(self) -> int:
         """Return N."""
@@ -87,7 +162,10 @@ class Detections:
 
     def select(self, index: NDArray[Any]) -> Detections:
         """Return the detections that ``index`` (boolean or integer, numpy rules) picks."""
-        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
+        masks = self.masks.select(index) if isinstance(self.masks, MaskKernels) else self.masks
+        if isinstance(masks, np.ndarray):
+            masks = masks[index]
+        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index], masks=masks)
 
     @classmethod
     def empty(cls, frame: Frame = "tile", kind: Kind = "rotated") -> Detections:
@@ -96,16 +174,35 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: list[Detections], frame: Frame = "scene", kind: Kind = "rotated") -> Detections:
-        """Join detections of one frame and kind, in order; an empty list gives N = 0."""
+        """Join detections of one frame and kind, in order; an empty list gives N = 0.
+
+        Raises:
+            ValueError: some have masks and others, that are not empty, have none.
+        """
         if not parts:
             return cls.empty(frame, kind)
+        masks = _join_masks([part for part in parts if len(part)])
         return cls(
             np.concatenate([part.boxes for part in parts]),
             np.concatenate([part.scores for part in parts]),
             np.concatenate([part.labels for part in parts]),
             frame,
             kind,
+            masks,
         )
+
+
+def _join_masks(parts: list[Detections]) -> MaskKernels | NDArray[np.object_] | None:
+    masks = [part.masks for part in parts]
+    kernels = [item for item in masks if isinstance(item, MaskKernels)]
+    polygons = [item for item in masks if isinstance(item, np.ndarray)]
+    if masks and len(kernels) == len(masks):
+        return MaskKernels.concatenate(kernels)
+    if masks and len(polygons) == len(masks):
+        return np.concatenate(polygons)
+    if kernels or polygons:
+        raise ValueError("detections with masks of one form and detections with another, or none, cannot be joined")
+    return None
 
 
 class _Frozen(BaseModel):

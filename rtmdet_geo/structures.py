@@ -53,7 +53,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class MaskView:
-    """The picture that instances were found in, as their masks need it: the tile itself, or the tile resized or flipped.
+    """The picture that instances were found in: the tile itself, or the tile resized or mirrored.
 
     Attributes:
         features: (8, h, w) float32 mask features at stride 8 of the picture, padding included.

@@ -76,20 +76,29 @@ class Merged:
         return Merged(self.detections.select(index), self.num_merged[index], self.on_edge[index])
 
 
-def to_scene(detections: Detections, tile: Tile, *, mask_threshold: float = MASK_THRESHOLD) -> Detections:
+def to_scene(
+    detections: Detections,
+    tile: Tile,
+    *,
+    mask_threshold: float = MASK_THRESHOLD,
+    input_shape: tuple[int, int] | None = None,
+) -> Detections:
     """Move detections from tile px to scene px (float64, frame "scene"); masks of kernels become outlines.
 
     Args:
         detections: of one tile.
         tile: where they were found.
         mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
+        input_shape: (height, width) in px of what the engine was given: the tile, perhaps padded at the bottom and the
+            right; None: not padded.
 
     Raises:
         ValueError: they are in scene px already.
     """
     masks = None
     if isinstance(detections.masks, MaskKernels):
-        cropped = assemble_detections(detections, tile.height, tile.width, threshold=mask_threshold)
+        height, width = input_shape if input_shape is not None else (tile.height, tile.width)
+        cropped = assemble_detections(detections, height, width, threshold=mask_threshold)
         masks = as_outlines([_outline(item, tile) for item in cropped])
     return replace(detections, boxes=_scene_boxes(detections, tile), frame="scene", masks=masks)
 
@@ -103,7 +112,9 @@ def _scene_boxes(detections: Detections, tile: Tile) -> FloatArray:
 
 
 def _outline(item: CroppedMask, tile: Tile) -> Outline:
-    return transform_outline(trace_mask(item.mask), [[1, 0, tile.x + item.x], [0, 1, tile.y + item.y]])
+    """Return a mask's outline in scene px, without what lies in the padding."""
+    mask = item.mask[: max(tile.height - item.y, 0), : max(tile.width - item.x, 0)]
+    return transform_outline(trace_mask(mask), [[1, 0, tile.x + item.x], [0, 1, tile.y + item.y]])
 
 
 def touches_inner_edge(scene_boxes: NDArray[Any], tile: Tile, grid: TileGrid, *, margin: float) -> BoolArray:
@@ -249,6 +260,7 @@ def tile_survivors(
     class_aware: bool = True,
     margin: float = BORDER_MARGIN_PX,
     mask_threshold: float = MASK_THRESHOLD,
+    input_shape: tuple[int, int] | None = None,
 ) -> Pieces:
     """Apply NMS and the border rule to the raw detections of one tile, and make the survivors' masks.
 
@@ -260,6 +272,7 @@ def tile_survivors(
         class_aware: likewise.
         margin: px of the border rule.
         mask_threshold: see :func:`to_scene`.
+        input_shape: likewise.
 
     Returns:
         What is left, in scene px; instances whose mask has no pixel are left out.
@@ -273,7 +286,9 @@ def tile_survivors(
     kept = _keep_by_rank(boxes, labels, detections.kind, iou_threshold)
     counts = _count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
     whole = ~is_seen_whole_elsewhere(boxes[kept], tile, grid, margin=margin)
-    survivors = to_scene(detections.select(order[kept[whole]]), tile, mask_threshold=mask_threshold)
+    survivors = to_scene(
+        detections.select(order[kept[whole]]), tile, mask_threshold=mask_threshold, input_shape=input_shape
+    )
     is_cut = touches_inner_edge(survivors.boxes, tile, grid, margin=2 * margin)
     tile_ids = np.full(len(survivors), tile.row * grid.num_cols + tile.col, np.int64)
     pieces = Pieces(survivors, counts[whole], is_cut, tile_ids)
@@ -320,7 +335,6 @@ def merge_detections(
             mask_threshold=mask_threshold,
         )
         for tile, detections in parts
-        if len(detections)
     ]
     return merge_survivors(survivors, grid, iou_threshold=iou_threshold, class_aware=class_aware)
 

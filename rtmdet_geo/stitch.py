@@ -1,8 +1,8 @@
 """Pieces of one object from neighbouring tiles become one mask. numpy only.
 
-An object longer than the overlap is whole in no tile: each tile that shows it finds a piece, cut off at the tile's edge.
-Two tiles see the strip that they share alike, so two pieces belong to one object where their masks agree within that
-strip. Such pieces are joined, over as many tiles as it takes, and no seam is left.
+An object longer than the overlap may be whole in no tile: each tile that shows it finds a piece, cut off at the tile's
+edge. Two tiles see the strip that they share alike, so two pieces belong to one object where their masks agree within
+that strip. Such pieces are joined, over as many tiles as it takes, and no seam is left.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
-    *("masks", "polygons", "preprocess", "stitch"),
+    *("masks", "polygons", "preprocess", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "export": BASE | STAGES | BACKENDS | {"models"},
     "detect": BASE | STAGES | BACKENDS,
+    "images": BASE | STAGES | BACKENDS,
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
     "cli": BASE | STAGES | BACKENDS | {"detect", "batch", "cli", "training", "export"},
     "__main__": {"cli"},

@@ -1,9 +1,9 @@
 """Memory of instances at scene scale: ``python tests/benchmarks/bench_instances.py [--output FILE.csv]``.
 
 10,000 houses of 60 to 84 px in a scene of 10,000 x 10,000 px go through the whole pipeline: tiles, masks, polygons,
-GeoPackage. The engine is a stand-in that finds bright areas and returns ten candidates for each, so what is measured is
-the pipeline, not a network. Target: a peak below 1.5 GB. The smaller scene shows the growth. Every case runs in a process
-of its own, so that peak memory is that of the case.
+GeoPackage. The engine is a stand-in that finds bright areas and returns ten candidates for each, so what is measured
+is the pipeline, not a network. Target: a peak below 1.5 GB. The smaller scene shows the growth. Every case runs in a
+process of its own, so that peak memory is that of the case.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def paint(path, houses_per_side):
 
 
 def measure(houses_per_side):
-    """Run in a fresh process: seconds, polygons, peak memory of the process in MB, before the run and at its highest."""
+    """Run in a fresh process: seconds, polygons, memory of the process in MB before the run and at its highest."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from blob_masks import BlobMaskBackend
     from synthetic import make_spec

@@ -161,3 +161,13 @@ def test_horizontal_boxes_have_no_azimuth(monkeypatch, tmp_path):
     assert set(layer.geom_type) == {"Polygon"}
     for shape in shapes:
         assert max(iou(to_pixels(found), shapely.box(*shape.bounds)) for found in layer.geometry) > 0.9
+
+
+@pytest.mark.parametrize("tta", ["flips", "all"])
+def test_augmented_masks_lie_on_the_objects(engine, tmp_path, tta):
+    image, shapes = paint()
+    layer = detect_scene(write_scene(tmp_path / "town.tif", image), tile_size=256, overlap=64, tta=tta).features
+    assert len(layer) == len(shapes) and layer.geometry.is_valid.all()
+    for shape in shapes:
+        overlaps = [iou(to_pixels(geometry), shape) for geometry in layer.geometry]
+        assert max(overlaps) > 0.8 and sum(value > 0.05 for value in overlaps) == 1

@@ -14,9 +14,9 @@ from rtmdet_geo.cli import options, report
 @options.json_option
 @options.verbosity_options
 def info(scene_or_model: str, as_json: bool) -> None:
-    """Say what the program sees in a scene (bands, resolution, CRS) or what is known of a model.
+    """Say what the program sees in a scene (bands, resolution, CRS) or knows of a model.
 
-    A MODEL is a model file or any name of `rtmdet-geo models list`; `rtmdet-geo models show` prints the same.
+    A MODEL is any name of `rtmdet-geo models list` or a model file; `rtmdet-geo models show` prints the same.
 
     \b
     Example:

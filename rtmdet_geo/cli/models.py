@@ -66,7 +66,7 @@ def list_command(as_json: bool) -> None:
 @options.json_option
 @options.verbosity_options
 def show_command(model: str, as_json: bool) -> None:
-    """Print the card of a bundled model, of published weights, of a network, or of a file (.onnx, .safetensors).
+    """Print what is known of a model, of published weights, of a network, or of a model file.
 
     \b
     Example:

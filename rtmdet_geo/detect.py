@@ -1,8 +1,8 @@
 """The pipeline on one page: scene -> tiles -> backend -> merge -> features -> files.
 
 The only module that knows every stage. Tiles are read, run and forgotten one batch at a time, so memory holds pixels
-and raw candidates of one batch, and of each tile what NMS left. Tiles without a valid pixel are not run. Nothing appears
-under an output's final name before it is whole.
+and raw candidates of one batch, and of each tile what NMS left. Tiles without a valid pixel are not run. Nothing
+appears under an output's final name before it is whole.
 """
 
 from __future__ import annotations

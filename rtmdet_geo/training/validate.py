@@ -58,9 +58,11 @@ def find_objects(
         its mask in chip px if the model gives masks.
     """
     detections = _run(network, chip, recipe, dropped, device, with_masks=True)
-    outlines = outlines_of(detections)
+    if network.kind != "mask":
+        return Found(detections)
     _, height, width = chip.pixels.shape
-    return Found(detections, None if outlines is None else [_cropped(item, width, height) for item in outlines])
+    outlines = outlines_of(detections)  # None where nothing was found
+    return Found(detections, [] if outlines is None else [_cropped(item, width, height) for item in outlines])
 
 
 def _run(
@@ -112,7 +114,8 @@ def _above(
     masks = None
     if isinstance(candidates, InstanceCandidates) and with_masks:
         view = MaskView(candidates.mask_features[0].float().cpu().numpy())
-        masks = MaskKernels(*more, (view,), np.zeros(len(boxes), np.int64))
+        kernels, priors = more
+        masks = MaskKernels(kernels, priors, (view,), np.zeros(len(boxes), np.int64))
     return Detections(boxes, scores, labels, kind=kind, masks=masks)
 
 

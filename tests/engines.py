@@ -64,8 +64,12 @@ class RectangleEngine(Engine):
     def find(self, image: NDArray[np.uint8]) -> Detections:
         """Return one detection per connected area that is brighter than the ground."""
         grey = (image[0].astype(np.float64) - PAD_VALUE) / (BRIGHT - PAD_VALUE)
-        number, areas = cv2.connectedComponents((grey > 0.02).astype(np.uint8), connectivity=8)
-        boxes = np.array([self._box(grey, areas == area) for area in range(1, number)]).reshape(-1, 5)
+        number, areas, where, _ = cv2.connectedComponentsWithStats((grey > 0.02).astype(np.uint8), connectivity=8)
+        boxes = np.zeros((number - 1, 5))
+        for area, (x, y, width, height, _) in enumerate(where[1:], 1):
+            window = np.s_[y : y + height, x : x + width]
+            boxes[area - 1] = self._box(grey[window], areas[window] == area)
+            boxes[area - 1, :2] += x, y
         kind = self.spec.object_kind
         if kind == "rotated":
             boxes = regularize_le90(boxes)
@@ -99,24 +103,30 @@ class RectangleEngine(Engine):
 def draw_rectangles(height: int, width: int, boxes: NDArray[np.float64], *, bands: int = 3) -> NDArray[np.uint8]:
     """Return (bands, height, width) uint8: a pixel is as bright as the share of it that rectangles cover."""
     fine = 8
-    x, y = np.meshgrid((np.arange(width * fine) + 0.5) / fine, (np.arange(height * fine) + 0.5) / fine)
-    covered = np.zeros((height * fine, width * fine))
+    covered = np.zeros((height * fine, width * fine), np.uint8)
     for cx, cy, w, h, angle in boxes:
-        along = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
-        across = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
-        covered[(np.abs(along) <= w / 2) & (np.abs(across) <= h / 2)] = 1
+        left, top = (max(0, int(centre - max(w, h))) * fine for centre in (cx, cy))
+        part = covered[top : int(cy + max(w, h)) * fine, left : int(cx + max(w, h)) * fine]
+        x = (left + np.arange(part.shape[1]) + 0.5) / fine - cx
+        y = ((top + np.arange(part.shape[0]) + 0.5) / fine - cy)[:, None]
+        along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        part[(np.abs(along) <= w / 2) & (np.abs(across) <= h / 2)] = 1
     share = covered.reshape(height, fine, width, fine).mean(axis=(1, 3))
     grey = np.rint(PAD_VALUE + (BRIGHT - PAD_VALUE) * share).astype(np.uint8)
     return np.repeat(grey[None], bands, axis=0)
 
 
 def scattered_boxes(height: int, width: int, seed: int, *, kind: Kind = "rotated") -> NDArray[np.float64]:
-    """Return boxes (N, 5) in cells of 48 px, most of them taken, none touching another or the edge."""
+    """Return boxes (N, 5) in cells of 48 px, most of them taken, none touching another or the edge.
+
+    Those of kind "mask" are at least two cells of mask features wide.
+    """
     generator = np.random.default_rng(seed)
     cells = [(x, y) for x in range(0, width - 47, 48) for y in range(0, height - 47, 48)]
     chosen = [cell for cell in cells if generator.random() < 0.8] or cells[:1]
     centres = np.array(chosen) + generator.uniform(20, 28, (len(chosen), 2))
-    sides = np.stack([generator.uniform(20, 30, len(chosen)), generator.uniform(8, 14, len(chosen))], axis=1)
+    shorter = (20, 30) if kind == "mask" else (8, 14)
+    sides = np.stack([generator.uniform(20, 30, len(chosen)), generator.uniform(*shorter, len(chosen))], axis=1)
     if kind == "rotated":
         return np.column_stack([centres, sides, generator.uniform(-np.pi / 2, np.pi / 2, len(chosen))])
     return np.column_stack([centres, generator.permuted(sides, axis=1), np.zeros(len(chosen))])

@@ -6,10 +6,11 @@ with ``GlobalAveragePooling`` and ``LinearClsHead`` (Apache-2.0), whose paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rtmdet_geo.models.cspnext import CSPNeXt
@@ -68,6 +69,30 @@ class CSPNeXtClassifier(nn.Module):
         """
         check_images(images, self.architecture, self.in_channels)
         return at_least_float32(self.head(self.backbone(images)[-1]))
+
+
+class ClassificationGraph(nn.Module):
+    """What a model file of a classifier holds: uint8 pixels in, probabilities out; normalisation and softmax inside.
+
+    Args:
+        model: images (N, C, H, W) to logits (N, num_classes), such as :class:`CSPNeXtClassifier`.
+        mean: per channel, on the uint8 scale.
+        std: per channel, on the uint8 scale.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(tuple(mean), dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(tuple(std), dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 images (N, C, H, W) to ``scores`` (N, num_classes), which sum to 1 along each row."""
+        logits: Tensor = self.model((images.to(self.mean.dtype) - self.mean) / self.std)
+        return logits.softmax(dim=1)
 
 
 def _build(architecture: str, num_classes: int, in_channels: int, weights: str | Path | None) -> CSPNeXtClassifier:

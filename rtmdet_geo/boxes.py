@@ -360,3 +360,52 @@ def points_in_boxes(points: ArrayLike, boxes: ArrayLike, *, margin: float = 0.01
     along = np.abs(offset[..., 0] * cos + offset[..., 1] * sin)
     across = np.abs(offset[..., 1] * cos - offset[..., 0] * sin)
     return np.asarray((along <= boxes[:, 2] / 2 - margin) & (across <= boxes[:, 3] / 2 - margin))
+
+
+def overlapping_pairs(first: FloatArray, second: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return all pairs (i, j) of axis-aligned boxes that overlap, in time and memory linear in boxes and pairs.
+
+    The boxes of ``first`` are sorted into levels by size (powers of two) and, within a level, into columns as wide as
+    the largest box; a box of ``second`` then looks up a few columns by binary search.
+
+    Args:
+        first: (N, 4) float64 x1 y1 x2 y2.
+        second: (M, 4) float64 x1 y1 x2 y2.
+
+    Returns:
+        i into ``first`` and j into ``second``, int64, sorted by i, then j.
+    """
+    empty = np.zeros(0, np.int64)
+    if not len(first) or not len(second):
+        return empty, empty
+    origin = np.minimum(first[:, :2].min(axis=0), second[:, :2].min(axis=0))
+    extents = np.maximum(first[:, 2] - first[:, 0], first[:, 3] - first[:, 1])
+    levels = np.ceil(np.log2(np.maximum(extents, 16.0))).astype(int)
+    found_first, found_second = [empty], [empty]
+    for level in np.unique(levels):
+        side = 2.0**level
+        members = np.flatnonzero(levels == level)
+        columns = np.floor((first[members, 0] - origin[0]) / side).astype(np.int64)
+        order = np.lexsort((first[members, 1], columns))
+        members, columns = members[order], columns[order]
+        tops = first[members, 1]
+        span = max(tops.max(), second[:, 3].max()) - min(tops.min(), second[:, 1].min()) + 2 * side + 1.0
+        base = min(tops.min(), second[:, 1].min() - side)
+        keys = columns * span + (tops - base)
+        start_column = np.floor((second[:, 0] - side - origin[0]) / side).astype(np.int64)
+        num_columns = np.floor((second[:, 2] - origin[0]) / side).astype(np.int64) - start_column + 1
+        asked = np.repeat(np.arange(len(second)), num_columns)
+        column = (
+            start_column[asked] + np.arange(len(asked)) - np.repeat(np.cumsum(num_columns) - num_columns, num_columns)
+        )
+        begin = np.searchsorted(keys, column * span + (second[asked, 1] - side - base), side="left")
+        end = np.searchsorted(keys, column * span + (second[asked, 3] - base), side="right")
+        counts = np.maximum(end - begin, 0)
+        j = np.repeat(asked, counts)
+        i = members[np.repeat(begin, counts) + np.arange(len(j)) - np.repeat(np.cumsum(counts) - counts, counts)]
+        overlap = (first[i, :2] < second[j, 2:]).all(axis=1) & (first[i, 2:] > second[j, :2]).all(axis=1)
+        found_first.append(i[overlap])
+        found_second.append(j[overlap])
+    i, j = np.concatenate(found_first), np.concatenate(found_second)
+    order = np.lexsort((j, i))
+    return i[order].astype(np.int64), j[order].astype(np.int64)

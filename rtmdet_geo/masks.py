@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rtmdet_geo.boxes import as_boxes, boxes_to_hboxes
+from rtmdet_geo.structures import Detections, MaskKernels
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -187,6 +188,58 @@ def assemble_cropped_masks(
     windows = [(int(x0), int(y0), int(x1), int(y1)) for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
     masks = _windows(kernel_rows, prior_rows, features, windows, threshold, frame)
     return [CroppedMask(mask.view(np.uint8), x, y) for mask, (x, y, _, _) in zip(masks, windows, strict=True)]
+
+
+def assemble_detections(
+    detections: Detections, height: int, width: int, *, threshold: float = 0.5, margin: float = 0.1
+) -> list[CroppedMask]:
+    """Return the masks of detections whose masks are kernels, in the pixels of their tile.
+
+    Instances that were found in a mirrored picture are assembled as that picture shows them and mirrored back.
+
+    Args:
+        detections: N, in px of the tile.
+        height: of the picture that is the tile, in px: what the engine was given, its padding included.
+        width: likewise.
+        threshold: in (0, 1); the mask is where the probability is higher.
+        margin: see :func:`assemble_cropped_masks`.
+
+    Returns:
+        N cropped masks, in order.
+
+    Raises:
+        ValueError: there are no kernels, the detections are in scene px, or as :func:`assemble_cropped_masks`.
+    """
+    masks = detections.masks
+    if len(detections) == 0:
+        return []
+    if detections.frame != "tile" or not isinstance(masks, MaskKernels):
+        raise ValueError(f"{len(detections)} detections in {detections.frame} px without mask kernels have no masks")
+    found: dict[int, CroppedMask] = {}
+    for index, view in enumerate(masks.views):
+        rows = np.flatnonzero(masks.view_index == index)
+        boxes = detections.boxes[rows].astype(np.float64)
+        for is_mirrored, axis, side in ((view.flip_x, 0, width), (view.flip_y, 1, height)):
+            if is_mirrored:
+                boxes[:, axis], boxes[:, 4] = side - boxes[:, axis], -boxes[:, 4]
+        frame = MaskFrame(height, width, view.step_x, view.step_y)
+        chosen = masks.select(rows)
+        parts = assemble_cropped_masks(
+            chosen.kernels, chosen.priors, view.features, boxes, threshold=threshold, frame=frame, margin=margin
+        )
+        for row, part in zip(rows, parts, strict=True):
+            found[int(row)] = _mirror(part, frame, view.flip_x, view.flip_y)
+    return [found[row] for row in range(len(detections))]
+
+
+def _mirror(part: CroppedMask, frame: MaskFrame, flip_x: bool, flip_y: bool) -> CroppedMask:
+    rows, columns = part.mask.shape
+    mask = part.mask[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    return CroppedMask(
+        np.ascontiguousarray(mask),
+        frame.width - part.x - columns if flip_x else part.x,
+        frame.height - part.y - rows if flip_y else part.y,
+    )
 
 
 def _windows(

@@ -10,6 +10,13 @@ The order of work, and why:
    longer than the overlap) the box stays. The scene's own edges are no inner edges.
 3. To scene pixels in float64, then NMS over the scene, per class.
 4. A box at an inner tile edge that lies mostly inside a larger box of another tile is a fragment of it: it gives way.
+
+Instances go the same way by their boxes, with two differences. Masks are made for the survivors of step 2 only, and
+pieces of one object that no tile sees whole are joined before step 3 (:mod:`rtmdet_geo.stitch`). Step 4 then asks
+masks, not boxes, whether one lies inside another.
+
+:func:`tile_survivors` is steps 1 and 2, done as soon as a tile has been run, so that its raw candidates can be
+forgotten; :func:`merge_survivors` is the rest.
 """
 
 from __future__ import annotations
@@ -22,9 +29,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.boxes import boxes_to_hboxes
+from rtmdet_geo.annotations.outlines import Outline, trace_mask, transform_outline
+from rtmdet_geo.boxes import boxes_to_hboxes, overlapping_pairs
+from rtmdet_geo.masks import CroppedMask, assemble_detections
 from rtmdet_geo.nms import nms_horizontal, nms_rotated, rotated_iou_aligned
-from rtmdet_geo.structures import Detections, Kind, Tile
+from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
+from rtmdet_geo.structures import Detections, Kind, MaskKernels, Tile
 from rtmdet_geo.tiles import TileGrid
 
 logger = logging.getLogger(__name__)
@@ -37,6 +47,8 @@ BoolArray = NDArray[np.bool_]
 BORDER_MARGIN_PX = 2.0
 #: A box at an inner edge with so much of its own area in a larger box is a fragment of that object.
 FRAGMENT_IOF = 0.7
+#: Probability above which a pixel belongs to a mask (``mask_thr_binary`` of the published test configurations).
+MASK_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,17 +76,45 @@ class Merged:
         return Merged(self.detections.select(index), self.num_merged[index], self.on_edge[index])
 
 
-def to_scene(detections: Detections, tile: Tile) -> Detections:
-    """Move detections from tile px to scene px (float64, frame "scene").
+def to_scene(
+    detections: Detections,
+    tile: Tile,
+    *,
+    mask_threshold: float = MASK_THRESHOLD,
+    input_shape: tuple[int, int] | None = None,
+) -> Detections:
+    """Move detections from tile px to scene px (float64, frame "scene"); masks of kernels become outlines.
+
+    Args:
+        detections: of one tile.
+        tile: where they were found.
+        mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
+        input_shape: (height, width) in px of what the engine was given: the tile, perhaps padded at the bottom and the
+            right; None: not padded.
 
     Raises:
         ValueError: they are in scene px already.
     """
+    masks = None
+    if isinstance(detections.masks, MaskKernels):
+        height, width = input_shape if input_shape is not None else (tile.height, tile.width)
+        cropped = assemble_detections(detections, height, width, threshold=mask_threshold)
+        masks = as_outlines([_outline(item, tile) for item in cropped])
+    return replace(detections, boxes=_scene_boxes(detections, tile), frame="scene", masks=masks)
+
+
+def _scene_boxes(detections: Detections, tile: Tile) -> FloatArray:
     if detections.frame != "tile":
         raise ValueError("detections are in scene px already; pass those of one tile, in its px")
     boxes = detections.boxes.astype(np.float64)
     boxes[:, :2] += (tile.x, tile.y)
-    return replace(detections, boxes=boxes, frame="scene")
+    return boxes
+
+
+def _outline(item: CroppedMask, tile: Tile) -> Outline:
+    """Return a mask's outline in scene px, without what lies in the padding."""
+    mask = item.mask[: max(tile.height - item.y, 0), : max(tile.width - item.x, 0)]
+    return transform_outline(trace_mask(mask), [[1, 0, tile.x + item.x], [0, 1, tile.y + item.y]])
 
 
 def touches_inner_edge(scene_boxes: NDArray[Any], tile: Tile, grid: TileGrid, *, margin: float) -> BoolArray:
@@ -147,66 +187,17 @@ def drop_cut_detections(
     Raises:
         ValueError: the frame is not "tile".
     """
-    boxes = to_scene(detections, tile).boxes
+    boxes = _scene_boxes(detections, tile)
     return detections.select(~is_seen_whole_elsewhere(boxes, tile, grid, margin=margin))
-
-
-def overlapping_pairs(first: FloatArray, second: FloatArray) -> tuple[IntArray, IntArray]:
-    """Return all pairs (i, j) of axis-aligned boxes that overlap, in time and memory linear in boxes and pairs.
-
-    The boxes of ``first`` are sorted into levels by size (powers of two) and, within a level, into columns as wide as
-    the largest box; a box of ``second`` then looks up a few columns by binary search.
-
-    Args:
-        first: (N, 4) float64 x1 y1 x2 y2.
-        second: (M, 4) float64 x1 y1 x2 y2.
-
-    Returns:
-        i into ``first`` and j into ``second``, int64, sorted by i, then j.
-    """
-    empty = np.zeros(0, np.int64)
-    if not len(first) or not len(second):
-        return empty, empty
-    origin = np.minimum(first[:, :2].min(axis=0), second[:, :2].min(axis=0))
-    extents = np.maximum(first[:, 2] - first[:, 0], first[:, 3] - first[:, 1])
-    levels = np.ceil(np.log2(np.maximum(extents, 16.0))).astype(int)
-    found_first, found_second = [empty], [empty]
-    for level in np.unique(levels):
-        side = 2.0**level
-        members = np.flatnonzero(levels == level)
-        columns = np.floor((first[members, 0] - origin[0]) / side).astype(np.int64)
-        order = np.lexsort((first[members, 1], columns))
-        members, columns = members[order], columns[order]
-        tops = first[members, 1]
-        span = max(tops.max(), second[:, 3].max()) - min(tops.min(), second[:, 1].min()) + 2 * side + 1.0
-        base = min(tops.min(), second[:, 1].min() - side)
-        keys = columns * span + (tops - base)
-        start_column = np.floor((second[:, 0] - side - origin[0]) / side).astype(np.int64)
-        num_columns = np.floor((second[:, 2] - origin[0]) / side).astype(np.int64) - start_column + 1
-        asked = np.repeat(np.arange(len(second)), num_columns)
-        column = (
-            start_column[asked] + np.arange(len(asked)) - np.repeat(np.cumsum(num_columns) - num_columns, num_columns)
-        )
-        begin = np.searchsorted(keys, column * span + (second[asked, 1] - side - base), side="left")
-        end = np.searchsorted(keys, column * span + (second[asked, 3] - base), side="right")
-        counts = np.maximum(end - begin, 0)
-        j = np.repeat(asked, counts)
-        i = members[np.repeat(begin, counts) + np.arange(len(j)) - np.repeat(np.cumsum(counts) - counts, counts)]
-        overlap = (first[i, :2] < second[j, 2:]).all(axis=1) & (first[i, 2:] > second[j, :2]).all(axis=1)
-        found_first.append(i[overlap])
-        found_second.append(j[overlap])
-    i, j = np.concatenate(found_first), np.concatenate(found_second)
-    order = np.lexsort((j, i))
-    return i[order].astype(np.int64), j[order].astype(np.int64)
 
 
 def _keep_by_rank(boxes: FloatArray, labels: IntArray | None, kind: Kind, iou_threshold: float) -> IntArray:
     """Return rising indexes of what NMS keeps of boxes that are in order of preference."""
     ranks = -np.arange(len(boxes), dtype=np.float64)
-    if kind == "horizontal":
-        kept = nms_horizontal(boxes_to_hboxes(boxes), ranks, labels, iou_threshold=iou_threshold)
-    else:
+    if kind == "rotated":
         kept = nms_rotated(boxes, ranks, labels, iou_threshold=iou_threshold)
+    else:
+        kept = nms_horizontal(boxes_to_hboxes(boxes), ranks, labels, iou_threshold=iou_threshold)
     return np.sort(np.asarray(kept, np.int64))
 
 
@@ -235,40 +226,74 @@ def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, co
     return sums
 
 
-def _fragment_pairs(
-    boxes: FloatArray, labels: IntArray | None, is_cut: BoolArray, tile_ids: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Return pairs (fragment, container): a box at an inner tile edge, a larger box of another tile that holds it."""
+def _fragment_pairs(pieces: Pieces, class_aware: bool) -> tuple[IntArray, IntArray]:
+    """Return pairs (fragment, container): one at an inner tile edge, a larger one of another tile that holds it."""
+    boxes, labels = pieces.detections.boxes, pieces.detections.labels
     bounds = boxes_to_hboxes(boxes)
-    cut = np.flatnonzero(is_cut)
+    cut = np.flatnonzero(pieces.is_cut)
     container, fragment = overlapping_pairs(bounds, bounds[cut])
     fragment = cut[fragment]
     areas = boxes[:, 2] * boxes[:, 3]
-    possible = (areas[container] > areas[fragment]) & (tile_ids[container] != tile_ids[fragment])
-    if labels is not None:
+    possible = (areas[container] > areas[fragment]) & (pieces.tile_ids[container] != pieces.tile_ids[fragment])
+    if class_aware:
         possible &= labels[container] == labels[fragment]
     fragment, container = fragment[possible], container[possible]
     if not len(fragment):
         return fragment, container
-    iou = np.asarray(rotated_iou_aligned(boxes[fragment], boxes[container]), np.float64)
-    intersection = iou * (areas[fragment] + areas[container]) / (1.0 + iou)
-    contained = intersection >= FRAGMENT_IOF * areas[fragment]
+    outlines = outlines_of(pieces.detections)
+    if outlines is not None:
+        shares = [contained_share(outlines[i], outlines[j]) for i, j in zip(fragment, container, strict=True)]
+        contained = np.array(shares) >= FRAGMENT_IOF
+    else:
+        iou = np.asarray(rotated_iou_aligned(boxes[fragment], boxes[container]), np.float64)
+        intersection = iou * (areas[fragment] + areas[container]) / (1.0 + iou)
+        contained = intersection >= FRAGMENT_IOF * areas[fragment]
     return fragment[contained], container[contained]
 
 
-def _tile_survivors(
-    detections: Detections, tile: Tile, grid: TileGrid, iou_threshold: float, class_aware: bool, margin: float
-) -> tuple[Detections, IntArray, BoolArray]:
-    """Return NMS and border rule of one tile: (detections in scene px, counts, is_cut)."""
-    detections = to_scene(detections, tile)
-    detections = detections.select(np.lexsort((*detections.boxes.T[::-1], detections.labels, -detections.scores)))
-    labels = detections.labels if class_aware else None
-    kept = _keep_by_rank(detections.boxes, labels, detections.kind, iou_threshold)
-    counts = _count_merged(detections.boxes, labels, kept, np.ones(len(detections), np.int64))
-    detections = detections.select(kept)
-    whole = ~is_seen_whole_elsewhere(detections.boxes, tile, grid, margin=margin)
-    detections = detections.select(whole)
-    return detections, counts[whole], touches_inner_edge(detections.boxes, tile, grid, margin=2 * margin)
+def tile_survivors(
+    detections: Detections,
+    tile: Tile,
+    grid: TileGrid,
+    *,
+    iou_threshold: float,
+    class_aware: bool = True,
+    margin: float = BORDER_MARGIN_PX,
+    mask_threshold: float = MASK_THRESHOLD,
+    input_shape: tuple[int, int] | None = None,
+) -> Pieces:
+    """Apply NMS and the border rule to the raw detections of one tile, and make the survivors' masks.
+
+    Args:
+        detections: frame "tile".
+        tile: where they were found.
+        grid: the grid of the tile.
+        iou_threshold: see :func:`merge_detections`.
+        class_aware: likewise.
+        margin: px of the border rule.
+        mask_threshold: see :func:`to_scene`.
+        input_shape: likewise.
+
+    Returns:
+        What is left, in scene px; instances whose mask has no pixel are left out.
+
+    Raises:
+        ValueError: the frame is not "tile".
+    """
+    boxes = _scene_boxes(detections, tile)
+    order = np.lexsort((*boxes.T[::-1], detections.labels, -detections.scores))
+    boxes, labels = boxes[order], detections.labels[order] if class_aware else None
+    kept = _keep_by_rank(boxes, labels, detections.kind, iou_threshold)
+    counts = _count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
+    whole = ~is_seen_whole_elsewhere(boxes[kept], tile, grid, margin=margin)
+    survivors = to_scene(
+        detections.select(order[kept[whole]]), tile, mask_threshold=mask_threshold, input_shape=input_shape
+    )
+    is_cut = touches_inner_edge(survivors.boxes, tile, grid, margin=2 * margin)
+    tile_ids = np.full(len(survivors), tile.row * grid.num_cols + tile.col, np.int64)
+    pieces = Pieces(survivors, counts[whole], is_cut, tile_ids)
+    outlines = outlines_of(survivors)
+    return pieces if outlines is None else pieces.select(np.array([len(outline) > 0 for outline in outlines], bool))
 
 
 def merge_detections(
@@ -278,6 +303,7 @@ def merge_detections(
     iou_threshold: float,
     class_aware: bool = True,
     margin: float = BORDER_MARGIN_PX,
+    mask_threshold: float = MASK_THRESHOLD,
 ) -> Merged:
     """Merge the raw detections of all tiles of a scene; see the module's text for the rules.
 
@@ -290,6 +316,7 @@ def merge_detections(
         iou_threshold: boxes of one class whose IoU reaches it (rotated; horizontal: exceeds it) are one object.
         class_aware: False: boxes of different classes suppress each other too.
         margin: px of the border rule.
+        mask_threshold: see :func:`to_scene`.
 
     Returns:
         See :class:`Merged`; N = 0 when nothing was found.
@@ -297,67 +324,65 @@ def merge_detections(
     Raises:
         ValueError: a part is not in frame "tile", or kinds are mixed.
     """
-    kinds = {detections.kind for _, detections in parts}
+    survivors = [
+        tile_survivors(
+            detections,
+            tile,
+            grid,
+            iou_threshold=iou_threshold,
+            class_aware=class_aware,
+            margin=margin,
+            mask_threshold=mask_threshold,
+        )
+        for tile, detections in parts
+    ]
+    return merge_survivors(survivors, grid, iou_threshold=iou_threshold, class_aware=class_aware)
+
+
+def merge_survivors(
+    parts: Sequence[Pieces], grid: TileGrid, *, iou_threshold: float, class_aware: bool = True
+) -> Merged:
+    """Merge what :func:`tile_survivors` left of each tile; arguments and result as for :func:`merge_detections`."""
+    kinds = {part.detections.kind for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"parts of different kinds cannot be merged: {sorted(kinds)}")
     kind: Kind = next(iter(kinds)) if kinds else "rotated"
-    survivors = [
-        (tile, *_tile_survivors(detections, tile, grid, iou_threshold, class_aware, margin))
-        for tile, detections in parts
-        if len(detections)
-    ]
-    if not survivors:
-        return Merged(Detections.empty("scene", kind), np.zeros(0, np.int64), np.zeros(0, bool))
-    detections = Detections.concatenate([part for _, part, _, _ in survivors], "scene", kind)
-    counts = np.concatenate([part for _, _, part, _ in survivors])
-    is_cut = np.concatenate([part for _, _, _, part in survivors])
-    tile_ids = np.concatenate(
-        [np.full(len(part), tile.row * grid.num_cols + tile.col, np.int64) for tile, part, _, _ in survivors]
+    pieces = Pieces(
+        Detections.concatenate([part.detections for part in parts], "scene", kind),
+        np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
+        np.concatenate([np.zeros(0, bool), *(part.is_cut for part in parts)]),
+        np.concatenate([np.zeros(0, np.int64), *(part.tile_ids for part in parts)]),
     )
-    detections, counts, on_edge = _merge_survivors(
-        detections, counts, is_cut, tile_ids, iou_threshold=iou_threshold, class_aware=class_aware, grid=grid
-    )
-    logger.debug("merged %d raw detections into %d", sum(len(part) for _, part in parts), len(detections))
-    return Merged(detections, counts, on_edge)
+    merged = _merge_pieces(stitch(_ordered(pieces), grid, class_aware=class_aware), iou_threshold, class_aware)
+    logger.debug("merged %d survivors of NMS in tiles into %d", len(pieces.detections), len(merged.detections))
+    return Merged(merged.detections, merged.counts, touches_scene_edge(merged.detections.boxes, grid))
 
 
-def _merge_survivors(
-    detections: Detections,
-    counts: IntArray,
-    is_cut: BoolArray,
-    tile_ids: IntArray,
-    *,
-    iou_threshold: float,
-    class_aware: bool,
-    grid: TileGrid,
-) -> tuple[Detections, IntArray, BoolArray]:
-    """Return NMS over the scene and fragment suppression: (detections, num_merged, on_edge)."""
+def _ordered(pieces: Pieces, *first: NDArray[Any]) -> Pieces:
+    """Sort by the last of ``first``, if given, then score, label, box and tile: no order of tiles shows."""
+    found = pieces.detections
+    keys = (pieces.tile_ids, *found.boxes.T[::-1], found.labels, -found.scores, *first)
+    return pieces.select(np.lexsort(keys))
 
-    def ordered(*first: NDArray[Any]) -> IntArray:
-        return np.lexsort((tile_ids, *detections.boxes.T[::-1], detections.labels, -detections.scores, *first))
 
-    labels = detections.labels if class_aware else None
-    fragment, _ = _fragment_pairs(detections.boxes, labels, is_cut, tile_ids)
-    is_fragment = np.zeros(len(detections), bool)
+def _merge_pieces(pieces: Pieces, iou_threshold: float, class_aware: bool) -> Pieces:
+    """Return what NMS over the scene and the suppression of fragments leave."""
+    fragment, _ = _fragment_pairs(pieces, class_aware)
+    is_fragment = np.zeros(len(pieces.detections), bool)
     is_fragment[fragment] = True
-    order = ordered(is_fragment)  # a fragment must not suppress the whole object, whatever its score
-    detections, counts, is_cut, tile_ids = detections.select(order), counts[order], is_cut[order], tile_ids[order]
-    labels = detections.labels if class_aware else None
+    pieces = _ordered(pieces, is_fragment)  # a fragment must not suppress the whole object, whatever its score
+    found = pieces.detections
+    labels = found.labels if class_aware else None
+    kept = _keep_by_rank(found.boxes, labels, found.kind, iou_threshold)
+    counts = _count_merged(found.boxes, labels, kept, pieces.counts)
+    pieces = pieces.select(kept)._replace(counts=counts)
 
-    kept = _keep_by_rank(detections.boxes, labels, detections.kind, iou_threshold)
-    counts = _count_merged(detections.boxes, labels, kept, counts)
-    detections, is_cut, tile_ids = detections.select(kept), is_cut[kept], tile_ids[kept]
-    labels = detections.labels if class_aware else None
-
-    alive = np.ones(len(detections), bool)
-    areas = detections.boxes[:, 2] * detections.boxes[:, 3]
-    fragments, containers = _fragment_pairs(detections.boxes, labels, is_cut, tile_ids)
+    alive = np.ones(len(counts), bool)
+    areas = pieces.detections.boxes[:, 2] * pieces.detections.boxes[:, 3]
+    fragments, containers = _fragment_pairs(pieces, class_aware)
     for index in np.lexsort((containers, -areas[containers], -areas[fragments])):  # containers are settled before
         fragment_index, container_index = fragments[index], containers[index]
         if alive[fragment_index] and alive[container_index]:
             alive[fragment_index] = False
             counts[container_index] += counts[fragment_index]
-    detections, counts, tile_ids = detections.select(alive), counts[alive], tile_ids[alive]
-    order = ordered()
-    detections, counts = detections.select(order), counts[order]
-    return detections, counts, touches_scene_edge(detections.boxes, grid)
+    return _ordered(pieces.select(alive))

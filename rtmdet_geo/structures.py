@@ -1,7 +1,7 @@
 r"""What crosses the borders between stages: :class:`Tile`, :class:`Detections`, :class:`ModelSpec`. numpy only.
 
 Masks take two forms. In a tile they are :class:`MaskKernels`: numbers from which :mod:`rtmdet_geo.masks` makes a mask,
-which is done for the survivors of NMS only. In a scene they are polygons, so memory follows the objects' outlines.
+which is done for the survivors of NMS only. In a scene they are outlines, so memory follows the objects' edges.
 
 Conventions (stated once, used everywhere):
 
@@ -128,8 +128,8 @@ class Detections:
         labels: (N,) int64, index into ``ModelSpec.classes``.
         frame: "tile" (px of the tile) or "scene" (px of the source scene).
         kind: "rotated", "horizontal" or "mask".
-        masks: of kind "mask" only: :class:`MaskKernels` in a tile; (N,) shapely polygons or multipolygons in the px of
-            the boxes in a scene. None where nothing needs them.
+        masks: of kind "mask" only: :class:`MaskKernels` in a tile; in a scene (N,) outlines of its pixels, see
+            :mod:`rtmdet_geo.annotations.outlines`, in the px of the boxes. None where nothing needs them.
 
     Raises:
         ValueError: shapes do not agree.
@@ -195,12 +195,12 @@ class Detections:
 def _join_masks(parts: list[Detections]) -> MaskKernels | NDArray[np.object_] | None:
     masks = [part.masks for part in parts]
     kernels = [item for item in masks if isinstance(item, MaskKernels)]
-    polygons = [item for item in masks if isinstance(item, np.ndarray)]
+    outlines = [item for item in masks if isinstance(item, np.ndarray)]
     if masks and len(kernels) == len(masks):
         return MaskKernels.concatenate(kernels)
-    if masks and len(polygons) == len(masks):
-        return np.concatenate(polygons)
-    if kernels or polygons:
+    if masks and len(outlines) == len(masks):
+        return np.concatenate(outlines)
+    if kernels or outlines:
         raise ValueError("detections with masks of one form and detections with another, or none, cannot be joined")
     return None
 

@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
-    *("masks", "preprocess"),
+    *("masks", "polygons", "preprocess", "stitch"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

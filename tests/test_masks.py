@@ -15,12 +15,15 @@ from reference_post import Found, cases_of, check_found, detect, raw_outputs
 
 from rtmdet_geo.masks import (
     NUM_KERNEL_PARAMETERS,
+    CroppedMask,
     MaskFrame,
     assemble_cropped_masks,
+    assemble_detections,
     assemble_masks,
     input_frame,
     original_frame,
 )
+from rtmdet_geo.structures import Detections, MaskKernels, MaskView
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -301,3 +304,107 @@ def test_nothing_found_and_odd_inputs() -> None:
         original_frame(features, (0.0, 1.0), (10, 10))
     with pytest.raises(ValueError, match="axes"):
         original_frame(features, (1.0, 1.0), (10, 10), axes="other")  # type: ignore[arg-type]
+
+
+def make_exact_instances(number: int, height: int, width: int, seed: int) -> tuple[np.ndarray, ...]:
+    """As make_instances, with weights of -1, 0, 1 and dyadic numbers: sums are the same in any order, to the bit."""
+    generator = np.random.default_rng(seed)
+    _, priors, _ = make_instances(number, height, width, seed)
+    kernels = generator.integers(-1, 2, (number, NUM_KERNEL_PARAMETERS)).astype(np.float32)
+    return kernels, priors, generator.integers(-4, 5, (8, height, width)).astype(np.float32) / 4
+
+
+def mirrored_instances(
+    kernels: np.ndarray, priors: np.ndarray, features: np.ndarray, flip_x: bool, flip_y: bool
+) -> tuple[np.ndarray, ...]:
+    """Return instances whose logits are the mirror image: a cell's coordinates belong to its top left corner."""
+    kernels, priors = kernels.copy(), priors.copy()
+    for axis, (flip, size) in enumerate(((flip_x, features.shape[2]), (flip_y, features.shape[1]))):
+        if flip:
+            kernels[:, :80].reshape(-1, 8, 10)[:, :, axis] *= -1
+            priors[:, axis] = 8 * (size - 1) - priors[:, axis]
+            features = np.flip(features, 2 - axis)
+    return kernels, priors, features
+
+
+def as_detections(boxes: np.ndarray, *pictures: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -> Detections:
+    """Return the boxes once per picture, given as (kernels, priors, features) and options of its MaskView."""
+    number = len(boxes)
+    parts = [
+        MaskKernels(kernels, priors, (MaskView(features, **options),), np.zeros(number, np.int64))
+        for (kernels, priors, features), options in pictures
+    ]
+    count = len(parts) * number
+    return Detections(
+        np.concatenate([boxes] * len(parts)),
+        np.ones(count),
+        np.zeros(count),
+        kind="mask",
+        masks=MaskKernels.concatenate(parts),
+    )
+
+
+def view_options(step_x: float, step_y: float, flip_x: bool, flip_y: bool) -> dict[str, Any]:
+    return {"step_x": step_x, "step_y": step_y, "flip_x": flip_x, "flip_y": flip_y}
+
+
+def assert_same_masks(one: list[CroppedMask], other: list[CroppedMask]) -> None:
+    assert len(one) == len(other)
+    for mask, partner in zip(one, other, strict=True):
+        assert (mask.x, mask.y) == (partner.x, partner.y)
+        assert np.array_equal(mask.mask, partner.mask)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.integers(0, 2**32),
+    st.sampled_from([(1.0, 1.0), (2.0, 2.0), (0.5, 1.0), (2.0, 0.5)]),
+)
+def test_masks_of_mirrored_pictures_are_mirrored_back(
+    height: int, width: int, seed: int, steps: tuple[float, float]
+) -> None:
+    """The same instances in a picture and its three mirror images, in one Detections: equal to the pixel."""
+    exact = make_exact_instances(3, height, width, seed)
+    rows, columns = int(8 * height / steps[1]), int(8 * width / steps[0])
+    generator = np.random.default_rng(seed)
+    centres = generator.uniform(-0.2, 1.2, (3, 2)) * [columns, rows]
+    turned = np.column_stack([centres, generator.uniform(1, 60, (3, 2)), generator.uniform(-1.5, 1.5, 3)])
+    boxes = turned.astype(np.float32)
+    flips = [(False, False), (True, False), (False, True), (True, True)]
+    pictures = [(mirrored_instances(*exact, *flip), view_options(*steps, *flip)) for flip in flips]
+    detections = as_detections(boxes, *pictures)
+    plain = assemble_cropped_masks(*exact, boxes, frame=MaskFrame(rows, columns, *steps))
+    masks = assemble_detections(detections, rows, columns)
+    assert_same_masks(masks, plain * len(flips))
+    order = generator.permutation(len(detections))
+    assert_same_masks(assemble_detections(detections.select(order), rows, columns), [masks[row] for row in order])
+
+
+def test_masks_of_detections_by_hand_and_negative_controls() -> None:
+    """A diamond around x 44, y 52 of a tile of 128 x 96 px, left of the middle, seen in the mirrored tile."""
+    kernels, priors, features = disc(12, 16, 40, 48)
+    mirrored = mirrored_instances(kernels, priors, features, True, False)
+    box = np.array([[44, 52, 48, 48, 0]], np.float32)
+    (mask,) = assemble_detections(as_detections(box, (mirrored, {"flip_x": True})), 96, 128)
+    columns = np.flatnonzero(mask.mask.any(axis=0)) + mask.x
+    assert (columns[0] + columns[-1] + 1) / 2 == pytest.approx(44, abs=0.6)
+    (plain,) = assemble_cropped_masks(kernels, priors, features, box)
+    assert_same_masks([mask], [plain])
+    for options, size in (
+        ({}, (96, 128)),
+        ({"flip_x": True, "flip_y": True}, (96, 128)),
+        ({"flip_x": True}, (96, 120)),
+    ):
+        (wrong,) = assemble_detections(as_detections(box, (mirrored, options)), *size)
+        assert (wrong.x, wrong.y, wrong.mask.tolist()) != (plain.x, plain.y, plain.mask.tolist())
+    strict = assemble_detections(as_detections(box, (mirrored, {"flip_x": True})), 96, 128, threshold=0.55)
+    assert 0 < strict[0].mask.sum() < mask.mask.sum()
+    assert assemble_detections(Detections.empty(kind="mask"), 96, 128) == []
+    for wrong_input in (
+        Detections(box, np.ones(1), np.zeros(1), kind="mask"),
+        Detections(box, np.ones(1), np.zeros(1), "scene", "mask", np.array([None], object)),
+    ):
+        with pytest.raises(ValueError, match="mask kernels"):
+            assemble_detections(wrong_input, 96, 128)

@@ -12,11 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons, polygons_to_boxes
+from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons, overlapping_pairs, polygons_to_boxes
 from rtmdet_geo.merge import (
     drop_cut_detections,
     merge_detections,
-    overlapping_pairs,
     to_scene,
     touches_inner_edge,
 )

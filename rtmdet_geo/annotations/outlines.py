@@ -164,6 +164,50 @@ def mask_bounds(mask: NDArray[Any]) -> FloatArray | None:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
 
+def outline_area(outline: Outline) -> float:
+    """Return the area in px^2 of an outline that :func:`trace_mask` made (its holes run the other way)."""
+    return float(sum(_signed_area(ring) for part in outline for ring in part))
+
+
+def count_common_pixels(first: Outline, second: Outline, window: Window | None = None) -> int:
+    """Return how many pixels two outlines share, within a window if one is given."""
+    low, high = _bounds(outline_points(first)), _bounds(outline_points(second))
+    x0, y0, x1, y1 = (*np.maximum(low[:2], high[:2]), *np.minimum(low[2:], high[2:]))
+    if window is not None:
+        x0, y0 = max(x0, window.x), max(y0, window.y)
+        x1, y1 = min(x1, window.x + window.width), min(y1, window.y + window.height)
+    if x1 <= x0 or y1 <= y0:
+        return 0
+    common = Window(int(x0), int(y0), int(x1 - x0), int(y1 - y0))
+    return int(np.count_nonzero(fill_outline(first, common) & fill_outline(second, common)))
+
+
+def join_outlines(outlines: Iterable[Outline]) -> Outline:
+    """Return the outline of all pixels that any of the outlines covers; () for none."""
+    given = [outline for outline in outlines if outline]
+    if not given:
+        return ()
+    x0, y0, x1, y1 = _bounds(np.concatenate([outline_points(outline) for outline in given])).tolist()
+    window = Window(x0, y0, x1 - x0, y1 - y0)
+    mask = fill_outline(given[0], window)
+    for outline in given[1:]:
+        mask |= fill_outline(outline, window)
+    return transform_outline(trace_mask(mask), [[1, 0, x0], [0, 1, y0]])
+
+
+def _signed_area(ring: FloatArray) -> float:
+    """Return the area of a ring (M, 2); positive if it runs clockwise on screen."""
+    x, y = ring[:, 0] - ring[0, 0], ring[:, 1] - ring[0, 1]
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def _bounds(points: FloatArray) -> IntArray:
+    """Return x0, y0, x1, y1 of the whole pixels around points (M, 2); zeros for none."""
+    if not len(points):
+        return np.zeros(4, np.int64)
+    return np.concatenate((np.floor(points.min(axis=0)), np.ceil(points.max(axis=0)))).astype(np.int64)
+
+
 def _clip_ring(ring: FloatArray, axis: int, limit: float, sign: int) -> FloatArray:
     """Return the part of a ring (M, 2) with ``sign * (coordinate - limit) >= 0``."""
     depth = sign * (ring[:, axis] - limit)

@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
-    *("masks", "polygons", "preprocess", "stitch"),
+    *("masks", "polygons", "preprocess", "run_record", "stitch"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -33,9 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "export": BASE | STAGES | BACKENDS | {"models"},
+    "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
     "detect": BASE | STAGES | BACKENDS,
+    "classify": BASE | STAGES | BACKENDS,
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
-    "cli": BASE | STAGES | BACKENDS | {"detect", "batch", "cli", "training", "export"},
+    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -1,8 +1,8 @@
 """The pipeline on one page: scene -> tiles -> backend -> merge -> features -> files.
 
 The only module that knows every stage. Tiles are read, run and forgotten one batch at a time, so memory holds pixels
-of one batch only. Tiles without a valid pixel are not run. Nothing appears under an output's final name before it is
-whole.
+and raw candidates of one batch, and of each tile what NMS left. Tiles without a valid pixel are not run. Nothing
+appears under an output's final name before it is whole.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+from shapely.affinity import affine_transform
 
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import Backend, open_backend
@@ -36,9 +37,11 @@ from rtmdet_geo.errors import (
     SaturatedTileWarning,
     UnknownClassError,
 )
-from rtmdet_geo.merge import Merged, merge_detections
+from rtmdet_geo.merge import Merged, merge_survivors, tile_survivors
+from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
+from rtmdet_geo.stitch import Pieces, outlines_of
 from rtmdet_geo.structures import PAD_VALUE, Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector import build_features, check_output, driver_of, parse_crs, write_features
@@ -88,6 +91,7 @@ class _Plan:
     iou_threshold: float
     class_ids: tuple[int, ...] | None
     multi_label: bool
+    simplify_px: float
 
 
 @dataclass(slots=True)
@@ -96,7 +100,7 @@ class _Counts:
 
     num_tiles: int = 0
     num_empty_tiles: int = 0
-    parts: list[tuple[Tile, Detections]] = field(default_factory=list)
+    parts: list[Pieces] = field(default_factory=list)
 
 
 def detect_scene(
@@ -120,6 +124,7 @@ def detect_scene(
     backend: str = "auto",
     threads: int | None = None,
     multi_label: bool = False,
+    simplify_px: float = SIMPLIFY_PX,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> DetectResult:
@@ -145,6 +150,8 @@ def detect_scene(
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
         threads: CPU threads of the engine; None is one per usable core.
         multi_label: several classes for one place are several detections (for evaluation).
+        simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
+            sample distance; 0 keeps the pixels' edges.
         progress: called with (tiles done, tiles in all).
         cancelled: asked between batches; True ends the run with :class:`Cancelled`.
 
@@ -173,7 +180,15 @@ def detect_scene(
     model_path = find_model(model)
     engine = open_backend(model_path, name=backend, threads=threads)
     plan = _make_plan(
-        engine, score_threshold, iou_threshold, tile_size, overlap, batch_size, classes, multi_label=multi_label
+        engine,
+        score_threshold,
+        iou_threshold,
+        tile_size,
+        overlap,
+        batch_size,
+        classes,
+        multi_label=multi_label,
+        simplify_px=simplify_px,
     )
     spec, run_id = plan.spec, uuid.uuid4().hex
     with open_scene(
@@ -194,8 +209,8 @@ def detect_scene(
         counts = _run_tiles(source, grid, engine, plan, progress, cancelled)
         num_saturated = engine.num_saturated - saturated_before
         _warn(source, counts, num_saturated, plan)
-        merged = merge_detections(counts.parts, grid, iou_threshold=plan.iou_threshold)
-        features = _make_features(source, merged, spec, gsd, target_crs, run_id)
+        merged = merge_survivors(counts.parts, grid, iou_threshold=plan.iou_threshold)
+        features = _make_features(source, merged, plan, gsd, target_crs, run_id)
         num_by_class = features["class_name"].value_counts()
         summary: dict[str, Any] = {
             "scene": source.path,
@@ -230,6 +245,7 @@ def detect_scene(
                 "batch_size": plan.batch_size,
                 "classes": list(classes) if classes is not None else list(spec.classes),
                 "multi_label": multi_label,
+                "simplify_px": simplify_px,
                 "backend": engine.name,
                 "gsd": gsd,
                 "nodata": nodata,
@@ -242,7 +258,14 @@ def detect_scene(
         if preview is not None:
             draw_preview(source, merged.detections, preview, classes=spec.classes, overwrite=overwrite)
         if output is not None:
-            write_features(features, output, driver=driver, overwrite=overwrite, metadata=summary)
+            write_features(
+                features,
+                output,
+                driver=driver,
+                overwrite=overwrite,
+                metadata=summary,
+                geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
+            )
     summary["seconds"] = time.perf_counter() - started
     return DetectResult(features, summary)
 
@@ -276,6 +299,7 @@ def _make_plan(
     classes: Sequence[str] | None,
     *,
     multi_label: bool,
+    simplify_px: float,
 ) -> _Plan:
     """Fill in the model's defaults and check every value."""
     spec = engine.spec
@@ -302,7 +326,9 @@ def _make_plan(
                 f"model {spec.name!r} knows no class {unknown[0]!r}; it knows {', '.join(spec.classes)}"
             )
         class_ids = tuple(spec.classes.index(name) for name in classes)
-    return _Plan(spec, size, shared, batch_size, score, iou, class_ids, multi_label)
+    if not (math.isfinite(simplify_px) and simplify_px >= 0):
+        raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
+    return _Plan(spec, size, shared, batch_size, score, iou, class_ids, multi_label, simplify_px)
 
 
 def _run_tiles(
@@ -346,7 +372,9 @@ def _run_tiles(
 
     def finish(tile: Tile, detections: Detections | None) -> None:
         if detections is not None and len(detections):
-            counts.parts.append((tile, detections))
+            counts.parts.append(
+                tile_survivors(detections, tile, grid, iou_threshold=plan.iou_threshold, input_shape=shape)
+            )
         counts.num_tiles += 1
         if progress is not None:
             progress(counts.num_tiles, len(grid))
@@ -392,19 +420,25 @@ def _warn(source: Scene, counts: _Counts, num_saturated: int, plan: _Plan) -> No
 
 
 def _make_features(
-    source: Scene, merged: Merged, spec: ModelSpec, gsd: float | None, dst_crs: Any, run_id: str
+    source: Scene, merged: Merged, plan: _Plan, gsd: float | None, dst_crs: Any, run_id: str
 ) -> geopandas.GeoDataFrame:
     """Resampled px -> geometries in the scene's CRS (source px without one) and attributes."""
-    measured = None
+    spec, measured = plan.spec, None
     if source.gsd_x_m is not None and source.gsd_y_m is not None:
         measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
     boxes, transform = merged.detections.boxes, source.transform
+    outlines = outlines_of(merged.detections)
+    polygons = outlines_to_polygons(outlines, tolerance=plan.simplify_px) if outlines is not None else None
     if source.is_georeferenced:  # a rectangle on the ground is none in pixels of unequal sides: go straight to the CRS
         a, b, c, d, e, f = tuple(transform)[:6]
         x, y = source.scale_x, source.scale_y
         transform = Affine(a * x, b * y, c, d * x, e * y, f)
     else:
         boxes = source.to_source(boxes)
+        if polygons is not None:
+            polygons = np.array(
+                [affine_transform(item, [source.scale_x, 0, 0, source.scale_y, 0, 0]) for item in polygons]
+            )
     return build_features(
         boxes,
         merged.detections.scores,
@@ -423,6 +457,7 @@ def _make_features(
         run_id=run_id,
         dst_crs=dst_crs,
         kind=spec.object_kind,
+        polygons=polygons,
     )
 
 

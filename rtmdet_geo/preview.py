@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import Detections
 
 logger = logging.getLogger(__name__)
@@ -133,17 +134,20 @@ def _text_width(text: str) -> int:
 
 def _draw_boxes(image: Image, detections: Detections, scale: tuple[float, float], with_scores: bool) -> None:
     """Draw outlines in class colours on a dark seam; best scores come last, on top."""
-    polygons = boxes_to_polygons(_at_least_drawable(detections.boxes, scale)) * scale
-    # OpenCV counts from the centre of the first pixel, boxes from its corner
-    points = np.rint((polygons - 0.5) * 2**_SHIFT).astype(np.int32)
+    corners = boxes_to_polygons(_at_least_drawable(detections.boxes, scale)) * scale
+    outlines = outlines_of(detections)
     for index in np.argsort(detections.scores, kind="stable"):
         colour = class_colour(int(detections.labels[index]))
-        outline = [points[index].reshape(-1, 1, 2)]
-        if np.ptp(polygons[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:
-            cv2.polylines(image, outline, True, (0, 0, 0), 3, cv2.LINE_AA, _SHIFT)
-        cv2.polylines(image, outline, True, colour, 1, cv2.LINE_AA, _SHIFT)
+        rings = [corners[index]]
+        if outlines is not None:
+            rings = [ring * scale for part in outlines[index] for ring in part]
+        # OpenCV counts from the centre of the first pixel, boxes from its corner
+        lines = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
+        if np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:
+            cv2.polylines(image, lines, True, (0, 0, 0), 3, cv2.LINE_AA, _SHIFT)
+        cv2.polylines(image, lines, True, colour, 1, cv2.LINE_AA, _SHIFT)
         if with_scores:
-            right, top = polygons[index].max(axis=0)[0], polygons[index].min(axis=0)[1]
+            right, top = corners[index].max(axis=0)[0], corners[index].min(axis=0)[1]
             _put_text(image, f"{detections.scores[index]:.2f}", round(right) + 2, max(10, round(top)), colour)
 
 

@@ -1,4 +1,4 @@
-"""Geometries, attributes and files: boxes in source pixels become georeferenced features.
+"""Geometries, attributes and files: boxes or polygons in source pixels become georeferenced features.
 
 World coordinates are ``transform * (x, y)`` on continuous pixel coordinates, never pixel centres. Lengths, areas and
 angles are geodesic on WGS 84 (:class:`pyproj.Geod`), never projected metres, so they hold in any CRS. Without a CRS the
@@ -15,9 +15,9 @@ import logging
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import geopandas
 import numpy as np
@@ -30,12 +30,14 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import ConfigError, OutputError
+from rtmdet_geo.geodesy import geodesic_areas, geodesic_measures, ground_rectangles
 from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import Kind
 
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
+GeometryType = Literal["Polygon", "MultiPolygon"]
 
 #: Attributes of every feature, in the order of the file; the geometry comes last.
 SCHEMA = tuple(
@@ -47,7 +49,6 @@ SCHEMA = tuple(
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON"}
 
 WGS84 = "EPSG:4326"
-_GEOD = pyproj.Geod(ellps="WGS84")
 #: Decimals of GeoJSON coordinates: 1e-8 degrees are about 1 mm.
 _GEOJSON_DECIMALS = 8
 
@@ -102,64 +103,37 @@ def _project(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -
     return projected
 
 
-def _unwrap_longitudes(corners: FloatArray) -> FloatArray:
-    """Shift longitudes of (N, 4, 2) corners by whole turns: a polygon across the antimeridian stays in one piece."""
-    unwrapped = corners.copy()
-    first = corners[:, :1, 0]
-    unwrapped[:, :, 0] -= 360.0 * np.round((corners[:, :, 0] - first) / 360.0)
-    return unwrapped
+def _map_coordinates(geometries: NDArray[Any], function: Callable[[FloatArray], FloatArray]) -> NDArray[Any]:
+    """Return polygons with ``function`` applied to all their coordinates (M, 2) at once."""
+    return np.asarray(shapely.set_coordinates(geometries.copy(), function(shapely.get_coordinates(geometries))))
 
 
-def _geodesic_axis(start: FloatArray, end: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the geodesic length in m and the azimuth halfway, in degrees from true north, of (N, 2) lon lat pairs."""
-    forward, backward, length = _GEOD.inv(start[:, 0], start[:, 1], end[:, 0], end[:, 1])
-    forward, onward = np.asarray(forward), np.asarray(backward) + 180.0
-    turn = np.mod(onward - forward + 180.0, 360.0) - 180.0  # the meridians converge between the two ends
-    return np.asarray(length), forward + turn / 2
+def _unwrap_longitudes(polygons: NDArray[Any]) -> NDArray[Any]:
+    """Shift longitudes by whole turns: a polygon across the antimeridian stays in one piece."""
+    points, owner = shapely.get_coordinates(polygons, return_index=True)
+    if len(points):
+        first = points[np.searchsorted(owner, np.arange(len(polygons)))[owner], 0]
+        points[:, 0] -= 360.0 * np.round((points[:, 0] - first) / 360.0)
+    return np.asarray(shapely.set_coordinates(polygons.copy(), points))
 
 
-def geodesic_measures(lonlat: FloatArray) -> dict[str, FloatArray]:
-    """Return length_m, width_m, area_m2 and azimuth_deg of boxes whose nine points are given in lon lat.
+def _project_polygons(polygons: NDArray[Any], source: pyproj.CRS, target: pyproj.CRS | str) -> NDArray[Any]:
+    """Project polygons; in a geographic CRS none is torn at the antimeridian; exteriors run counter-clockwise.
 
-    Length and width are geodesic distances between the midpoints of opposite sides; the length is the greater of the
-    two on the ground, which non-square pixels may make another side than in pixels. The azimuth is the long axis'
-    at the box centre, clockwise from true north, in [0, 180).
-
-    Args:
-        lonlat: (N, 9, 2) float64 degrees: four corners in order, midpoints of the sides between them, centre.
-
-    Returns:
-        Four (N,) float64 arrays; NaN where a point is not finite.
+    Raises:
+        ConfigError: one cannot be expressed there.
     """
-    number = len(lonlat)
-    measures = {name: np.full(number, np.nan) for name in ("length_m", "width_m", "area_m2", "azimuth_deg")}
-    valid = np.flatnonzero(np.isfinite(lonlat).all(axis=(1, 2)))
-    if not len(valid):
-        return measures
-    points = lonlat[valid]
-    w_length, w_azimuth = _geodesic_axis(points[:, 5], points[:, 7])
-    h_length, h_azimuth = _geodesic_axis(points[:, 4], points[:, 6])
-    is_w_long = w_length >= h_length
-    azimuth = np.mod(np.where(is_w_long, w_azimuth, h_azimuth), 180.0)
-    azimuth[azimuth >= 180.0] = 0.0  # np.mod(-1e-20, 180) is 180
-    measures["length_m"][valid] = np.where(is_w_long, w_length, h_length)
-    measures["width_m"][valid] = np.where(is_w_long, h_length, w_length)
-    measures["azimuth_deg"][valid] = azimuth
-    measures["area_m2"][valid] = [
-        abs(_GEOD.polygon_area_perimeter(corners[:, 0], corners[:, 1])[0]) for corners in points[:, :4]
-    ]
-    return measures
+    target = pyproj.CRS.from_user_input(target)
+    if target != source:
+        polygons = _map_coordinates(polygons, lambda points: _project(points, source, target))
+    if not np.isfinite(shapely.get_coordinates(polygons)).all():
+        raise ConfigError(f"some detections lie where {target.name!r} is not defined; choose another --dst-crs")
+    return _counter_clockwise(_unwrap_longitudes(polygons) if target.is_geographic else polygons)
 
 
-def _polygons(corners: FloatArray) -> NDArray[Any]:
-    """Return (N,) shapely polygons of (N, 4, 2) corners, exterior counter-clockwise in their coordinates (RFC 7946)."""
-    if not len(corners):
-        return np.zeros(0, object)
-    following = np.roll(corners, -1, axis=1)
-    doubled_area = (corners[..., 0] * following[..., 1] - following[..., 0] * corners[..., 1]).sum(axis=1)
-    is_clockwise = doubled_area < 0
-    corners = np.where(is_clockwise[:, None, None], corners[:, ::-1], corners)
-    return np.asarray(shapely.polygons(corners))
+def _counter_clockwise(polygons: NDArray[Any]) -> NDArray[Any]:
+    """Turn exteriors counter-clockwise in their coordinates, holes clockwise (RFC 7946)."""
+    return np.asarray(shapely.orient_polygons(polygons))
 
 
 def _timestamp(acquired_at: str | None) -> pd.Timestamp | None:
@@ -198,6 +172,7 @@ def build_features(
     run_id: str = "",
     dst_crs: Any = None,
     kind: Kind = "rotated",
+    polygons: NDArray[Any] | None = None,
 ) -> geopandas.GeoDataFrame:
     """Return the features of one scene with the whole schema (:data:`SCHEMA`), highest score first.
 
@@ -219,11 +194,15 @@ def build_features(
         run_id: of this run; "" is null.
         dst_crs: CRS of the geometries; None: the scene's. The attributes do not depend on it.
         kind: "horizontal" leaves azimuth_deg null.
+        polygons: (N,) shapely polygons or multipolygons of masks, in px as the boxes. They take the boxes' place:
+            length, width and azimuth are those of the smallest rectangle on the ground that holds the polygon, the area
+            is the polygon's own, ``lon`` and ``lat`` are its centroid's.
 
     Returns:
-        N rows, columns SCHEMA + geometry: polygons of four corners, exterior counter-clockwise in the CRS (in the plane
-        of x and y as numbers where there is none). ``id`` counts from 1. In a geographic CRS a polygon across the
-        antimeridian stays in one piece: its longitudes go beyond 180 degrees. ``lon`` is in [-180, 180).
+        N rows, columns SCHEMA + geometry: polygons of four corners, or those of the masks, exterior counter-clockwise
+        in the CRS (in the plane of x and y as numbers where there is none). ``id`` counts from 1. In a geographic CRS a
+        polygon across the antimeridian stays in one piece: its longitudes go beyond 180 degrees. ``lon`` is in
+        [-180, 180).
 
     Raises:
         ConfigError: ``crs`` or ``dst_crs`` is unknown, ``dst_crs`` is asked for a scene without CRS, or a polygon
@@ -243,25 +222,26 @@ def build_features(
     boxes, scores, labels, num_merged, on_edge = (
         array[order] for array in (boxes, scores, labels, num_merged, on_edge)
     )
+    shapes = shapely.polygons(boxes_to_polygons(boxes)) if polygons is None else polygons[order]
 
     source_crs, target_crs = parse_crs(crs), parse_crs(dst_crs)
-    points = _pixel_points(boxes)
-    lonlat, corners = np.full(points.shape, np.nan), points[:, :4]
     if source_crs is None:
         if target_crs is not None:
             raise ConfigError("a scene without coordinate reference system cannot be projected; leave --dst-crs out")
+        lonlat, areas = np.full((number, 9, 2), np.nan), None
+        geometry = _counter_clockwise(shapes)
     else:
-        world = pixel_to_world(points, transform)
-        lonlat, corners = _project(world, source_crs, WGS84), world[:, :4]
-        if target_crs is not None and target_crs != source_crs:
-            corners = _project(corners, source_crs, target_crs)
+        shapes = _map_coordinates(shapes, lambda pixels: pixel_to_world(pixels, transform))
+        target_crs = target_crs or source_crs
+        geometry = _project_polygons(shapes, source_crs, target_crs)
+        if polygons is None:
+            lonlat, areas = _project(pixel_to_world(_pixel_points(boxes), transform), source_crs, WGS84), None
         else:
-            target_crs = source_crs
-        if not np.isfinite(corners).all():
-            raise ConfigError(f"some detections lie where {target_crs.name!r} is not defined; choose another --dst-crs")
-        if target_crs.is_geographic:
-            corners = _unwrap_longitudes(corners)
+            on_globe = _project_polygons(shapes, source_crs, WGS84)
+            lonlat, areas = ground_rectangles(on_globe), geodesic_areas(on_globe)
     measures = geodesic_measures(lonlat)
+    if areas is not None:
+        measures["area_m2"] = areas
     if kind == "horizontal":
         measures["azimuth_deg"][:] = np.nan
 
@@ -288,7 +268,7 @@ def build_features(
         "model_sha": _text(model_sha, number),
         "run_id": _text(run_id, number),
     }
-    return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=_polygons(corners), crs=target_crs)
+    return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=geometry, crs=target_crs)
 
 
 def driver_of(path: str | os.PathLike[str], driver: str | None = None) -> str:
@@ -328,6 +308,7 @@ def write_features(
     layer: str = "detections",
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    geometry_type: GeometryType = "Polygon",
 ) -> None:
     """Write features to a file, whole or not at all. No feature gives a valid empty layer.
 
@@ -339,6 +320,7 @@ def write_features(
         overwrite: replace an existing file.
         metadata: about the run (model, thresholds, stretch, versions, attribution); values that are not text are
             written as JSON. GPKG: metadata of the layer. GeoJSON: foreign member ``metadata`` (RFC 7946, 6.1).
+        geometry_type: of a GPKG layer; "MultiPolygon" for masks, which may fall apart.
 
     GeoJSON is always EPSG:4326 (RFC 7946, 4); without a CRS the file says ``"crs": null`` and holds pixel coordinates.
 
@@ -358,12 +340,17 @@ def write_features(
             with staged.open("w", encoding="utf-8") as stream:
                 _write_geojson(frame, stream, layer, metadata or {})
         else:
-            _write_geopackage(frame, staged, Path(path), layer, texts)
+            _write_geopackage(frame, staged, Path(path), layer, texts, geometry_type)
     logger.info("wrote %d features to %s", len(frame), path)
 
 
 def _write_geopackage(
-    frame: geopandas.GeoDataFrame, staged: Path, path: Path, layer: str, texts: Mapping[str, str]
+    frame: geopandas.GeoDataFrame,
+    staged: Path,
+    path: Path,
+    layer: str,
+    texts: Mapping[str, str],
+    geometry_type: GeometryType,
 ) -> None:
     """Write a GeoPackage and count what arrived: GDAL may report a full disk only when it closes, or not at all."""
     try:
@@ -374,7 +361,8 @@ def _write_geopackage(
                 staged,
                 driver="GPKG",
                 layer=layer,
-                geometry_type="Polygon",
+                geometry_type=geometry_type,
+                promote_to_multi=geometry_type.startswith("Multi"),
                 use_arrow=True,
                 layer_metadata=dict(texts) or None,
             )
@@ -409,28 +397,25 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
     Raises:
         OutputError: a polygon has no longitude and latitude; raised at once, before the first text.
     """
-    corners = shapely.get_coordinates(frame.geometry.array).reshape(-1, 5, 2)
-    if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
-        logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
-        corners = _unwrap_longitudes(_project(corners, frame.crs, WGS84))
-        corners = shapely.get_coordinates(_polygons(corners[:, :4])).reshape(-1, 5, 2)
-    if not np.isfinite(corners).all():
+    shapes = np.asarray(frame.geometry.array)
+    try:
+        if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
+            logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
+            shapes = _project_polygons(shapes, frame.crs, WGS84)
+    except ConfigError as error:
+        raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg)") from error
+    if not np.isfinite(shapely.get_coordinates(shapes)).all():
         raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg) instead")
-    return _feature_texts(frame, np.round(corners, _GEOJSON_DECIMALS))
+    return _feature_texts(frame, _map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS)))
 
 
-def _feature_texts(frame: geopandas.GeoDataFrame, corners: FloatArray) -> Iterator[str]:
+def _feature_texts(frame: geopandas.GeoDataFrame, shapes: NDArray[Any]) -> Iterator[str]:
     names = [name for name in frame.columns if name != frame.geometry.name]
     columns = [_json_column(frame[name]) for name in names]
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-    for index, values in enumerate(zip(*columns, strict=True)):
-        yield encode(
-            {
-                "type": "Feature",
-                "properties": dict(zip(names, values, strict=True)),
-                "geometry": {"type": "Polygon", "coordinates": [corners[index].tolist()]},
-            }
-        )
+    for shape, values in zip(shapes, zip(*columns, strict=True), strict=True):
+        properties = encode(dict(zip(names, values, strict=True)))
+        yield f'{{"type": "Feature", "properties": {properties}, "geometry": {shapely.to_geojson(shape)}}}'
 
 
 def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ BASE = {
 }
 STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
-    *("raster", "bands", "georeference", "resample", "scene", "scene_tags", "stretch"),
+    *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "preview", "outputs", "evaluation"),
     *("masks", "polygons", "preprocess", "run_record", "stitch"),
 }

@@ -65,6 +65,14 @@ from rtmdet_geo.cli import options, report
     "--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True, help="Engine."
 )
 @options.threads_option
+@click.option(
+    "--simplify",
+    "simplify_px",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Masks: px of the model's resolution by which an edge may move to leave few corners; 0 keeps pixel edges.",
+)
 @click.option("--multi-label", is_flag=True, help="Let one place have several classes (for evaluation).")
 @options.json_option
 @options.progress_option

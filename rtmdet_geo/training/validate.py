@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import fill_outline, pixel_window
+from rtmdet_geo.annotations.outlines import Outline, fill_outline, pixel_window
 from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.evaluation.masks import mask_iou
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
-from rtmdet_geo.masks import CroppedMask, MaskFrame, assemble_cropped_masks
-from rtmdet_geo.merge import merge_detections, to_scene
+from rtmdet_geo.masks import CroppedMask
+from rtmdet_geo.merge import merge_survivors, tile_survivors
 from rtmdet_geo.models.decode import Candidates, DetectionGraph, InstanceCandidates
 from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, Tile
+from rtmdet_geo.stitch import outlines_of
+from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, MaskKernels, MaskView
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.training.datasets import Chip
 
@@ -37,7 +38,7 @@ def detect_chip(
     network: torch.nn.Module, chip: Chip, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
 ) -> Detections:
     """Run the network over one chip in tiles and merge; see :func:`find_objects`, masks are not assembled."""
-    return _run(network, chip, recipe, dropped, device)[0]
+    return _run(network, chip, recipe, dropped, device)
 
 
 def find_objects(
@@ -56,41 +57,24 @@ def find_objects(
         Detections in chip px (frame "scene"), score at or above ``validation.score_threshold``, score order; each with
         its mask in chip px if the model gives masks.
     """
-    detections, parts = _run(network, chip, recipe, dropped, device)
+    detections = _run(network, chip, recipe, dropped, device, with_masks=True)
     if network.kind != "mask":
         return Found(detections)
-    sources = _sources(detections, parts)
-    masks: list[CroppedMask] = [CroppedMask(np.zeros((0, 0), np.uint8), 0, 0)] * len(detections)
-    for number, part in enumerate(parts):
-        here = np.flatnonzero(sources[:, 0] == number)
-        rows = sources[here, 1]
-        assert part.instances is not None
-        kernels, priors, features = part.instances
-        tile_masks = assemble_cropped_masks(
-            kernels[rows],
-            priors[rows],
-            features,
-            part.detections.boxes[rows],
-            threshold=recipe.validation.mask_threshold,
-            frame=MaskFrame(part.tile.height, part.tile.width),
-        )
-        for index, item in zip(here, tile_masks, strict=True):
-            masks[index] = CroppedMask(item.mask, item.x + part.tile.x, item.y + part.tile.y)
-    return Found(detections, masks)
-
-
-class _Part(NamedTuple):
-    """Raw detections of one tile; ``instances``: kernels and priors of each, and the tile's mask features."""
-
-    tile: Tile
-    detections: Detections
-    instances: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None
+    _, height, width = chip.pixels.shape
+    outlines = outlines_of(detections)  # None where nothing was found
+    return Found(detections, [] if outlines is None else [_cropped(item, width, height) for item in outlines])
 
 
 def _run(
-    network: torch.nn.Module, chip: Chip, recipe: Recipe, dropped: Sequence[str], device: str
-) -> tuple[Detections, list[_Part]]:
-    """Return the merged detections of a chip and what they come from."""
+    network: torch.nn.Module,
+    chip: Chip,
+    recipe: Recipe,
+    dropped: Sequence[str],
+    device: str,
+    *,
+    with_masks: bool = False,
+) -> Detections:
+    """Return the merged detections of a chip."""
     model, section = recipe.model, recipe.validation
     graph = DetectionGraph(network, model.mean, model.std).to(device)
     _, height, width = chip.pixels.shape
@@ -105,49 +89,46 @@ def _run(
             image[model.bands.index(band)] = model.optional_bands[band]
         with torch.inference_mode():
             candidates = graph(torch.from_numpy(image)[None].to(device))
-        parts.append(_above(candidates, tile, graph.kind, section.score_threshold))
-    merged = merge_detections(
-        [(part.tile, part.detections) for part in parts], grid, iou_threshold=section.nms_iou_threshold
-    )
-    return merged.detections, parts
+        found = _above(candidates, graph.kind, section.score_threshold, with_masks=with_masks)
+        parts.append(
+            tile_survivors(
+                found,
+                tile,
+                grid,
+                iou_threshold=section.nms_iou_threshold,
+                mask_threshold=section.mask_threshold,
+                input_shape=shape,
+            )
+        )
+    return merge_survivors(parts, grid, iou_threshold=section.nms_iou_threshold).detections
 
 
-def _above(candidates: Candidates | InstanceCandidates, tile: Tile, kind: Kind, threshold: float) -> _Part:
+def _above(
+    candidates: Candidates | InstanceCandidates, kind: Kind, threshold: float, *, with_masks: bool
+) -> Detections:
     """Take the candidates of one image, as they come from the graph, from the threshold on."""
     keep = (candidates.scores[0] >= threshold) & (candidates.boxes[0, :, 2:4] > 0).all(dim=1)
     boxes, scores, labels, *more = (tensor[0, keep].float().cpu().numpy() for tensor in candidates[:5])
     if kind == "rotated":
-        return _Part(tile, Detections(regularize_le90(boxes), scores, labels), None)
-    # Instances are merged by their boxes; masks are made for the survivors only.
-    detections = Detections(boxes, scores, labels, kind="horizontal")
-    if not isinstance(candidates, InstanceCandidates):
-        return _Part(tile, detections, None)
-    return _Part(tile, detections, (*more, candidates.mask_features[0].float().cpu().numpy()))
+        return Detections(regularize_le90(boxes), scores, labels)
+    masks = None
+    if isinstance(candidates, InstanceCandidates) and with_masks:
+        view = MaskView(candidates.mask_features[0].float().cpu().numpy())
+        kernels, priors = more
+        masks = MaskKernels(kernels, priors, (view,), np.zeros(len(boxes), np.int64))
+    return Detections(boxes, scores, labels, kind=kind, masks=masks)
 
 
-def _sources(detections: Detections, parts: Sequence[_Part]) -> NDArray[np.int64]:
-    """Return (N, 2) the part and the row in it that each merged detection is; merging selects and moves, no more."""
-    rows: dict[tuple[float, ...], tuple[int, int]] = {}
-    for number, part in enumerate(parts):
-        moved = to_scene(part.detections, part.tile)
-        for row, key in enumerate(_keys(moved)):
-            rows.setdefault(key, (number, row))
-    return np.array([rows[key] for key in _keys(detections)], np.int64).reshape(-1, 2)
-
-
-def _keys(detections: Detections) -> list[tuple[float, ...]]:
-    columns = detections.boxes, detections.scores[:, None], detections.labels[:, None]
-    return [tuple(row) for row in np.concatenate(columns, axis=1).tolist()]
+def _cropped(outline: Outline, width: int, height: int) -> CroppedMask:
+    """Return an outline's pixels in an image of width x height px."""
+    window = pixel_window(outline, width, height)
+    return CroppedMask(fill_outline(outline, window), window.x, window.y)
 
 
 def chip_masks(chip: Chip) -> list[CroppedMask]:
     """Return the labelled masks of a chip in its px, one per object (a box's own pixels where there is no outline)."""
     _, height, width = chip.pixels.shape
-    masks = []
-    for shape in chip.shapes:
-        window = pixel_window(shape, width, height)
-        masks.append(CroppedMask(fill_outline(shape, window), window.x, window.y))
-    return masks
+    return [_cropped(shape, width, height) for shape in chip.shapes]
 
 
 def chip_truths(chips: Sequence[Chip], kind: Kind) -> list[Truth]:

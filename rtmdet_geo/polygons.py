@@ -1,0 +1,77 @@
+"""Outlines of masks as polygons: holes kept, specks dropped, staircases simplified, always valid. shapely.
+
+An outline follows the edges of pixels. Simplification (Douglas and Peucker 1973, with GEOS keeping the topology) moves
+no point of it by more than the tolerance, which for 1 px turns the staircases of slanted walls into straight lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from rtmdet_geo.annotations.outlines import Outline
+
+#: Default tolerance of simplification in px of the image that masks were made for.
+SIMPLIFY_PX = 1.0
+
+
+def outlines_to_polygons(outlines: Iterable[Outline], *, tolerance: float = SIMPLIFY_PX) -> NDArray[np.object_]:
+    """Turn outlines of masks into polygons.
+
+    Args:
+        outlines: N of them, as :func:`rtmdet_geo.annotations.outlines.trace_mask` makes them; none empty.
+        tolerance: px by which an edge may move; 0 keeps the pixels' edges. Parts and holes smaller than a square of
+            twice the tolerance are dropped, the largest part never.
+
+    Returns:
+        (N,) shapely polygons, or multipolygons where a mask falls apart; valid, with holes.
+
+    Raises:
+        ValueError: the tolerance is negative, or an outline is empty.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance {tolerance!r} px must not be negative")
+    polygons = [_without_specks(_exact(outline), (2 * tolerance) ** 2) for outline in outlines]
+    result = np.empty(len(polygons), object)
+    result[:] = polygons
+    if tolerance > 0:
+        result = shapely.simplify(result, tolerance, preserve_topology=True)
+    is_invalid = ~shapely.is_valid(result)
+    result[is_invalid] = [_polygonal(shapely.make_valid(polygon)) for polygon in result[is_invalid]]
+    return result
+
+
+def _exact(outline: Outline) -> Any:
+    """Return the polygon of the pixels of an outline: what an odd number of its rings encloses."""
+    rings = [shapely.Polygon(ring) for part in outline for ring in part]
+    if not rings:
+        raise ValueError("an empty outline has no polygon; leave instances without a pixel out")
+    if len(rings) == 1 and rings[0].is_valid:
+        return rings[0]
+    valid = shapely.make_valid(rings)  # a ring may touch itself at a corner
+    return _polygonal(shapely.symmetric_difference_all(valid))
+
+
+def _without_specks(polygon: Any, least_area: float) -> Any:
+    """Drop holes and parts below an area in px^2, but never the largest part."""
+    if least_area == 0:
+        return polygon
+    parts = shapely.get_parts(polygon)
+    areas = shapely.area(parts)
+    kept = [
+        shapely.Polygon(part.exterior, [hole for hole in part.interiors if shapely.Polygon(hole).area >= least_area])
+        for part, area in zip(parts, areas, strict=True)
+        if area >= least_area or area == areas.max()
+    ]
+    return kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
+
+
+def _polygonal(geometry: Any) -> Any:
+    """Return the polygons of a geometry: without the lines and points that repairs may leave."""
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    parts = [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
+    return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)

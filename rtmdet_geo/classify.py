@@ -1,56 +1,39 @@
 """What a whole image shows, and what each cell of a grid over a scene shows.
 
 An ordinary image is resized and cropped as the published classifiers were tested (:func:`preprocess.crop_centre`). A
-scene is cut into chips instead, and every chip is seen whole. A chip that reaches beyond the scene is filled up with its
-own mirror image, so that neither its scale nor its contents are another's. Pixels without data get the model's mean,
-which normalisation turns into zeros.
+scene is cut into chips instead, and every chip is seen whole. A chip that ends with the scene is filled up with its own
+mirror image, so that neither its scale nor its contents are another's. Pixels without data get the model's mean, which
+normalisation turns into zeros.
 
 One batch of chips is read, run and forgotten at a time. Nothing appears under the output's name before it is whole.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import geopandas
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends.classify import Classifier, open_classifier
+from rtmdet_geo.cells import build_cells, cell_batches, count_cells
 from rtmdet_geo.errors import BandError, Cancelled, ConfigError, NodataWarning, NotGeoreferencedWarning, OutputError
 from rtmdet_geo.preprocess import crop_centre, resize_bicubic
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import library_versions, model_record
 from rtmdet_geo.structures import ModelSpec, Tile
-from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.vector import (
-    WGS84,
-    _polygons,
-    _project,
-    _text,
-    _timestamp,
-    _unwrap_longitudes,
-    check_output,
-    driver_of,
-    parse_crs,
-    pixel_to_world,
-    write_features,
-)
+from rtmdet_geo.vector import WGS84, check_output, driver_of, parse_crs, write_features
 
 if TYPE_CHECKING:
-    import pyproj
-
-logger = logging.getLogger(__name__)
+    import geopandas
 
 #: Classes that ClassifyResult's one line names.
 _NUM_SHOWN = 5
@@ -84,7 +67,8 @@ class ClassifyResult:
     """What :func:`classify_scene` found.
 
     Attributes:
-        features: one row per cell, row by row from the scene's top left corner; columns: see :func:`classify_scene`.
+        features: one row per cell, row by row from the scene's top left corner; columns:
+            see :func:`rtmdet_geo.cells.build_cells`.
         summary: facts about the run, ready for JSON; its keys are listed at :func:`classify_scene`.
     """
 
@@ -276,13 +260,10 @@ def classify_scene(
         cancelled: asked between batches; True ends the run with :class:`Cancelled`.
 
     Returns:
-        Cells with the columns ``id`` (from 1, row by row), ``class_id``, ``class_name``, ``score`` (best class),
-        ``top2_name``, ``top2_score`` ... up to ``top_k``, ``lon``, ``lat`` (of the centre), ``valid_share`` (of the
-        cell's pixels), ``gsd_m``, ``scene_id``, ``acquired_at``, ``sensor``, ``model``, ``model_sha``, ``run_id`` and a
-        polygon of four corners, in source px without a CRS. A summary with the keys ``scene``, ``output``, ``run_id``,
-        ``num_cells``, ``num_by_class`` (classes that occur, most frequent first), ``num_chips``, ``num_empty_chips``,
-        ``width``, ``height`` (source px), ``crs``, ``gsd_x_m``, ``gsd_y_m``, ``stretch``, ``model``, ``parameters``,
-        ``seconds``, ``versions``.
+        Cells row by row with the columns of :func:`rtmdet_geo.cells.build_cells`, and a summary with the keys
+        ``scene``, ``output``, ``run_id``, ``num_cells``, ``num_by_class`` (classes that occur, most frequent first),
+        ``num_chips``, ``num_empty_chips``, ``width``, ``height`` (source px), ``crs``, ``gsd_x_m``, ``gsd_y_m``,
+        ``stretch``, ``model``, ``parameters``, ``seconds``, ``versions``.
 
     Raises:
         RasterError, BandError, ResolutionError: the scene cannot be read, lacks a band, or is too coarse or fine.
@@ -347,7 +328,7 @@ def classify_scene(
         "versions": library_versions(classifier.name, "pillow"),
     }
     if cancelled is not None and cancelled():
-        raise Cancelled(_cancel_message(found, found.num_chips))
+        raise Cancelled("stopped after the last chip; nothing was written")
     if output is not None:
         write_features(features, output, driver=driver, layer="classification", overwrite=overwrite, metadata=summary)
     summary["seconds"] = time.perf_counter() - started
@@ -401,42 +382,29 @@ def _classify_cells(
         Cancelled: the caller's wish.
     """
     found = _Found()
-    num_columns, num_rows = -(-source.width // plan.stride), -(-source.height // plan.stride)
-    grid = TileGrid(num_columns * plan.stride, num_rows * plan.stride, plan.stride, 0)
+    total = count_cells(source.width, source.height, plan.stride)
     if progress is not None:
-        progress(0, len(grid))
-    for row in _batches(grid, source, plan.batch_size):
+        progress(0, total)
+    for cells in cell_batches(source.width, source.height, plan.stride, plan.batch_size):
         if cancelled is not None and cancelled():
-            raise Cancelled(_cancel_message(found, len(grid)))
-        chips, shares = _read_chips(source, row, plan)
+            raise Cancelled(f"stopped after {found.num_chips} of {total} chips; nothing was written")
+        chips, shares = _read_chips(source, cells, plan)
         kept = [index for index, share in enumerate(shares) if share > 0]
         if kept:
             labels, scores = _best(classifier.predict(np.stack([chips[index] for index in kept])), plan.top_k)
             for index, label, score in zip(kept, labels, scores, strict=True):
                 if score[0] >= plan.score_threshold:
-                    found.cells.append(row[index])
+                    found.cells.append(cells[index])
                     found.valid_shares.append(shares[index])
                     found.labels.append(label)
                     found.scores.append(score)
-        found.num_chips += len(row)
-        found.num_empty_chips += len(row) - len(kept)
+        found.num_chips += len(cells)
+        found.num_empty_chips += len(cells) - len(kept)
         if progress is not None:
-            progress(found.num_chips, len(grid))
+            progress(found.num_chips, total)
     if found.num_empty_chips == found.num_chips:
         warnings.warn(f"scene {source.path!r} holds no valid pixel", NodataWarning, stacklevel=3)
     return found
-
-
-def _batches(grid: TileGrid, source: Scene, batch_size: int) -> Iterator[list[Tile]]:
-    """Yield neighbouring cells of one row, cut off where the scene ends."""
-    for row in range(grid.num_rows):
-        for first in range(0, grid.num_cols, batch_size):
-            cells = []
-            for column in range(first, min(first + batch_size, grid.num_cols)):
-                cell = grid.tile(row, column)
-                width, height = min(cell.width, source.width - cell.x), min(cell.height, source.height - cell.y)
-                cells.append(Tile(row, column, cell.x, cell.y, width, height))
-            yield cells
 
 
 def _read_chips(source: Scene, cells: list[Tile], plan: _Plan) -> tuple[list[NDArray[np.uint8]], list[float]]:
@@ -466,70 +434,30 @@ def _to_input(chip: NDArray[np.uint8], plan: _Plan) -> NDArray[np.uint8]:
     return chip
 
 
-def _place_cells(
-    source: Scene, cells: list[Tile], dst_crs: pyproj.CRS | None
-) -> tuple[NDArray[Any], NDArray[np.float64], pyproj.CRS | None]:
-    """Return polygons of cells in resampled px, lon lat (N, 2) of their centres, and the CRS of the polygons.
-
-    Without a CRS the polygons are in source px, and lon lat are NaN.
-
-    Raises:
-        ConfigError: a cell cannot be expressed in ``dst_crs``.
-    """
-    edges = np.array([(cell.x, cell.y, cell.x + cell.width, cell.y + cell.height) for cell in cells], np.float64)
-    left, top, right, bottom = edges.reshape(-1, 4).T
-    middle = (left + right) / 2, (top + bottom) / 2
-    points = np.stack([left, top, right, top, right, bottom, left, bottom, *middle], axis=-1).reshape(-1, 5, 2)
-    points *= (source.source_width, source.source_height)  # multiplied first: the scene's edge stays exact
-    points /= (source.width, source.height)
-    crs = parse_crs(source.crs)
-    if crs is None:
-        return _polygons(points[:, :4]), np.full((len(points), 2), np.nan), None
-    world = pixel_to_world(points, source.transform)
-    corners, lonlat = world[:, :4], _project(world[:, 4], crs, WGS84)
-    if dst_crs is not None and dst_crs != crs:
-        corners, crs = _project(corners, crs, dst_crs), dst_crs
-    if not np.isfinite(corners).all():
-        raise ConfigError(f"some cells lie where {crs.name!r} is not defined; choose another --dst-crs")
-    if crs.is_geographic:
-        corners = _unwrap_longitudes(corners)
-    return _polygons(corners), lonlat, crs
-
-
 def _make_features(
-    source: Scene, found: _Found, plan: _Plan, gsd: float | None, dst_crs: pyproj.CRS | None, run_id: str
+    source: Scene, found: _Found, plan: _Plan, gsd: float | None, dst_crs: Any, run_id: str
 ) -> geopandas.GeoDataFrame:
-    """Cells and their classes -> polygons and attributes."""
+    """Cells in resampled px -> polygons in the scene's CRS (source px without one) and attributes."""
     spec, number = plan.spec, len(found.cells)
-    polygons, lonlat, crs = _place_cells(source, found.cells, dst_crs)
-    labels = np.stack(found.labels) if number else np.zeros((0, plan.top_k), np.int64)
-    scores = np.stack(found.scores) if number else np.zeros((0, plan.top_k), np.float32)
-    names = np.asarray(spec.classes, object)[labels]
-    if gsd is None and source.gsd_x_m is not None and source.gsd_y_m is not None:
-        gsd = math.sqrt(source.gsd_x_m * source.gsd_y_m)
-    columns: dict[str, Any] = {
-        "id": np.arange(1, number + 1, dtype=np.int64),
-        "class_id": labels[:, 0],
-        "class_name": pd.Series(names[:, 0], dtype="str"),
-        "score": scores[:, 0],
-    }
-    for rank in range(1, plan.top_k):
-        columns[f"top{rank + 1}_name"] = pd.Series(names[:, rank], dtype="str")
-        columns[f"top{rank + 1}_score"] = scores[:, rank]
-    columns |= {
-        "lon": np.mod(lonlat[:, 0] + 180.0, 360.0) - 180.0,
-        "lat": lonlat[:, 1],
-        "valid_share": np.array(found.valid_shares, np.float64),
-        "gsd_m": np.full(number, np.nan if gsd is None else gsd, np.float64),
-        "scene_id": _text(source.scene_id, number),
-        "acquired_at": pd.Series([_timestamp(source.acquired_at)] * number, dtype="datetime64[ms, UTC]"),
-        "sensor": _text(source.sensor, number),
-        "model": _text(spec.name, number),
-        "model_sha": _text(spec.weights_sha256, number),
-        "run_id": _text(run_id, number),
-    }
-    return geopandas.GeoDataFrame(columns, geometry=polygons, crs=crs)
-
-
-def _cancel_message(found: _Found, num_chips: int) -> str:
-    return f"stopped after {found.num_chips} of {num_chips} chips; nothing was written"
+    edges = np.array([(cell.x, cell.y, cell.x + cell.width, cell.y + cell.height) for cell in found.cells], np.float64)
+    edges = edges.reshape(-1, 2, 2) * (source.source_width, source.source_height) / (source.width, source.height)
+    measured = None
+    if source.gsd_x_m is not None and source.gsd_y_m is not None:
+        measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
+    return build_cells(
+        edges.reshape(-1, 4),
+        np.stack(found.labels) if number else np.zeros((0, plan.top_k)),
+        np.stack(found.scores) if number else np.zeros((0, plan.top_k)),
+        np.array(found.valid_shares),
+        transform=source.transform,
+        crs=source.crs,
+        classes=spec.classes,
+        gsd_m=gsd if gsd is not None else measured,
+        scene_id=source.scene_id,
+        acquired_at=source.acquired_at,
+        sensor=source.sensor,
+        model=spec.name,
+        model_sha=spec.weights_sha256,
+        run_id=run_id,
+        dst_crs=dst_crs,
+    )

@@ -144,7 +144,7 @@ def crop_centre(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """
     _check_image(image)
     short_side = round(side * _SHORT_SIDE / _CROP_SIDE)
-    height, width = short_side_size(*image.shape[:2], short_side)
+    height, width = short_side_size(image.shape[0], image.shape[1], short_side)
     top, left = round((height - side) / 2), round((width - side) / 2)  # half to even, as mmcv's CenterCrop
     return resize_bicubic(image, height, width)[top : top + side, left : left + side]
 

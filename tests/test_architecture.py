@@ -20,7 +20,7 @@ BASE = {
 STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
-    *("merge", "vector", "preview", "outputs", "evaluation"),
+    *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
     *("masks", "polygons", "preprocess", "run_record", "stitch"),
 }
 BACKENDS = {"backends"}

@@ -1,6 +1,7 @@
 """The model-file contract: what comes out by kind, how many rows, and how rows become Detections.
 
-All engines share it. An engine is a :class:`RowsBackend` that says how a batch becomes the graph's outputs; the rest is here.
+All engines share it. An engine is a :class:`RowsBackend` that says how a batch becomes the graph's outputs; the rest is
+here.
 """
 
 from __future__ import annotations

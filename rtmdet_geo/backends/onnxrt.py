@@ -78,7 +78,7 @@ def open_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     onnxruntime = require_package("onnxruntime")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
-    session = _open(onnxruntime, file, threads or _usable_cores())
+    session = _open(onnxruntime, file, threads or usable_cores())
     has_spec = SPEC_KEY in session.get_modelmeta().custom_metadata_map
     spec = read_spec(file) if has_spec else None
     missing = _missing_parts(session, spec.kind if spec is not None else "rotated")
@@ -99,7 +99,7 @@ def open_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     return session, spec
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may run on; onnxruntime itself would count the whole machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

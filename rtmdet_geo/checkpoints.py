@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,9 @@ _MEAN_RGB = (123.675, 116.28, 103.53)
 _STD_RGB = (58.395, 57.12, 57.375)
 
 _HOST = "https://download.openmmlab.com"
+
+#: What to do about other classes or bands.
+TRANSFER_HINT = "transfer=True (model.transfer in a recipe) fits them to other classes and bands"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +152,51 @@ class Checkpoint:
         """Whether it can be used without network."""
         return self.converted_path.is_file() or self.path.is_file()
 
+    def misfit(
+        self,
+        architecture: str,
+        num_classes: int,
+        bands: Sequence[str] | int,
+        *,
+        parts: Sequence[str] | None = None,
+        transfer: bool = False,
+    ) -> str:
+        """Say why these weights cannot go into a network; "" if nothing that is known before reading them forbids it.
+
+        Args:
+            architecture: name of the network's builder.
+            num_classes: of the network.
+            bands: names of its channels in order, or their number.
+            parts: of the network that are to be loaded; None: all.
+            transfer: other classes and bands are to be fitted.
+        """
+        wanted = set(parts) if parts is not None else {"backbone", "neck", "bbox_head", "head"}
+        is_same_size = architecture.rpartition("_")[2] == self.variant.rpartition("_")[2]
+        has_head = bool(wanted & {"bbox_head", "head"})
+        if not is_same_size or (has_head and architecture != self.variant):
+            fitting = [item.name for item in CHECKPOINTS.values() if item.variant == architecture]
+            hint = f"published for it: {', '.join(fitting)}" if fitting else "none are published for it"
+            if is_same_size:
+                hint += "; parts=['backbone'] (model.weights_parts in a recipe) takes a part of them"
+            return f"{self.name!r} are weights of {self.variant}, not of {architecture}; {hint}"
+        if parts is not None and "neck" in wanted and self.task == "classification":
+            return f"{self.name!r} are weights of a classifier, which has no neck; take its backbone"
+        if transfer:
+            return ""
+        if has_head and num_classes != len(self.classes):
+            return f"{self.name!r} has {len(self.classes)} classes, the network {num_classes}; {TRANSFER_HINT}"
+        is_other = bands != len(self.bands) if isinstance(bands, int) else tuple(bands) != self.bands
+        if is_other and "backbone" in wanted:
+            here = f"{bands} bands" if isinstance(bands, int) else ", ".join(bands)
+            return f"{self.name!r} is for bands {', '.join(self.bands)}, the network for {here}; {TRANSFER_HINT}"
+        return ""
+
     def spec(self) -> ModelSpec:
-        """Return what a model file made from these weights says of itself."""
+        """Return what a model file made from these weights says of itself.
+
+        Pixels: 8-bit scenes are taken as they are, like the images that were trained on; deeper integers as reflectance
+        x 10,000, of which 0 to 0.3 is shown. ``gsd_m`` is None: the training images were never resampled to one.
+        """
         from rtmdet_geo.structures import ModelSpec
 
         order = 1 if self.bands[0] == "red" else -1

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rtmdet_geo.checkpoints import CHECKPOINTS, Checkpoint
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.structures import Kind, StretchSpec
 from rtmdet_geo.variants import KINDS, NMS_IOU_THRESHOLDS, VARIANTS
@@ -28,10 +29,19 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which network, what goes in, what comes out. ``weights``: catalogue name or safetensors file to start from."""
+    """Which network, what it starts from, what goes in, what comes out.
+
+    ``weights``: what to start from: published weights or a bundled model by name, or a file. They are loaded strictly,
+    except that ``weights_parts`` loads these parts of the network only, and ``transfer`` fits to other classes (their
+    layers start anew) and other bands (kernels by name, of new bands the mean). ``weights_bands``: channels in order
+    that the weights are for, where a file of another program does not say them.
+    """
 
     name: str = "rtmdet_r_tiny"
     weights: str | None = None
+    weights_parts: tuple[str, ...] | None = None
+    weights_bands: tuple[str, ...] | None = None
+    transfer: bool = False
     classes: tuple[str, ...]
     bands: tuple[str, ...] = ("red", "green", "blue")
     optional_bands: dict[str, int] = Field(default_factory=dict)
@@ -68,6 +78,47 @@ class ModelSection(_Section):
         if unknown:
             raise ValueError(f"optional_bands names {', '.join(unknown)}, but bands are {', '.join(self.bands)}")
         return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_loaded_so(self) -> ModelSection:
+        asked = {
+            "weights_parts": self.weights_parts is not None,
+            "weights_bands": self.weights_bands is not None,
+            "transfer": self.transfer,
+        }
+        if self.weights is None and any(asked.values()):
+            names = [name for name, is_given in asked.items() if is_given]
+            raise ValueError(f"{' and '.join(names)}: there are no weights to load; name them with weights")
+        if self.weights_parts is not None:
+            _check_parts(self.weights_parts, self.name)
+        if self.weights_bands is not None and not self.transfer and self.weights_bands != self.bands:
+            raise ValueError(
+                f"weights_bands {', '.join(self.weights_bands)} are not bands {', '.join(self.bands)}; transfer: true "
+                "fits weights to other bands"
+            )
+        if self.weights in CHECKPOINTS:
+            self._check_published(CHECKPOINTS[self.weights])
+        return self
+
+    def _check_published(self, checkpoint: Checkpoint) -> None:
+        """Refuse published weights that cannot be loaded as the recipe says."""
+        if self.weights_bands is not None and self.weights_bands != checkpoint.bands:
+            raise ValueError(f"{checkpoint.name!r} is for bands {', '.join(checkpoint.bands)}; leave weights_bands out")
+        reason = checkpoint.misfit(
+            self.name, len(self.classes), self.bands, parts=self.weights_parts, transfer=self.transfer
+        )
+        if reason and self.name in VARIANTS:
+            raise ValueError(reason)
+
+
+def _check_parts(parts: tuple[str, ...], network: str) -> None:
+    """Refuse parts that a network does not have, that are named twice, or none."""
+    is_classifier = network in VARIANTS and VARIANTS[network].task == "classification"
+    known = ("backbone", "head") if is_classifier else ("backbone", "neck", "bbox_head")
+    if not parts or len(set(parts)) != len(parts) or not set(parts) <= set(known):
+        raise ValueError(
+            f"weights_parts must name some of {', '.join(known)}, each once, not {list(parts)!r}; null loads them all"
+        )
 
 
 class DataSection(_Section):

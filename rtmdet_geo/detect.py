@@ -10,41 +10,38 @@ from __future__ import annotations
 import logging
 import math
 import os
-import platform
 import time
 import uuid
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from affine import Affine
-from numpy.typing import NDArray
 from shapely.affinity import affine_transform
 
-from rtmdet_geo import __version__
-from rtmdet_geo.backends import Backend, open_backend
-from rtmdet_geo.catalog import file_sha256, find_model
+from rtmdet_geo.backends import open_backend
+from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import (
     Cancelled,
     ConfigError,
     NodataWarning,
     OutputError,
     SaturatedTileWarning,
-    UnknownClassError,
 )
-from rtmdet_geo.merge import Merged, merge_survivors, tile_survivors
+from rtmdet_geo.merge import Merged, merge_survivors
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
-from rtmdet_geo.stitch import Pieces, outlines_of
-from rtmdet_geo.structures import PAD_VALUE, Detections, ModelSpec, Tile
+from rtmdet_geo.run_record import library_versions, model_record
+from rtmdet_geo.stitch import outlines_of
+from rtmdet_geo.structures import ModelSpec
+from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector import build_features, check_output, driver_of, parse_crs, write_features
+from rtmdet_geo.views import Augmentation, augment, find_augmentation
 
 if TYPE_CHECKING:
     import geopandas
@@ -79,30 +76,6 @@ class DetectResult:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything that is settled before the first tile."""
-
-    spec: ModelSpec
-    tile_size: int
-    overlap: int
-    batch_size: int
-    score_threshold: float
-    iou_threshold: float
-    class_ids: tuple[int, ...] | None
-    multi_label: bool
-    simplify_px: float
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What the tile loop counts."""
-
-    num_tiles: int = 0
-    num_empty_tiles: int = 0
-    parts: list[Pieces] = field(default_factory=list)
-
-
 def detect_scene(
     scene: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
@@ -122,8 +95,10 @@ def detect_scene(
     overwrite: bool = False,
     preview: str | os.PathLike[str] | None = None,
     backend: str = "auto",
+    device: str = "auto",
     threads: int | None = None,
     multi_label: bool = False,
+    tta: str | Augmentation | None = None,
     simplify_px: float = SIMPLIFY_PX,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -148,8 +123,11 @@ def detect_scene(
         overwrite: replace existing outputs.
         preview: PNG to draw.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
+        device: likewise.
         threads: CPU threads of the engine; None is one per usable core.
         multi_label: several classes for one place are several detections (for evaluation).
+        tta: test-time augmentation: every tile is also looked at mirrored ("flips"), smaller and larger ("scales"), or
+            both ("all"), or as an :class:`rtmdet_geo.views.Augmentation` says; None or "none": as it is.
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
             sample distance; 0 keeps the pixels' edges.
         progress: called with (tiles done, tiles in all).
@@ -177,20 +155,22 @@ def detect_scene(
     target_crs = parse_crs(dst_crs)
     if target_crs is not None and target_crs != "EPSG:4326" and output and driver_of(output, driver) == "GeoJSON":
         raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
+    if not (math.isfinite(simplify_px) and simplify_px >= 0):
+        raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
     model_path = find_model(model)
-    engine = open_backend(model_path, name=backend, threads=threads)
-    plan = _make_plan(
+    augmentation = find_augmentation(tta)
+    engine = augment(open_backend(model_path, name=backend, threads=threads, device=device), augmentation)
+    settings = TileSettings.of(
         engine,
-        score_threshold,
-        iou_threshold,
-        tile_size,
-        overlap,
-        batch_size,
-        classes,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        tile_size=tile_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        classes=classes,
         multi_label=multi_label,
-        simplify_px=simplify_px,
     )
-    spec, run_id = plan.spec, uuid.uuid4().hex
+    spec, run_id = engine.spec, uuid.uuid4().hex
     with open_scene(
         Path(scene) if isinstance(scene, os.PathLike) else scene,
         bands=bands,
@@ -204,13 +184,13 @@ def detect_scene(
     ) as source:
         if target_crs is not None and not source.is_georeferenced:
             raise ConfigError(f"scene {source.path!r} has no CRS, so it cannot be projected; leave --dst-crs out")
-        grid = TileGrid(source.width, source.height, plan.tile_size, plan.overlap)
+        grid = TileGrid(source.width, source.height, settings.tile_size, settings.overlap)
         saturated_before = engine.num_saturated
-        counts = _run_tiles(source, grid, engine, plan, progress, cancelled)
+        results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
-        _warn(source, counts, num_saturated, plan)
-        merged = merge_survivors(counts.parts, grid, iou_threshold=plan.iou_threshold)
-        features = _make_features(source, merged, plan, gsd, target_crs, run_id)
+        _warn(source, results, num_saturated, settings)
+        merged = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold)
+        features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
         num_by_class = features["class_name"].value_counts()
         summary: dict[str, Any] = {
             "scene": source.path,
@@ -219,8 +199,8 @@ def detect_scene(
             "run_id": run_id,
             "num_detections": len(features),
             "num_by_class": {name: int(num_by_class.get(name, 0)) for name in spec.classes},
-            "num_tiles": counts.num_tiles,
-            "num_empty_tiles": counts.num_empty_tiles,
+            "num_tiles": results.num_tiles,
+            "num_empty_tiles": results.num_empty_tiles,
             "num_saturated_tiles": num_saturated,
             "width": source.source_width,
             "height": source.source_height,
@@ -228,33 +208,26 @@ def detect_scene(
             "gsd_x_m": source.gsd_x_m,
             "gsd_y_m": source.gsd_y_m,
             "stretch": source.stretch_record,
-            "model": {
-                "name": spec.name,
-                "architecture": spec.architecture,
-                "path": str(model_path),
-                "sha256": file_sha256(model_path),
-                "weights_sha256": spec.weights_sha256,
-                "licence": spec.licence,
-                "attribution": spec.attribution,
-            },
+            "model": model_record(spec, model_path),
             "parameters": {
-                "score_threshold": plan.score_threshold,
-                "iou_threshold": plan.iou_threshold,
-                "tile_size": plan.tile_size,
-                "overlap": plan.overlap,
-                "batch_size": plan.batch_size,
+                "score_threshold": settings.score_threshold,
+                "iou_threshold": settings.iou_threshold,
+                "tile_size": settings.tile_size,
+                "overlap": settings.overlap,
+                "batch_size": settings.batch_size,
                 "classes": list(classes) if classes is not None else list(spec.classes),
                 "multi_label": multi_label,
                 "simplify_px": simplify_px,
+                "tta": asdict(augmentation),
                 "backend": engine.name,
                 "gsd": gsd,
                 "nodata": nodata,
                 "bands": list(source.band_indexes),
             },
-            "versions": _versions(),
+            "versions": library_versions("onnxruntime", "numba"),
         }
         if cancelled is not None and cancelled():
-            raise Cancelled(_cancel_message(counts.num_tiles, len(grid), output))
+            raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
         if preview is not None:
             draw_preview(source, merged.detections, preview, classes=spec.classes, overwrite=overwrite)
         if output is not None:
@@ -289,146 +262,35 @@ def _check_outputs(
         check_preview(preview, overwrite)
 
 
-def _make_plan(
-    engine: Backend,
-    score_threshold: float | None,
-    iou_threshold: float | None,
-    tile_size: int | None,
-    overlap: int | None,
-    batch_size: int,
-    classes: Sequence[str] | None,
-    *,
-    multi_label: bool,
-    simplify_px: float,
-) -> _Plan:
-    """Fill in the model's defaults and check every value."""
-    spec = engine.spec
-    score = spec.score_threshold if score_threshold is None else score_threshold
-    iou = spec.iou_threshold if iou_threshold is None else iou_threshold
-    for name, value in (("score_threshold", score), ("iou_threshold", iou)):
-        if not (math.isfinite(value) and 0 <= value <= 1):
-            raise ConfigError(f"{name}={value!r} must be in [0, 1]")
-    size = spec.tile_size if tile_size is None else tile_size
-    if size < spec.stride_multiple or size % spec.stride_multiple:
-        raise ConfigError(f"tile_size={size} px must be a multiple of {spec.stride_multiple}")
-    if engine.fixed_tile_size is not None and size != engine.fixed_tile_size:
-        raise ConfigError(f"model {spec.name!r} takes tiles of {engine.fixed_tile_size} px only; leave tile_size out")
-    shared = min(spec.overlap, size // 2) if overlap is None else overlap
-    if not 0 <= shared < size:
-        raise ConfigError(f"overlap={shared} px must be at least 0 and below tile_size={size} px")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be at least 1")
-    class_ids = None
-    if classes is not None:
-        unknown = [name for name in classes if name not in spec.classes]
-        if unknown:
-            raise UnknownClassError(
-                f"model {spec.name!r} knows no class {unknown[0]!r}; it knows {', '.join(spec.classes)}"
-            )
-        class_ids = tuple(spec.classes.index(name) for name in classes)
-    if not (math.isfinite(simplify_px) and simplify_px >= 0):
-        raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
-    return _Plan(spec, size, shared, batch_size, score, iou, class_ids, multi_label, simplify_px)
-
-
-def _run_tiles(
-    source: Scene,
-    grid: TileGrid,
-    engine: Backend,
-    plan: _Plan,
-    progress: Callable[[int, int], None] | None,
-    cancelled: Callable[[], bool] | None,
-) -> _Counts:
-    """Read, run and filter every tile.
-
-    Raises:
-        Cancelled: the caller's wish.
-    """
-    counts = _Counts()
-    in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()
-    # As little padding as the engine takes: channel attention averages over the whole input, grey included.
-    fixed = engine.fixed_tile_size
-    shape = (fixed, fixed) if fixed is not None else grid.padded_shape(plan.spec.stride_multiple)
-    if progress is not None:
-        progress(0, len(grid))
-
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        images: list[NDArray[np.uint8]] = []
-        for tile in grid:
-            if cancelled is not None and cancelled():
-                raise Cancelled(_cancel_message(counts.num_tiles, len(grid), None))
-            pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
-            if not valid.any():
-                finish(tile, None)
-                counts.num_empty_tiles += 1
-                continue
-            images.append(_pad(pixels, shape))
-            in_flight.append((tile, valid))
-            if len(images) == plan.batch_size:
-                yield np.stack(images)
-                images = []
-        if images:
-            yield np.stack(images)
-
-    def finish(tile: Tile, detections: Detections | None) -> None:
-        if detections is not None and len(detections):
-            counts.parts.append(
-                tile_survivors(detections, tile, grid, iou_threshold=plan.iou_threshold, input_shape=shape)
-            )
-        counts.num_tiles += 1
-        if progress is not None:
-            progress(counts.num_tiles, len(grid))
-
-    for found in engine.run(batches(), score_threshold=plan.score_threshold, multi_label=plan.multi_label):
-        for detections in found:
-            tile, valid = in_flight.popleft()
-            finish(tile, _filter(detections, valid, plan.class_ids))
-    return counts
-
-
-def _pad(pixels: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Extend (C, h, w) to (C, *shape) at the right and the bottom with grey, as in training."""
-    channels, height, width = pixels.shape
-    if (height, width) == shape:
-        return pixels
-    padded = np.full((channels, *shape), PAD_VALUE, np.uint8)
-    padded[:, :height, :width] = pixels
-    return padded
-
-
-def _filter(detections: Detections, valid: NDArray[np.bool_], class_ids: tuple[int, ...] | None) -> Detections:
-    """Keep detections of the wanted classes whose centre lies on a valid pixel (valid: (h, w), tile px)."""
-    height, width = valid.shape
-    columns, rows = np.floor(detections.boxes[:, 0]), np.floor(detections.boxes[:, 1])
-    keep = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    keep[keep] = valid[rows[keep].astype(np.intp), columns[keep].astype(np.intp)]
-    if class_ids is not None:
-        keep &= np.isin(detections.labels, class_ids)
-    return detections.select(keep)
-
-
-def _warn(source: Scene, counts: _Counts, num_saturated: int, plan: _Plan) -> None:
-    if counts.num_empty_tiles == counts.num_tiles:
+def _warn(source: Scene, results: TileResults, num_saturated: int, settings: TileSettings) -> None:
+    if results.num_empty_tiles == results.num_tiles:
         warnings.warn(f"scene {source.path!r} holds no valid pixel", NodataWarning, stacklevel=3)
     if num_saturated:
         warnings.warn(
-            f"{num_saturated} of {counts.num_tiles} tiles hold more candidates above score {plan.score_threshold:g} "
-            "than the model returns, so some may be missing; raise the score or lower the tile size",
+            f"{num_saturated} of {results.num_tiles} tiles hold more candidates above score "
+            f"{settings.score_threshold:g} than the model returns, so some may be missing; raise the score or lower "
+            "the tile size",
             SaturatedTileWarning,
             stacklevel=3,
         )
 
 
 def _make_features(
-    source: Scene, merged: Merged, plan: _Plan, gsd: float | None, dst_crs: Any, run_id: str
+    source: Scene,
+    merged: Merged,
+    spec: ModelSpec,
+    simplify_px: float,
+    gsd: float | None,
+    dst_crs: Any,
+    run_id: str,
 ) -> geopandas.GeoDataFrame:
     """Resampled px -> geometries in the scene's CRS (source px without one) and attributes."""
-    spec, measured = plan.spec, None
+    measured = None
     if source.gsd_x_m is not None and source.gsd_y_m is not None:
         measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
     boxes, transform = merged.detections.boxes, source.transform
     outlines = outlines_of(merged.detections)
-    polygons = outlines_to_polygons(outlines, tolerance=plan.simplify_px) if outlines is not None else None
+    polygons = outlines_to_polygons(outlines, tolerance=simplify_px) if outlines is not None else None
     if source.is_georeferenced:  # a rectangle on the ground is none in pixels of unequal sides: go straight to the CRS
         a, b, c, d, e, f = tuple(transform)[:6]
         x, y = source.scale_x, source.scale_y
@@ -459,19 +321,3 @@ def _make_features(
         kind=spec.object_kind,
         polygons=polygons,
     )
-
-
-def _cancel_message(num_done: int, num_tiles: int, output: str | os.PathLike[str] | None) -> str:
-    where = f" to {os.fspath(output)!r}" if output is not None else ""
-    return f"stopped after {num_done} of {num_tiles} tiles; nothing was written{where}"
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    versions = {"rtmdet_geo": __version__, "python": platform.python_version()}
-    for package in ("numpy", "onnxruntime", "rasterio", "numba"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            logger.debug("%s is not installed as a package", package)
-    return versions

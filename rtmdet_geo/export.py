@@ -1,21 +1,21 @@
 """torch -> ONNX by the model-file contract, and the check that both give the same numbers.
 
-The exported graph computes what :class:`rtmdet_geo.models.decode.DetectionGraph` does (opset 17, dynamic batch):
-uint8 ``images`` (N, C, H, W) in; fp32 ``boxes`` (N, K, 5), ``scores`` (N, K), ``labels`` (N, K) out; normalisation,
-decoding and top-K inside, NMS outside, standard operators only. Batch norms are folded into the convolutions first.
+A detector's file holds :class:`rtmdet_geo.models.decode.DetectionGraph`: uint8 ``images`` (N, C, H, W) in; fp32
+``boxes`` (N, K, 5), ``scores`` (N, K), ``labels`` (N, K) out, of instances also ``kernels`` (N, K, 169),
+``mask_priors`` (N, K, 3) and ``mask_features`` (N, 8, H / 8, W / 8); normalisation, decoding and top-K inside, NMS and
+masks outside. A classifier's holds :class:`rtmdet_geo.models.classifier.ClassificationGraph`: ``scores`` (N, classes).
+Opset 17, standard operators only, dynamic batch, height and width. Batch norms are folded into the convolutions first.
+What is rewritten in the traced graph: :mod:`rtmdet_geo.onnx_graph`.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,32 +24,47 @@ from torch import Tensor, nn
 
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.onnxrt import MAX_ROWS_PER_LEVEL, STRIDES, OnnxRuntimeBackend, rows_per_level
-from rtmdet_geo.catalog import GRAPH_SHA256_KEY, SPEC_KEY
+from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
+from rtmdet_geo.backends.onnxrt import open_session
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, OutputError
-from rtmdet_geo.models.decode import DetectionGraph, decode_distances, flatten_level
+from rtmdet_geo.models.classifier import ClassificationGraph
+from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.models.weights import build_from_weights, fuse_batch_norm, weights_sha256
 from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import ModelSpec
-
-if TYPE_CHECKING:
-    import onnx
+from rtmdet_geo.variants import MAX_CANDIDATES
 
 logger = logging.getLogger(__name__)
 
 OPSET = 17
-OUTPUT_NAMES = ("boxes", "scores", "labels")
-#: Rows with scores above this are compared box by box; below, ranks may differ between engines.
+#: Rows with scores above this are compared one by one; below, ranks may differ between engines.
 CHECK_SCORE = 0.05
 #: ... and so many rows of every image at least.
 NUM_CHECK_ROWS = 100
-#: Largest difference allowed between torch and the exported graph: boxes in px and rad, scores.
-BOX_TOLERANCE = 0.02
-SCORE_TOLERANCE = 2e-4
-#: Side in px of the batch of three in the self-check when the file takes any size.
-_CHECK_SIDE = 256
+#: Height and width in px of the batch of three in the self-check when the file takes any size.
+_CHECK_SHAPE = (128, 256)
 #: Largest finite fp16 number.
 _FP16_MAX = 65504.0
+
+
+class Differences(NamedTuple):
+    """How far a file is from torch at most.
+
+    Attributes:
+        boxes: px and rad; per 100 px of size where boxes are larger than that.
+        scores: probabilities.
+        kernels: of instances, as a part of the largest number in any kernel of the batch.
+        mask_features: likewise.
+    """
+
+    boxes: float = 0.0
+    scores: float = 0.0
+    kernels: float = 0.0
+    mask_features: float = 0.0
+
+
+#: Largest differences allowed between torch and the exported graph.
+TOLERANCES = Differences(boxes=0.02, scores=2e-4, kernels=1e-3, mask_features=1e-3)
 
 
 def export_model(
@@ -65,14 +80,15 @@ def export_model(
     """Write a model file (.onnx) and check it against torch.
 
     Args:
-        model: a rotated RTMDet, or a safetensors file written by training (its ModelSpec is inside).
+        model: an RTMDet of any kind or a CSPNeXtClassifier; or a safetensors file written by training (its ModelSpec is
+            inside), or a name of published weights.
         out: file to write; written under a temporary name and renamed after the check.
         spec: what the file says of itself; needed with a module, replaces the file's own with a path. ``K``, the
             weights' SHA-256 and the exporter are filled in here.
         half_weights: store convolution weights as fp16 with a cast to fp32, so that the file has half the size and
             the arithmetic stays fp32. onnxruntime folds the casts when it loads the file.
         tile_size: fix H and W of the input to this many px (for engines that want static shapes); None leaves them
-            dynamic, any multiple of 32.
+            dynamic, any multiple of 32 (classifiers: any side).
         verify: compare with torch at batch 1 and 3.
         overwrite: replace an existing file.
 
@@ -87,6 +103,8 @@ def export_model(
         MissingDependencyError: onnx is not installed.
     """
     onnx = require_package("onnx", extra="export")
+    from rtmdet_geo import onnx_graph
+
     target = Path(out)
     _check_target(target, overwrite)
     network, spec = _load(model, spec)
@@ -95,81 +113,84 @@ def export_model(
     network = fuse_batch_norm(network).cpu()
     if half_weights:
         _round_to_half(network)
-    limit = MAX_ROWS_PER_LEVEL[spec.object_kind]
-    graph = DetectionGraph(network, spec.mean, spec.std, limit=limit).eval()
-
+    graph_type = ClassificationGraph if spec.kind == "classification" else DetectionGraph
+    graph = graph_type(network, spec.mean, spec.std).eval()
     side = tile_size or spec.tile_size
-    levels = rows_per_level(spec.object_kind, len(spec.classes), side, side)
-    spec = spec.model_copy(
-        update={
-            "tile_size": side,
-            "overlap": min(spec.overlap, side // 2),
-            "max_detections": sum(rows for rows, _ in levels),
-            "weights_sha256": sha256,
-            "exporter": f"rtmdet-geo {__version__}, torch {torch.__version__}",
-        }
-    )
+    spec = _complete(spec, side, sha256)
     with staged_output(target) as staged:
-        _trace(graph, staged, channels=len(spec.bands), side=side, is_fixed=tile_size is not None)
+        _trace(graph, staged, spec, is_fixed=tile_size is not None)
         proto = onnx.load(staged)
-        if tile_size is None:
-            _make_top_k_dynamic(proto, limit)
+        onnx_graph.declare_outputs(proto, _output_shapes(spec, is_fixed=tile_size is not None))
+        if tile_size is None and spec.kind != "classification":
+            onnx_graph.make_top_k_dynamic(proto, MAX_CANDIDATES[spec.kind])
         if half_weights:
-            _store_half(proto)
-        _write_metadata(proto, spec)
+            onnx_graph.store_half(proto)
+        onnx_graph.write_metadata(proto, spec)
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, staged)
         if verify:
-            verify_export(graph, staged, batches=[(1, side), (3, tile_size or min(side, _CHECK_SIDE))])
+            verify_export(
+                graph, staged, batches=[(1, side, side), (3, side, side) if tile_size else (3, *_CHECK_SHAPE)]
+            )
     return spec
 
 
 def verify_export(
-    graph: nn.Module, path: str | os.PathLike[str], *, batches: Sequence[tuple[int, int]], seed: int = 0
-) -> tuple[float, float]:
+    graph: nn.Module, path: str | os.PathLike[str], *, batches: Sequence[tuple[int, int, int]], seed: int = 0
+) -> Differences:
     """Compare a model file in onnxruntime with the torch graph it came from.
 
-    Scores are compared rank by rank. Boxes are compared for every row with a score above CHECK_SCORE and for the
-    NUM_CHECK_ROWS best: the file must return the same label with (nearly) the same box somewhere, since rows of equal
-    score may swap ranks between engines.
+    Scores are compared rank by rank, mask features number by number. The rest is compared for every row with a score
+    above CHECK_SCORE and for the NUM_CHECK_ROWS best: the file must return the same label with (nearly) the same box
+    somewhere, since rows of equal score may swap ranks between engines; of instances, the row of the same label and
+    prior, with the same box and kernel.
 
     Args:
-        graph: uint8 (N, C, H, W) -> boxes, scores, labels.
+        graph: uint8 (N, C, H, W) -> the outputs of the file's kind, see ``OUTPUTS`` of the contract.
         path: model file.
-        batches: (images, side in px) of each batch of random tiles to run.
+        batches: (images, height, width in px) of each batch of tiles to run.
         seed: of the tiles.
 
     Returns:
-        Largest difference of boxes (px and rad; per 100 px of size where boxes are larger than that) and of scores.
+        The largest differences; 0 for what the kind does not have.
 
     Raises:
-        ExportMismatchError: a difference exceeds BOX_TOLERANCE or SCORE_TOLERANCE, or the shapes differ.
+        ExportMismatchError: a difference exceeds TOLERANCES, or the shapes differ.
     """
-    backend = OnnxRuntimeBackend(path)
-    worst_box = worst_score = 0.0
-    for number, side in batches:
-        tiles = make_check_tiles(number, len(backend.spec.bands), side, seed=seed + number)
+    session, spec = open_session(path)
+    names = list(OUTPUTS[spec.kind])
+    compare: Callable[..., Differences] = _compare_rows if spec.kind != "classification" else _compare_probabilities
+    worst = Differences()
+    for number, height, width in batches:
+        tiles = make_check_tiles(number, len(spec.bands), max(height, width), seed=seed + number)
+        tiles = np.ascontiguousarray(tiles[:, :, :height, :width])
         with torch.inference_mode():
-            outputs: tuple[Tensor, ...] = graph(torch.from_numpy(tiles))
-        expected = [output.float().numpy() for output in outputs]
-        found = [np.asarray(output, np.float32) for output in backend.raw(tiles)]
-        for name, one, other in zip(OUTPUT_NAMES, expected, found, strict=True):
-            if one.shape != other.shape:
-                raise ExportMismatchError(f"output {name!r} at batch {number}: torch {one.shape}, file {other.shape}")
-            if not np.isfinite(other).all():
-                raise ExportMismatchError(f"output {name!r} at batch {number} is not finite in the file")
-        levels = rows_per_level(backend.spec.object_kind, len(backend.spec.classes), side, side)
-        worst_score = max(worst_score, float(np.abs(expected[1] - found[1]).max(initial=0.0)))
-        for image in range(number):
-            rows = [output[image] for output in expected], [output[image] for output in found]
-            worst_box = max(worst_box, _box_difference(*rows, levels))
-    logger.info("export check: boxes differ by at most %.2g px, scores by %.2g", worst_box, worst_score)
-    if worst_box > BOX_TOLERANCE or worst_score > SCORE_TOLERANCE:
+            outputs: Tensor | tuple[Tensor, ...] = graph(torch.from_numpy(tiles))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        expected = {name: output.float().numpy() for name, output in zip(names, outputs, strict=True)}
+        found = dict(zip(names, session.run(names, {"images": tiles}), strict=True))
+        for name, values in found.items():
+            if expected[name].shape != values.shape:
+                raise ExportMismatchError(
+                    f"output {name!r} at batch {number}: torch {expected[name].shape}, file {values.shape}"
+                )
+            for engine, numbers in (("torch", expected[name]), ("the file", values)):
+                if not np.isfinite(numbers).all():
+                    raise ExportMismatchError(f"output {name!r} at batch {number} is not finite in {engine}")
+        here = compare(expected, found, spec, height, width)
+        worst = Differences(*map(max, worst, here))
+    logger.info("export check: largest differences %s", _in_words(worst))
+    if any(value > allowed for value, allowed in zip(worst, TOLERANCES, strict=True)):
         raise ExportMismatchError(
-            f"the exported graph differs from torch by {worst_box:.3g} px (allowed {BOX_TOLERANCE:g}) and "
-            f"{worst_score:.3g} in score (allowed {SCORE_TOLERANCE:g}); nothing was written"
+            f"the exported graph differs from torch by {_in_words(worst)} (allowed: {_in_words(TOLERANCES)}); "
+            "nothing was written"
         )
-    return worst_box, worst_score
+    return worst
+
+
+def _in_words(differences: Differences) -> str:
+    units = {"boxes": " px"}
+    return ", ".join(f"{name} {value:.3g}{units.get(name, '')}" for name, value in differences._asdict().items())
 
 
 def make_check_tiles(number: int, channels: int, side: int, *, seed: int) -> NDArray[np.uint8]:
@@ -208,9 +229,12 @@ def _check_target(target: Path, overwrite: bool) -> None:
     check_folder(target, overwrite)
 
 
-def _check_spec(network: Any, spec: ModelSpec, tile_size: int | None) -> None:
-    if spec.kind != "rotated":
-        raise ConfigError(f"models of kind {spec.kind!r} cannot be exported by this version")
+def _check_spec(network: nn.Module, spec: ModelSpec, tile_size: int | None) -> None:
+    kind = getattr(network, "kind", spec.kind)
+    if kind != spec.kind:
+        raise ConfigError(
+            f"the network is of kind {kind!r}, its spec says {spec.kind!r}; pass the spec it was built by"
+        )
     for what, built, stated in (
         ("classes", getattr(network, "num_classes", len(spec.classes)), len(spec.classes)),
         ("bands", getattr(network, "in_channels", len(spec.bands)), len(spec.bands)),
@@ -218,8 +242,22 @@ def _check_spec(network: Any, spec: ModelSpec, tile_size: int | None) -> None:
         if built != stated:
             raise ConfigError(f"the network has {built} {what}, its spec names {stated}; pass the spec it was built by")
     side = tile_size or spec.tile_size
-    if side < spec.stride_multiple or side % spec.stride_multiple:
+    if spec.kind != "classification" and (side < spec.stride_multiple or side % spec.stride_multiple):
         raise ConfigError(f"tile size {side} px must be a multiple of {spec.stride_multiple}")
+
+
+def _complete(spec: ModelSpec, side: int, sha256: str) -> ModelSpec:
+    """Return the spec with what export alone knows."""
+    changes: dict[str, Any] = {
+        "tile_size": side,
+        "overlap": min(spec.overlap, side // 2),
+        "weights_sha256": sha256,
+        "exporter": f"rtmdet-geo {__version__}, torch {torch.__version__}",
+    }
+    if spec.kind != "classification":
+        levels = rows_per_level(spec.kind, len(spec.classes), side, side)
+        changes["max_detections"] = sum(rows for rows, _ in levels)
+    return spec.model_copy(update=changes)
 
 
 def _round_to_half(network: nn.Module) -> None:
@@ -237,146 +275,113 @@ def _round_to_half(network: nn.Module) -> None:
             parameter.copy_(parameter.half().float())
 
 
-def _trace(graph: DetectionGraph, path: Path, *, channels: int, side: int, is_fixed: bool) -> None:
+def _trace(graph: nn.Module, path: Path, spec: ModelSpec, *, is_fixed: bool) -> None:
     """Write the plain ONNX graph; tracing by TorchScript, whose graphs TensorRT and opset 17 readers take."""
-    axes: dict[str, dict[int, str]] = {"images": {0: "batch"} if is_fixed else {0: "batch", 2: "height", 3: "width"}}
-    axes |= {name: {0: "batch"} if is_fixed else {0: "batch", 1: "rows"} for name in OUTPUT_NAMES}
-    images = torch.zeros((2, channels, side, side), dtype=torch.uint8)  # batch 1 would be taken for broadcasting
+    outputs = _output_shapes(spec, is_fixed=is_fixed)
+    axes = {"images": {0: "batch"} if is_fixed else {0: "batch", 2: "height", 3: "width"}}
+    for name, shape in outputs.items():
+        axes[name] = {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
+    side = spec.tile_size
+    images = torch.zeros((2, len(spec.bands), side, side), dtype=torch.uint8)  # batch 1 would be taken for broadcasting
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's remarks; verify_export is what decides
         torch.onnx.export(
-            _ExportGraph(graph),
+            _FloatLabels(graph),
             (images,),
             str(path),
             opset_version=OPSET,
             input_names=["images"],
-            output_names=list(OUTPUT_NAMES),
+            output_names=list(outputs),
             dynamic_axes=axes,
             dynamo=False,
         )
 
 
-class _ExportGraph(nn.Module):
-    """What :class:`DetectionGraph` computes, written so that batch, height and width stay symbols in a traced graph.
+def _output_shapes(spec: ModelSpec, *, is_fixed: bool) -> dict[str, list[int | str]]:
+    """Return the outputs' shapes: numbers, or names where they depend on the images."""
+    side = spec.tile_size
+    known: dict[int | str, int | str] = {"K": "rows", "H/8": "feature_height", "W/8": "feature_width"}
+    if is_fixed:
+        known = {"K": spec.max_detections, "H/8": side // 8, "W/8": side // 8}
+    known["classes"] = len(spec.classes)
+    return {name: ["batch", *(known.get(size, size) for size in sizes)] for name, sizes in OUTPUTS[spec.kind].items()}
 
-    A prior's point follows from its index and the level's width by whole-number arithmetic: nothing is baked that
-    depends on the traced image but TopK's k, which :func:`_make_top_k_dynamic` replaces.
-    """
 
-    def __init__(self, graph: DetectionGraph) -> None:
+class _FloatLabels(nn.Module):
+    """A graph whose whole-number outputs, the labels, come out as fp32 like all others (the model-file contract)."""
+
+    def __init__(self, graph: nn.Module) -> None:
         super().__init__()
         self.graph = graph
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        graph = self.graph
-        outputs = graph.model((images.to(torch.float32) - graph.mean) / graph.std)
-        parts = []
-        for cls, reg, angle, stride in zip(*outputs, STRIDES, strict=True):
-            num_classes, width = int(cls.shape[1]), cls.shape[3]
-            pairs = flatten_level(cls).flatten(1)
-            best, index = pairs.topk(min(int(pairs.shape[1]), graph.limit), dim=1)
-            priors = torch.div(index, num_classes, rounding_mode="trunc")
-            rows = torch.div(priors, width, rounding_mode="trunc")
-            points = torch.stack((priors - rows * width, rows), dim=-1).to(torch.float32) * stride
-            raw = flatten_level(torch.cat((reg, angle), dim=1)).gather(1, priors.unsqueeze(-1).repeat(1, 1, 5))
-            labels = (index - priors * num_classes).to(torch.float32)
-            parts.append((decode_distances(points, raw), best.sigmoid(), labels))
-        boxes, scores, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        return boxes, scores, labels
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.graph(images)
+        return tuple(output.float() for output in ((outputs,) if isinstance(outputs, Tensor) else outputs))
 
 
-def _make_top_k_dynamic(proto: onnx.ModelProto, limit: int) -> None:
-    """Let every TopK take k = min(pairs, limit) of the image at hand; the tracer wrote the traced image's k."""
-    from onnx import TensorProto, helper
-
-    nodes = []
-    graph = proto.graph
-    graph.initializer.append(helper.make_tensor("top_k_limit", TensorProto.INT64, [1], [limit]))
-    for node in graph.node:
-        if node.op_type == "TopK":
-            prefix = f"{node.name}/limit"
-            pairs, k = f"{prefix}/pairs", f"{prefix}/k"
-            nodes.append(helper.make_node("Shape", [node.input[0]], [pairs], name=pairs, start=1, end=2))
-            nodes.append(helper.make_node("Min", [pairs, "top_k_limit"], [k], name=k))
-            node.input[1] = k
-        nodes.append(node)
-    rewritten = [copy.deepcopy(node) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(rewritten)
+_Outputs = dict[str, NDArray[np.float32]]
 
 
-def _store_half(proto: onnx.ModelProto) -> None:
-    """Replace fp32 initialisers of two or more axes that fp16 holds exactly by fp16 ones with a Cast to fp32."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph = proto.graph
-    casts, tensors = [], []
-    for tensor in graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        is_weight = values.dtype == np.float32 and values.ndim >= 2 and values.size > 1
-        if is_weight and np.array_equal(values.astype(np.float16).astype(np.float32), values):
-            half = f"{tensor.name}.fp16"
-            tensors.append(numpy_helper.from_array(values.astype(np.float16), half))
-            casts.append(helper.make_node("Cast", [half], [tensor.name], name=f"{half}/cast", to=TensorProto.FLOAT))
-        else:
-            tensors.append(copy.deepcopy(tensor))
-    nodes = [*casts, *(copy.deepcopy(node) for node in graph.node)]
-    del graph.initializer[:]
-    graph.initializer.extend(tensors)
-    del graph.node[:]
-    graph.node.extend(nodes)
+def _compare_probabilities(
+    expected: _Outputs, found: _Outputs, spec: ModelSpec, height: int, width: int
+) -> Differences:
+    """Return how far a classifier's file is from torch on one batch."""
+    return Differences(scores=float(np.abs(expected["scores"] - found["scores"]).max(initial=0.0)))
 
 
-def _write_metadata(proto: onnx.ModelProto, spec: ModelSpec) -> None:
-    """Store the ModelSpec, and the keys that the QGIS plugin Deepness reads (its ``model_base.py``).
-
-    Deepness wants the resolution in cm, the overlap in per cent, and mean and std for pixels divided by 255; our graph
-    normalises by itself, so those two say "leave the pixels as they are".
-    """
-    from onnx import helper
-
-    channels = len(spec.bands)
-    metadata: dict[str, str] = {
-        SPEC_KEY: spec.model_dump_json(),
-        "model_type": json.dumps("Detector"),
-        "class_names": json.dumps({str(index): name for index, name in enumerate(spec.classes)}),
-        "tile_size": json.dumps(spec.tile_size),
-        "tiles_overlap": json.dumps(round(100 * spec.overlap / spec.tile_size)),
-        "standardization_mean": json.dumps([0.0] * channels),
-        "standardization_std": json.dumps([1 / 255] * channels),
-        "det_conf": json.dumps(spec.score_threshold),
-        "det_iou_thresh": json.dumps(spec.iou_threshold),
-        "det_type": json.dumps("RTMDet_rotated"),
-        GRAPH_SHA256_KEY: json.dumps(hashlib.sha256(proto.graph.SerializeToString()).hexdigest()),
-    }
-    if spec.gsd_m is not None:
-        metadata["resolution"] = json.dumps(spec.gsd_m * 100)
-    helper.set_model_props(proto, metadata)
-    proto.producer_name, proto.producer_version = "rtmdet-geo", __version__
-    proto.doc_string = f"{spec.name}: {spec.architecture}, {', '.join(spec.classes)}"
+def _compare_rows(expected: _Outputs, found: _Outputs, spec: ModelSpec, height: int, width: int) -> Differences:
+    """Return how far a detector's file is from torch on one batch of images (height, width)."""
+    levels = rows_per_level(spec.object_kind, len(spec.classes), height, width)
+    boxes, kernels = 0.0, 0.0
+    for image in range(len(expected["scores"])):
+        mine, others = ({name: values[image] for name, values in side.items()} for side in (expected, found))
+        for row in np.flatnonzero(_is_compared(mine["scores"], levels)):
+            here = _distance_to_row(mine, others, int(row))
+            boxes, kernels = max(boxes, here[0]), max(kernels, here[1])
+    scores = float(np.abs(expected["scores"] - found["scores"]).max(initial=0.0))
+    if spec.kind != "mask":
+        return Differences(boxes, scores)
+    features = float(np.abs(expected["mask_features"] - found["mask_features"]).max())
+    return Differences(
+        boxes, scores, kernels / _largest(expected["kernels"]), features / _largest(expected["mask_features"])
+    )
 
 
-def _box_difference(
-    expected: list[NDArray[np.float32]], found: list[NDArray[np.float32]], levels: list[tuple[int, bool]]
-) -> float:
-    """Largest distance from an expected row of one image to the nearest found row of the same label.
+def _largest(values: NDArray[np.float32]) -> float:
+    """Return the largest absolute value, what differences are compared with; never 0."""
+    return float(np.abs(values).max(initial=np.finfo(np.float32).tiny))
+
+
+def _is_compared(scores: NDArray[np.float32], levels: list[tuple[int, bool]]) -> NDArray[np.bool_]:
+    """Say which of one image's rows must be in the file too.
 
     Rows whose score ties with the last row of a level that was cut off are left out: another pair may stand there.
     """
-    boxes, scores, labels = expected
-    other_boxes, _, other_labels = found
-    is_checked = scores >= min(CHECK_SCORE, float(np.sort(scores)[-NUM_CHECK_ROWS:].min()))
+    is_checked = scores >= CHECK_SCORE
+    is_checked[np.argsort(-scores, kind="stable")[:NUM_CHECK_ROWS]] = True
     start = 0
     for rows, is_cut in levels:
         level = slice(start, start + rows)
         if is_cut:
             is_checked[level] &= scores[level] > scores[level].min() + 1e-6
         start += rows
-    worst = 0.0
-    for row in np.flatnonzero(is_checked):
-        difference = np.abs(other_boxes[other_labels == labels[row]] - boxes[row])
-        difference[:, 4] = np.minimum(difference[:, 4] % np.pi, np.pi - difference[:, 4] % np.pi)
-        worst = max(
-            worst, float(difference.max(axis=1).min(initial=np.inf)) / max(1.0, float(boxes[row, 2:4].max()) / 100)
-        )
-    return worst
+    return is_checked
+
+
+def _distance_to_row(expected: _Outputs, found: _Outputs, row: int) -> tuple[float, float]:
+    """Return the distances of box and kernel from one expected row to its partner in the file; inf without one."""
+    box = expected["boxes"][row]
+    partners = np.flatnonzero(found["labels"] == expected["labels"][row])
+    if "mask_priors" in expected:
+        is_same = (found["mask_priors"][partners] == expected["mask_priors"][row]).all(axis=1)
+        partners = partners[is_same]
+    if not len(partners):
+        return float("inf"), float("inf")
+    difference = np.abs(found["boxes"][partners] - box)
+    difference[:, 4] = np.minimum(difference[:, 4] % np.pi, np.pi - difference[:, 4] % np.pi)
+    distances = difference.max(axis=1) / max(1.0, float(box[2:4].max()) / 100)
+    nearest = int(distances.argmin())
+    kernel = 0.0
+    if "kernels" in expected:
+        kernel = float(np.abs(found["kernels"][partners[nearest]] - expected["kernels"][row]).max())
+    return float(distances[nearest]), kernel

@@ -6,6 +6,7 @@ no point of it by more than the tolerance, which for 1 px turns the staircases o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,7 +54,7 @@ def _exact(outline: Outline) -> Any:
     if len(rings) == 1 and rings[0].is_valid:
         return rings[0]
     valid = shapely.make_valid(rings)  # a ring may touch itself at a corner
-    return _polygonal(shapely.symmetric_difference_all(valid))
+    return _polygonal(functools.reduce(shapely.symmetric_difference, valid))
 
 
 def _without_specks(polygon: Any, least_area: float) -> Any:

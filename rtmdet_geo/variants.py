@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from rtmdet_geo.structures import ModelKind
+    from rtmdet_geo.structures import Kind, ModelKind
 
 Task = Literal["detection", "instances", "rotated", "classification"]
 #: Titles of the tasks, in the order of listings.
@@ -34,6 +34,13 @@ KINDS: dict[Task, ModelKind] = {
 #: Overlap from which on two results of one class are one object (test settings of the published recipes); a classifier
 #: has no use for it.
 NMS_IOU_THRESHOLDS: dict[ModelKind, float] = {"rotated": 0.1, "horizontal": 0.65, "mask": 0.6, "classification": 0.1}
+#: Pixels per cell of RTMDet's three levels (Lyu et al. 2022, arXiv 2212.07784, section 3.2).
+STRIDES = (8, 16, 32)
+#: TensorRT's TopK takes no more.
+MAX_TOP_K = 3840
+#: Candidates kept per level, in model files too (``nms_pre`` of the published test configurations; theirs is 30,000 for
+#: horizontal boxes, which is for torch only).
+MAX_CANDIDATES: dict[Kind, int] = {"rotated": 2000, "mask": 1000, "horizontal": MAX_TOP_K}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasterio.errors import NotGeoreferencedWarning
 
 from rtmdet_geo.boxes import regularize_le90
-from rtmdet_geo.structures import Detections, ModelSpec, StretchSpec
+from rtmdet_geo.structures import Detections, ModelKind, ModelSpec, StretchSpec
 
 #: cx, cy, w, h in source px (origin at the outer corner of the first pixel), angle in rad, clockwise on screen.
 SHIPS = np.array(
@@ -136,19 +136,48 @@ class BlobBackend:
         )
 
 
-@functools.cache
-def small_model() -> Path:
-    """Return an exported rtmdet_r_test (three bands, one class, untrained), made once per test process."""
+#: Builders of the smallest networks by kind.
+SMALLEST: dict[ModelKind, str] = {
+    "rotated": "rtmdet_r_test",
+    "horizontal": "rtmdet_test",
+    "mask": "rtmdet_ins_test",
+    "classification": "cspnext_test",
+}
+
+
+def small_network(kind: ModelKind = "rotated", *, num_classes: int = 1, in_channels: int = 3) -> Any:
+    """Return the smallest network of a kind, untrained, whose outputs vary from place to place."""
     import torch
 
-    from rtmdet_geo.export import export_model
-    from rtmdet_geo.models import get_model
+    from rtmdet_geo.models import get_classifier, get_model
 
     torch.manual_seed(0)
-    network = get_model("rtmdet_r_test", num_classes=1, in_channels=3)
+    build = get_classifier if kind == "classification" else get_model
+    network = build(SMALLEST[kind], num_classes=num_classes, in_channels=in_channels)
     calibrate(network)
-    path = Path(tempfile.mkdtemp(prefix="rtmdet_geo_test_")) / "small.onnx"
-    export_model(network, path, spec=make_spec(name="small", training_data="noise", licence="Apache-2.0"))
+    return network.eval()
+
+
+@functools.cache
+def small_model(kind: ModelKind = "rotated") -> Path:
+    """Return an exported small network (three bands, untrained), made once per test process.
+
+    It has one class, a classifier three.
+    """
+    from rtmdet_geo.export import export_model
+
+    name = "small" if kind == "rotated" else f"small_{kind}"
+    classes = ("ship", "plane", "bridge") if kind == "classification" else ("ship",)
+    spec = make_spec(
+        name=name,
+        architecture=SMALLEST[kind],
+        kind=kind,
+        classes=classes,
+        training_data="noise",
+        licence="Apache-2.0",
+    )
+    path = Path(tempfile.mkdtemp(prefix="rtmdet_geo_test_")) / f"{name}.onnx"
+    export_model(small_network(kind, num_classes=len(classes)), path, spec=spec)
     return path
 
 
@@ -172,11 +201,20 @@ def calibrate(network: object) -> None:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):  # channels that hardly vary would blow up rounding errors
                 module.running_var.clamp_(min=0.2)
+        raw = network((tiles - 40) / 35)
+        if network.kind == "classification":  # logits around 0 that differ from image to image
+            raw = network((tiles * torch.tensor([0.1, 0.5, 1, 2]).view(4, 1, 1, 1) - 40) / 35)
+            factor = 0.3 / raw.std(dim=0).mean()
+            network.head.fc.weight *= factor
+            network.head.fc.bias -= raw.mean(dim=0) * factor
+            return
         head: Any = network.bbox_head
-        for level, raw in enumerate(zip(*network((tiles - 40) / 35), strict=True)):
-            # logits around -1 that vary by 2, distances that vary by a stride, angles by half a radian
-            for predictors, values, spread in zip(
-                (head.rtm_cls, head.rtm_reg, head.rtm_ang), raw, (2.0, head.strides[level], 0.5), strict=True
-            ):
-                predictors[level].weight *= spread / values.std()
+        third = {"rotated": "rtm_ang", "mask": "rtm_kernel"}.get(network.kind)
+        predictors = [head.rtm_cls, head.rtm_reg, *([getattr(head, third)] if third else [])]
+        for level in range(len(head.strides)):
+            # logits around -1 that vary by 2, distances that vary by a stride, angles and kernels by a half
+            for layers, values, spread in zip(predictors, raw, (2.0, head.strides[level], 0.5), strict=False):
+                layers[level].weight *= spread / values[level].std()
             head.rtm_cls[level].bias += -1 - network((tiles - 40) / 35)[0][level].mean()
+        if network.kind == "mask":
+            head.mask_head.projection.weight /= raw.mask_features.std()

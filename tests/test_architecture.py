@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *("masks", "polygons", "preprocess", "run_record", "stitch"),
+    *("masks", "polygons", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -32,9 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | STAGES | {"models", "training"},
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
-    "export": BASE | STAGES | BACKENDS | {"models"},
     "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
-    "detect": BASE | STAGES | BACKENDS,
+    "onnx_graph": BASE,
+    "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph"},
+    "tile_loop": BASE | STAGES | BACKENDS,
+    "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
+    "images": BASE | STAGES | BACKENDS | {"tile_loop"},
     "classify": BASE | STAGES | BACKENDS,
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
     "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "batch", "cli", "training", "export"},
@@ -45,7 +48,7 @@ CONFINED: dict[str, set[str]] = {
     "torch": {"models", "training", "export", "backends.pytorch"},
     "tensorboard": {"training"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": {"export"},
+    "onnx": {"export", "onnx_graph"},
     "onnxruntime": {"backends", "export"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from synthetic import make_spec, small_model
 
 from rtmdet_geo.backends import BACKEND_NAMES, Backend, open_backend, require_package
-from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, rows_per_level, rows_to_detections
+from rtmdet_geo.backends.contract import rows_per_level, rows_to_detections
+from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.errors import ConfigError, MissingDependencyError, ModelFileError, SaturatedTileWarning
 from rtmdet_geo.structures import Kind
 

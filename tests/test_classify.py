@@ -206,10 +206,10 @@ def test_what_is_no_classifier_is_refused(monkeypatch, tmp_path, name, error, pa
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"output": "probabilities"}, r"output 'scores' fp32 \(N, 2\)"),
+        ({"output": "probabilities"}, r"output 'scores' fp32 \(N, classes\)"),
         ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"output 'scores' fp32 \(N, 2\)"),
         ({"shape": ("N", 3, 64, 64)}, "input 'images' uint8"),
-        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "input 'images' uint8"),
+        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "contradicts itself"),
         ({"shape": (1, 3, "H", "W")}, "with any N"),
         ({"has_spec": False}, "model_spec"),
         ({"spec": classifier_spec(kind="rotated")}, "rtmdet-geo detect"),

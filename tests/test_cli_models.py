@@ -73,10 +73,47 @@ def test_models_list_needs_no_torch():
 def test_models_show_published_weights():
     card = run("models", "show", "rtmdet_r_tiny_dota").stdout
     assert "not in the cache" in card and "9d821076.pth" in card and "academic purposes only" in card
+    assert "fixed, 0..0.3 in physical units (integers x 0.0001); 8-bit as they are" in card
+    assert "8-bit as they are" not in run("models", "show", "sen2ships_r").stdout  # its dark level is subtracted
     facts = json.loads(run("models", "show", "rtmdet_r_tiny_dota", "--json").stdout)
     assert facts["kind"] == "rotated" and len(facts["classes"]) == 15 and facts["bands"] == ["blue", "green", "red"]
     assert "1000: tench, goldfish" in run("models", "show", "cspnext_s_imagenet").stdout
-    assert "a network to train" in error_line(run("models", "show", "rtmdet_s"))
+
+
+@pytest.mark.parametrize("name", [*catalog.CATALOG, *VARIANTS, *CHECKPOINTS])
+def test_info_and_show_know_every_name(name):
+    """The same card, by one function."""
+    for words in ([], ["--json"]):
+        shown = run("models", "show", name, *words)
+        assert shown.exit_code == 0 and name in shown.stdout
+        assert run("info", name, *words).stdout == shown.stdout
+    assert json.loads(shown.stdout)["name"] == name
+
+
+def test_models_show_a_network():
+    card = run("models", "show", "rtmdet_r_tiny").stdout.splitlines()
+    assert "parameters  4,877,544 with 15 classes and 3 bands" in card
+    assert "GFLOPs      20.58 (multiply-adds in 1e9) for 1024 x 1024 px" in card
+    assert "published   4.88 M parameters, 20.45 GFLOPs" in card
+    assert sum(line.startswith("weights     rtmdet_r_tiny_") and "mAP50" in line for line in card) == 3
+    own = run("models", "show", "rtmdet_r_nano").stdout
+    assert "a size of our own" in own and "weights     sen2ships_r: AP" in own and "published" not in own
+    assert "weights     none, to be trained" in run("info", "rtmdet_ins_nano").stdout
+
+
+def test_names_that_are_nearly_known(tmp_path, monkeypatch):
+    for words in (("info",), ("models", "show")):
+        assert "did you mean 'rtmdet_r_tiny_dota'" in error_line(run(*words, "rtmdet_r_tiny_dotta"))
+    assert "scene 'port_a' does not exist" in error_line(run("info", "port_a"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rtmdet_r_tin").write_bytes(b"")  # a file of that name is meant
+    assert "did you mean" not in error_line(run("info", "rtmdet_r_tin"))
+
+
+def test_bundled_weights_are_listed_below_their_network():
+    lines = run("models", "list").stdout.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("rtmdet_r_nano "))
+    assert lines[place + 1].split()[0] == "sen2ships_r" and lines[place + 1].endswith("bundled")
 
 
 @pytest.fixture

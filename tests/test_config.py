@@ -119,3 +119,63 @@ def test_values_that_contradict_each_other():
     for section in ({"augment": {"band_dropout": {"nir": 0.5}}}, {"validation": {"drop_bands": [["nir"]]}}):
         with pytest.raises(ConfigError, match="names nir, which has no fill value"):
             parse_recipe({**MINIMAL, **section})
+
+
+# ---------------------------------------------------------------- weights to start from
+
+
+def parse_model(**values):
+    return parse_recipe({**MINIMAL, "model": {"classes": ["ship"], **values}}).model
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"weights": "mine.pth"},
+        {"weights": "mine.pth", "transfer": True, "weights_bands": ["blue", "green", "red"]},
+        {"weights": "mine.pth", "weights_bands": ["red", "green", "blue"]},
+        {"weights": "rtmdet_r_tiny_dota", "transfer": True},
+        {"weights": "rtmdet_r_tiny_dota", "transfer": True, "weights_parts": ["backbone", "neck"]},
+        {"weights": "cspnext_tiny_imagenet", "weights_parts": ["backbone"]},
+        {"weights": "sen2ships_r", "weights_parts": ["backbone", "neck", "bbox_head"]},
+        {"name": "cspnext_tiny", "weights": "mine.pth", "weights_parts": ["head"]},
+        {"weights": "rtmdet_r_tiny_hrsc", "bands": ["blue", "green", "red"]},
+    ],
+)
+def test_weights_to_start_from(values, tmp_path):
+    model = parse_model(**values)
+    again = load_recipe(write(tmp_path / "a.yaml", parse_recipe({**MINIMAL, "model": model.model_dump()}).to_yaml()))
+    assert again.model == model
+    for key, value in values.items():
+        assert getattr(model, key) == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"transfer": True}, "model: transfer: there are no weights to load; name them with weights"),
+        ({"weights_parts": ["neck"], "weights_bands": ["red"]}, "model: weights_parts and weights_bands: there are no"),
+        ({"weights": "a.pth", "weights_parts": []}, "must name some of backbone, neck, bbox_head, each once"),
+        ({"weights": "a.pth", "weights_parts": ["head"]}, "must name some of backbone, neck, bbox_head, each once"),
+        (
+            {"weights": "a.pth", "weights_parts": ["neck", "neck"]},
+            r"each once, not \['neck', 'neck'\]; null loads them",
+        ),
+        ({"weights": "a.pth", "weights_parts": "neck"}, "weights_parts: Input should be a valid tuple"),
+        ({"weights": "a.pth", "name": "cspnext_s", "weights_parts": ["neck"]}, "must name some of backbone, head"),
+        ({"weights": "a.pth", "weights_bands": ["red"]}, "weights_bands red are not bands red, green, blue; transfer"),
+        (
+            {"weights": "rtmdet_r_tiny_dota", "transfer": True, "weights_bands": ["red", "green", "blue"]},
+            "'rtmdet_r_tiny_dota' is for bands blue, green, red; leave weights_bands out",
+        ),
+        ({"weights": "rtmdet_r_tiny_dota"}, "has 15 classes, the network 1; transfer=True .model.transfer in a recipe"),
+        ({"weights": "rtmdet_r_tiny_hrsc"}, "is for bands blue, green, red, the network for red, green, blue; transf"),
+        ({"weights": "rtmdet_r_s_dota", "transfer": True}, "weights of rtmdet_r_s, not of rtmdet_r_tiny; published"),
+        ({"weights": "cspnext_tiny_imagenet", "transfer": True}, r"parts=\['backbone'\] \(model.weights_parts"),
+        ({"weight_parts": ["neck"]}, r"unknown key 'model.weight_parts'; did you mean 'weights_parts'\?"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_so(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_model(**values)
+    assert "\n" not in str(caught.value)

@@ -328,3 +328,16 @@ def test_the_scene_is_never_an_output(engine, tmp_path):
     with pytest.raises(OutputError, match="two names"):
         detect_scene(image, tmp_path / "a.png", preview=tmp_path / "a.png", driver="GPKG")
     assert image.read_bytes() == before and len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("tta", "num_views"), [("flips", 4), ("scales", 3), ("all", 12)])
+def test_augmentation_looks_more_often_and_finds_the_same(engine, scene, tta, num_views):
+    plain = detect_scene(scene)
+    images_before = engine.num_images
+    result = detect_scene(scene, tta=tta)
+    assert engine.num_images - images_before == num_views * images_before
+    assert len(result) == len(SHIPS) and match(result.features) < 0.75
+    assert (result.features["n_merged"] >= num_views * plain.features["n_merged"].min()).all()
+    assert len(result.summary["parameters"]["tta"]["flips"]) * len(result.summary["parameters"]["tta"]["scales"]) == (
+        num_views
+    )

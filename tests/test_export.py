@@ -9,16 +9,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from synthetic import calibrate, make_spec, small_model
+from synthetic import SMALLEST, calibrate, make_spec, small_model, small_network
 
 from rtmdet_geo import export as exporting
-from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
+from rtmdet_geo.backends.contract import OUTPUTS
+from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, open_session
 from rtmdet_geo.catalog import read_metadata, read_spec
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, ModelFileError, OutputError, WeightsError
-from rtmdet_geo.export import export_model, make_check_tiles, verify_export
-from rtmdet_geo.models import RTMDet, get_model
+from rtmdet_geo.export import TOLERANCES, Differences, export_model, make_check_tiles, verify_export
+from rtmdet_geo.models import RTMDet, get_classifier, get_model
+from rtmdet_geo.models.classifier import ClassificationGraph
 from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.models.weights import fuse_batch_norm, save_weights
+from rtmdet_geo.variants import KINDS, VARIANTS
 
 CLASSES = ("ship", "plane")
 SPEC = make_spec(classes=CLASSES, bands=("red", "green", "blue", "nir"), mean=(40.0,) * 4, std=(35.0,) * 4, gsd_m=4.0)
@@ -76,6 +79,131 @@ def test_file_gives_what_torch_gives(network, exported, number, height, width):
             if len(mine[0]):
                 distance = np.abs(mine[0][:, None, :4] - other[0][None, :, :4]).max(axis=2).min(axis=1)
                 assert distance.max() < 0.05
+
+
+# ---------------------------------------------------------------- every kind
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+@pytest.mark.parametrize("number,height,width", [(1, 64, 160), (3, 192, 96)])
+def test_every_kind_takes_any_batch_and_any_side(kind, number, height, width):
+    """Traced at batch 2 and 256 x 256 px."""
+    spec = read_spec(small_model(kind))
+    graph_type = ClassificationGraph if kind == "classification" else DetectionGraph
+    graph = graph_type(small_network(kind, num_classes=len(spec.classes)), spec.mean, spec.std).eval()
+    tiles = np.ascontiguousarray(make_check_tiles(number, 3, 192, seed=3)[:, :, :height, :width])
+    with torch.inference_mode():
+        outputs = graph(torch.from_numpy(tiles))
+    outputs = (outputs,) if kind == "classification" else outputs
+    session, _ = open_session(small_model(kind), threads=1)
+    found = dict(zip(OUTPUTS[kind], session.run(list(OUTPUTS[kind]), {"images": tiles}), strict=True))
+    expected = {name: value.numpy() for name, value in zip(OUTPUTS[kind], outputs, strict=True)}
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+    assert expected["scores"].std() > 0.05, "the test network must not give equal scores everywhere"
+    if kind == "mask":
+        assert expected["mask_features"].shape == (number, 8, height // 8, width // 8)
+        np.testing.assert_allclose(found["mask_features"], expected["mask_features"], atol=1e-4)
+        assert expected["mask_features"].std() > 0.5
+    if kind != "classification":
+        for image in range(number):
+            one, other = (
+                sorted_rows(*(side[name][image] for name in OUTPUTS["rotated"])) for side in (expected, found)
+            )
+            assert (np.abs(one - other).max(axis=1) < 0.05).mean() > 0.98  # near ties may stand in another order
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_declared_outputs(kind):
+    model = onnx.load(small_model(kind))
+    declared = {
+        output.name: [size.dim_param or size.dim_value for size in output.type.tensor_type.shape.dim]
+        for output in model.graph.output
+    }
+    rows = {"boxes": ["batch", "rows", 5], "scores": ["batch", "rows"], "labels": ["batch", "rows"]}
+    masks = {
+        "kernels": ["batch", "rows", 169],
+        "mask_priors": ["batch", "rows", 3],
+        "mask_features": ["batch", 8, "feature_height", "feature_width"],
+    }
+    wanted = {"classification": {"scores": ["batch", 3]}, "mask": rows | masks}
+    assert declared == wanted.get(kind, rows)
+    assert {output.type.tensor_type.elem_type for output in model.graph.output} == {onnx.TensorProto.FLOAT}
+    used = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= used
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith(("_test", "_nano"))])
+def test_smallest_variants_of_every_family(name, tmp_path):
+    """As published: all classes, three channels; the file is compared with torch by export itself."""
+    kind, num_classes = KINDS[VARIANTS[name].task], VARIANTS[name].num_classes
+    build = get_classifier if kind == "classification" else get_model
+    spec = make_spec(
+        name=name,
+        architecture=name,
+        kind=kind,
+        classes=tuple(f"class {number}" for number in range(num_classes)),
+        tile_size=96,
+    )
+    torch.manual_seed(0)
+    stored = export_model(build(name), tmp_path / "model.onnx", spec=spec, half_weights=True)
+    pairs = [12 * 12 * num_classes, 6 * 6 * num_classes, 3 * 3 * num_classes]
+    limit = {"rotated": 2000, "horizontal": 3840, "mask": 1000}.get(kind)
+    assert stored.max_detections == (sum(min(number, limit) for number in pairs) if limit else spec.max_detections)
+    assert read_spec(tmp_path / "model.onnx") == stored and stored.kind == kind
+
+
+def test_fixed_size_of_instances(tmp_path):
+    """TensorRT wants sizes, and k of top-K, as constants."""
+    spec = make_spec(kind="mask")
+    export_model(small_network("mask"), tmp_path / "fixed.onnx", spec=spec, tile_size=64)
+    model = onnx.load(tmp_path / "fixed.onnx")
+    shapes = {
+        output.name: [size.dim_param or size.dim_value for size in output.type.tensor_type.shape.dim]
+        for output in model.graph.output
+    }
+    assert shapes["kernels"] == ["batch", 64 + 16 + 4, 169] and shapes["mask_features"] == ["batch", 8, 8, 8]
+    computed = {output for node in model.graph.node if node.op_type != "Constant" for output in node.output}
+    assert not {node.input[1] for node in model.graph.node if node.op_type == "TopK"} & computed
+
+
+def test_classifier_normalises_inside_and_answers_probabilities(tmp_path):
+    """Worked out here once more: (pixel - mean) / std, network, softmax; any side goes."""
+    network = small_network("classification", num_classes=3)
+    spec = make_spec(kind="classification", classes=("a", "b", "c"), mean=(10.0, 20.0, 30.0), std=(50.0, 60.0, 70.0))
+    export_model(network, tmp_path / "classifier.onnx", spec=spec, tile_size=None)
+    session, _ = open_session(tmp_path / "classifier.onnx")
+    assert session.run(["scores"], {"images": np.zeros((2, 3, 45, 70), np.uint8)})[0].shape == (2, 3)
+    tiles = make_check_tiles(2, 3, 128, seed=0)
+    tiles[1] //= 3
+    (found,) = session.run(["scores"], {"images": tiles})
+    normalised = (tiles - np.array(spec.mean)[:, None, None]) / np.array(spec.std)[:, None, None]
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(normalised).float()).double().numpy()
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, powers / powers.sum(axis=1, keepdims=True), atol=5e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.02, "the two images must differ"
+    assert 0.05 < found.max() < 0.95
+
+
+def test_classifier_of_one_side(tmp_path):
+    spec = make_spec(kind="classification", classes=("a", "b"))
+    stored = export_model(get_classifier("cspnext_test", num_classes=2), tmp_path / "c.onnx", spec=spec, tile_size=50)
+    session, _ = open_session(tmp_path / "c.onnx")
+    assert stored.tile_size == 50 and session.get_inputs()[0].shape == ["batch", 3, 50, 50]
+
+
+def test_metadata_for_deepness_where_it_has_such_models():
+    for kind in ("rotated", "horizontal", "mask"):
+        metadata = read_metadata(small_model(kind))
+        assert json.loads(metadata["model_type"]) == "Detector"
+        assert "det_type" not in metadata  # it has names for layouts of YOLO's output only
+    assert set(read_metadata(small_model("classification"))) == {"model_spec", "graph_sha256"}
+
+
+# ---------------------------------------------------------------- rotated boxes in detail
 
 
 def test_graph_follows_the_contract(exported):
@@ -154,9 +282,9 @@ def test_mismatch_is_found_and_leaves_nothing(network, tmp_path, monkeypatch):
     """Negative control: a graph that normalises a little differently is not let through."""
     trace = exporting._trace
 
-    def trace_another(graph, path, **options):
+    def trace_another(graph, path, spec, **options):
         other = DetectionGraph(fuse_batch_norm(network), SPEC.mean, [value * 1.05 for value in SPEC.std])
-        trace(other, path, **options)
+        trace(other, path, spec, **options)
 
     monkeypatch.setattr(exporting, "_trace", trace_another)
     with pytest.raises(ExportMismatchError, match="differs from torch"):
@@ -164,17 +292,44 @@ def test_mismatch_is_found_and_leaves_nothing(network, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mismatch_of_boxes_alone_is_found(network, exported):
-    graph = DetectionGraph(network, SPEC.mean, SPEC.std)
+class Altered(torch.nn.Module):
+    """A graph of which one output is moved: negative controls."""
 
-    class Moved(torch.nn.Module):
-        def forward(self, images):
-            boxes, scores, labels = graph(images)
-            return boxes + torch.tensor([0.2, 0, 0, 0, 0]), scores, labels
+    def __init__(self, graph: torch.nn.Module, output: str, shift: object) -> None:
+        super().__init__()
+        self.graph, self.output, self.shift = graph, output, shift
 
-    assert max(verify_export(graph, exported, batches=[(1, 128)])) < 1e-3
-    with pytest.raises(ExportMismatchError, match=r"0\.2 px"):
-        verify_export(Moved(), exported, batches=[(1, 128)])
+    def forward(self, images):
+        outputs = self.graph(images)
+        return outputs._replace(**{self.output: getattr(outputs, self.output) + self.shift})
+
+
+@pytest.mark.parametrize(
+    "kind,output,shift,words",
+    [
+        ("rotated", "boxes", torch.tensor([0.2, 0, 0, 0, 0]), r"boxes 0\.2 px"),
+        ("rotated", "boxes", torch.tensor([0, 0, 0, 0, 0.1]), r"boxes 0\.1 px"),
+        ("rotated", "scores", 0.001, r"scores 0\.001"),
+        ("rotated", "labels", 1, "boxes inf px"),
+        ("horizontal", "boxes", torch.tensor([0, 0, 0.2, 0, 0]), r"boxes 0\.2 px"),
+        ("mask", "boxes", torch.tensor([0, 0.2, 0, 0, 0]), r"boxes 0\.2 px"),
+        ("mask", "mask_priors", torch.tensor([8, 0, 0]), "kernels inf"),
+        ("mask", "kernels", 0.01, r"kernels 0\.00"),
+        ("mask", "mask_features", 0.01, r"mask_features 0\.00"),
+        ("mask", "mask_features", np.nan, "'mask_features' at batch 1 is not finite in torch"),
+    ],
+)
+def test_a_change_of_one_output_is_found(kind, output, shift, words):
+    spec = read_spec(small_model(kind))
+    graph = DetectionGraph(small_network(kind), spec.mean, spec.std).eval()
+    assert max(verify_export(graph, small_model(kind), batches=[(1, 128, 96)])) < 2e-4
+    with pytest.raises(ExportMismatchError, match=words):
+        verify_export(Altered(graph, output, shift), small_model(kind), batches=[(1, 128, 96)])
+
+
+def test_tolerances_are_tight():
+    """Boxes may be off by a fiftieth of a pixel, the rest by a thousandth and less."""
+    assert Differences(0.02, 2e-4, 1e-3, 1e-3) == TOLERANCES
 
 
 def test_freshly_initialised_network_passes_its_check(tmp_path):
@@ -198,7 +353,7 @@ def test_existing_file_is_kept(network, tmp_path):
         (ConfigError, {"spec": None}, "spec="),
         (ConfigError, {"spec": make_spec(classes=CLASSES)}, "4 bands"),
         (ConfigError, {"spec": SPEC.model_copy(update={"classes": ("ship",)})}, "2 classes"),
-        (ConfigError, {"spec": SPEC.model_copy(update={"kind": "mask"})}, "mask"),
+        (ConfigError, {"spec": SPEC.model_copy(update={"kind": "mask"})}, "of kind 'rotated', its spec says 'mask'"),
         (ConfigError, {"tile_size": 100}, "multiple of 32"),
     ],
 )

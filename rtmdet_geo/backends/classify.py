@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.onnxrt import _open_session, _usable_cores
-from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, check_graph, find_model, find_spec, read_spec
+from rtmdet_geo.backends.onnxrt import open_session
+from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, find_model, find_spec, read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
 from rtmdet_geo.errors import ConfigError, ModelFileError
 
@@ -107,12 +107,9 @@ class OnnxClassifier:
         """Open and check the file."""
         if device not in ("auto", "cpu"):
             raise ConfigError(f"device {device!r} is not supported for model files; choose 'auto' or 'cpu'")
-        onnxruntime = require_package("onnxruntime")
         self.path = Path(path)
-        self.spec = read_spec(self.path)
-        _refuse_detector(self.spec, self.path)
-        check_graph(self.path)
-        self._session = _open_session(onnxruntime, self.path, threads or _usable_cores())
+        _refuse_detector(read_spec(self.path), self.path)
+        self._session, self.spec = open_session(self.path, threads=threads)
         _check_signature(self._session, self.spec, self.path)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

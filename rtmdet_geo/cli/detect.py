@@ -73,6 +73,13 @@ from rtmdet_geo.cli import options, report
     show_default=True,
     help="Masks: px of the model's resolution by which an edge may move to leave few corners; 0 keeps pixel edges.",
 )
+@click.option(
+    "--tta",
+    type=click.Choice(["none", "flips", "scales", "all"]),
+    default="none",
+    show_default=True,
+    help="Test-time augmentation: look at every tile mirrored (4 views), at 3 sizes, or both (12 views).",
+)
 @click.option("--multi-label", is_flag=True, help="Let one place have several classes (for evaluation).")
 @options.json_option
 @options.progress_option

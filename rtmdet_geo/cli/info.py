@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,26 +10,26 @@ from rtmdet_geo.cli import options, report
 
 
 @click.command()
-@click.argument("path", metavar="SCENE|MODEL")
+@click.argument("scene_or_model", metavar="SCENE|MODEL")
 @options.json_option
 @options.verbosity_options
-def info(path: str, as_json: bool) -> None:
-    """Say what the program sees in a scene (bands, resolution, CRS) or in a model (its card).
+def info(scene_or_model: str, as_json: bool) -> None:
+    """Say what the program sees in a scene (bands, resolution, CRS) or knows of a model.
+
+    A MODEL is any name of `rtmdet-geo models list` or a model file; `rtmdet-geo models show` prints the same.
 
     \b
     Example:
       rtmdet-geo info scene.tif
     """
-    from rtmdet_geo.catalog import CATALOG, MODEL_SUFFIXES
+    from rtmdet_geo.cli.models import is_model, show_model
 
-    if path in CATALOG or Path(path).suffix.lower() in MODEL_SUFFIXES:
-        from rtmdet_geo.cli.models import show_model
-
-        show_model(path, as_json)
+    if is_model(scene_or_model):
+        show_model(scene_or_model, as_json)
         return
     from rtmdet_geo.raster import describe_scene
 
-    facts = describe_scene(path)
+    facts = describe_scene(scene_or_model)
     if as_json:
         report.echo_json(facts)
     else:

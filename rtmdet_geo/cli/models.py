@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from rtmdet_geo.structures import ModelSpec
     from rtmdet_geo.variants import Variant
 
+#: Of the code of every network.
+_LICENCE = "Apache-2.0"
 #: More classes than this are counted, not listed.
 _MAX_CLASSES_SHOWN = 100
 #: Columns of the table: name, parameters, GFLOPs, side in px, published figures; and the lines of weights below it.
@@ -44,7 +48,6 @@ def list_command(as_json: bool) -> None:
     GFLOPS are multiply-adds in 1e9 for one square image of PX. `--json` has everything, urls and hashes included.
     """
     from rtmdet_geo.catalog import list_models
-    from rtmdet_geo.checkpoints import CHECKPOINTS
     from rtmdet_geo.variants import VARIANTS
 
     if as_json:
@@ -55,7 +58,7 @@ def list_command(as_json: bool) -> None:
             ]
         )
         return
-    click.echo(format_table(list_models(), list(VARIANTS.values()), list(CHECKPOINTS.values())))
+    click.echo(format_table(list_models(), list(VARIANTS.values())))
 
 
 @models.command("show")
@@ -63,7 +66,7 @@ def list_command(as_json: bool) -> None:
 @options.json_option
 @options.verbosity_options
 def show_command(model: str, as_json: bool) -> None:
-    """Print the card of a model, of published weights, or of a file (.onnx, .safetensors).
+    """Print what is known of a model, of published weights, of a network, or of a model file.
 
     \b
     Example:
@@ -104,41 +107,92 @@ def download_command(ctx: click.Context, name: str, as_json: bool, progress_mode
         click.echo(path)
 
 
-def show_model(model: str, as_json: bool) -> None:
-    """Write a model's card, or its ModelSpec with path and hash as JSON, to stdout."""
-    from rtmdet_geo.catalog import file_sha256, find_model, read_spec
+def is_model(name_or_path: str) -> bool:
+    """Say whether a model is meant: a name of the listing or nearly one, or a path that ends like a model file."""
+    from rtmdet_geo.catalog import MODEL_SUFFIXES
+
+    return name_or_path.lower().endswith(MODEL_SUFFIXES) or bool(_near_names(name_or_path))
+
+
+def _near_names(name: str) -> list[str]:
+    """Return the names of the listing that are like ``name``, best first; none for a path."""
+    from rtmdet_geo.catalog import CATALOG
     from rtmdet_geo.checkpoints import CHECKPOINTS
+    from rtmdet_geo.variants import VARIANTS
 
-    if model in CHECKPOINTS:
-        _show_checkpoint(CHECKPOINTS[model], as_json)
-        return
-    path = find_model(model)
-    spec = read_spec(path)
-    if as_json:
-        report.echo_json({"path": path, "sha256": file_sha256(path), **spec.model_dump(mode="json")})
+    known = [*CATALOG, *CHECKPOINTS, *VARIANTS]
+    if name not in known and (Path(name).suffix or len(Path(name).parts) != 1 or Path(name).exists()):
+        return []
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.8)
+
+
+def show_model(model: str, as_json: bool) -> None:
+    """Write what is known of a model to stdout: its card, or all of it as JSON.
+
+    Args:
+        model: a name of the listing (bundled model, network, published weights) or a model file.
+        as_json: a ModelSpec with path and hash; of a network what the listing says.
+
+    Raises:
+        UnknownModelError, ModelFileError: see :func:`rtmdet_geo.catalog.find_model`.
+    """
+    from rtmdet_geo.catalog import CATALOG, file_sha256, find_model, read_spec
+    from rtmdet_geo.checkpoints import CHECKPOINTS
+    from rtmdet_geo.errors import UnknownModelError
+    from rtmdet_geo.variants import VARIANTS
+
+    if model in VARIANTS:
+        facts = _variant_facts(VARIANTS[model])
+        card = _format_rows(_variant_rows(VARIANTS[model]))
+    elif model in CHECKPOINTS:
+        checkpoint = CHECKPOINTS[model]
+        spec = checkpoint.spec()
+        where = f"in the cache, {checkpoint.path}" if checkpoint.is_cached else f"not in the cache: {checkpoint.path}"
+        facts = {**spec.model_dump(mode="json"), **_checkpoint_facts(checkpoint)}
+        card = format_card(spec, f"{checkpoint.url} ({where})")
     else:
-        click.echo(format_card(spec, f"{path}, {path.stat().st_size / 1e6:.1f} MB"))
-
-
-def _show_checkpoint(checkpoint: Checkpoint, as_json: bool) -> None:
-    spec = checkpoint.spec()
+        near = [] if model in CATALOG else _near_names(model)
+        if near:
+            raise UnknownModelError(f"no model is named {model!r}; did you mean {' or '.join(map(repr, near))}?")
+        path = find_model(model)
+        spec = read_spec(path)
+        facts = {"path": path, "sha256": file_sha256(path), **spec.model_dump(mode="json")}
+        card = format_card(spec, f"{path}, {path.stat().st_size / 1e6:.1f} MB")
     if as_json:
-        report.echo_json({**spec.model_dump(mode="json"), **_checkpoint_facts(checkpoint)})
-        return
-    where = f"in the cache, {checkpoint.path}" if checkpoint.is_cached else "not in the cache"
-    click.echo(format_card(spec, f"{checkpoint.url} ({where})"))
+        report.echo_json(facts)
+    else:
+        click.echo(card)
 
 
-def format_table(bundled: list[CatalogEntry], variants: list[Variant], checkpoints: list[Checkpoint]) -> str:
+def _variant_rows(variant: Variant) -> list[tuple[str, str]]:
+    """Return what is known of a network as (name, value)."""
+    from rtmdet_geo.catalog import list_models
+    from rtmdet_geo.variants import KINDS
+
+    side = variant.input_size
+    rows = [
+        ("network", f"{variant.name} ({variant.reference or 'a size of our own'})"),
+        ("finds", _FINDS[KINDS[variant.task]]),
+        ("parameters", f"{variant.params:,} with {variant.num_classes} classes and 3 bands"),
+        ("GFLOPs", f"{variant.flops / 1e9:.2f} (multiply-adds in 1e9) for {side} x {side} px"),
+    ]
+    if not variant.is_ours:
+        rows.append(("published", f"{variant.published_params_m:g} M parameters, {variant.published_gflops:g} GFLOPs"))
+    weights = _weights_of(variant, [_bundled_facts(entry) for entry in list_models()])
+    rows += [("weights", f"{name}: {measured}; {where}") for name, measured, _, where in weights]
+    return [*rows, *([] if weights else [("weights", "none, to be trained")]), ("licence", _LICENCE)]
+
+
+def format_table(bundled: list[CatalogEntry], variants: list[Variant]) -> str:
     """Return all models as lines of at most 120 columns."""
     from rtmdet_geo.catalog import DEFAULT_MODEL
     from rtmdet_geo.variants import TASKS
 
     lines = ["Bundled models: rtmdet-geo detect -m NAME", ""]
-    for entry in bundled:
+    all_facts = [_bundled_facts(entry) for entry in bundled]
+    for entry, facts in zip(bundled, all_facts, strict=True):
         notes = ["default"] if entry.name == DEFAULT_MODEL else []
         notes += [] if entry.is_available else ["file missing"]
-        facts = _bundled_facts(entry)
         lines.append(
             _VARIANT_LINE.format(entry.name, *_costs(facts), "", facts["licence"] or "", ", ".join(notes)).rstrip()
         )
@@ -151,7 +205,7 @@ def format_table(bundled: list[CatalogEntry], variants: list[Variant], checkpoin
         lines.append(header)
         for variant in variants:
             if variant.task == task:
-                lines += _variant_lines(variant, [item for item in checkpoints if item.variant == variant.name])
+                lines += _variant_lines(variant, all_facts)
     lines += [
         "",
         "Weights of OpenMMLab: rtmdet-geo models download NAME; their terms: rtmdet-geo models show NAME.",
@@ -160,16 +214,34 @@ def format_table(bundled: list[CatalogEntry], variants: list[Variant], checkpoin
     return "\n".join(lines)
 
 
-def _variant_lines(variant: Variant, checkpoints: list[Checkpoint]) -> list[str]:
+def _variant_lines(variant: Variant, bundled: list[dict[str, Any]]) -> list[str]:
     published = "" if variant.is_ours else f"{variant.published_params_m:g}, {variant.published_gflops:g}"
     note = "for tests" if variant.is_for_tests else "own size, to be trained" if variant.is_ours else ""
-    lines = [_VARIANT_LINE.format(variant.name, *_costs(_costs_of(variant)), published, "Apache-2.0", note).rstrip()]
-    for checkpoint in checkpoints:
-        scores = ", ".join(f"{name} {value:g}" for name, value in checkpoint.metrics.items())
-        where = "in the cache" if checkpoint.is_cached else checkpoint.url.split("/")[2]
-        measured = f"{scores} on {checkpoint.data.tested_on}"
-        lines.append(_WEIGHTS_LINE.format(checkpoint.name, measured, checkpoint.licence, where))
+    lines = [_VARIANT_LINE.format(variant.name, *_costs(_costs_of(variant)), published, _LICENCE, note).rstrip()]
+    lines += [_WEIGHTS_LINE.format(*row) for row in _weights_of(variant, bundled)]
     return lines
+
+
+def _weights_of(variant: Variant, bundled: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return name, measured quality, licence and place of all weights of a network.
+
+    Args:
+        variant: the network.
+        bundled: what JSON says of each bundled model.
+    """
+    from rtmdet_geo.checkpoints import CHECKPOINTS
+
+    rows = []
+    for facts in bundled:
+        if facts.get("architecture") == variant.name:
+            score = next((f"{name} {value:g}" for name, value in facts["metrics"].items()), "")
+            rows.append((facts["name"], score, facts["licence"], "bundled"))
+    for checkpoint in CHECKPOINTS.values():
+        if checkpoint.variant == variant.name:
+            scores = ", ".join(f"{name} {value:g}" for name, value in checkpoint.metrics.items())
+            where = "in the cache" if checkpoint.is_cached else checkpoint.url.split("/")[2]
+            rows.append((checkpoint.name, f"{scores} on {checkpoint.data.tested_on}", checkpoint.licence, where))
+    return rows
 
 
 def _costs(facts: dict[str, Any]) -> tuple[str, str, str]:
@@ -224,7 +296,7 @@ def _variant_facts(variant: Variant) -> dict[str, Any]:
         "reference": variant.reference or None,
         "published_params_m": variant.published_params_m,
         "published_gflops": variant.published_gflops,
-        "licence": "Apache-2.0",
+        "licence": _LICENCE,
         "is_for_tests": variant.is_for_tests,
         "checkpoints": [_checkpoint_facts(item) for item in CHECKPOINTS.values() if item.variant == variant.name],
     }
@@ -262,10 +334,10 @@ _FINDS = {
 
 def format_card(spec: ModelSpec, where: str) -> str:
     """Return the model card as lines ``name   value``; what the file does not say reads "not stated"."""
-    stretch = spec.stretch
+    stretch, dark = spec.stretch, spec.stretch.dark_percent
     limits = {
         "fixed": f"fixed, {stretch.low:g}..{stretch.high:g} in physical units (integers x {stretch.default_scale:g})"
-        + (f" above the scene's percentile {stretch.dark_percent:g}" if stretch.dark_percent is not None else ""),
+        + ("; 8-bit as they are" if dark is None else f" above the scene's percentile {dark:g}"),
         "percentile": f"percentiles {stretch.low_percent:g}..{stretch.high_percent:g} of each band",
         "none": "none, 8-bit values as they are",
     }
@@ -291,5 +363,9 @@ def format_card(spec: ModelSpec, where: str) -> str:
         ("weights sha256", spec.weights_sha256),
         ("made by", spec.exporter),
     ]
+    return _format_rows(rows)
+
+
+def _format_rows(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value or 'not stated'}" for name, value in rows)

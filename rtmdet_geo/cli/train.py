@@ -43,6 +43,10 @@ def train(
     Example:
       rtmdet-geo train sen2ships_r -o runs/mine --set optim.iterations=2000
 
+    model.weights names weights to start from: published ones or a bundled model (`rtmdet-geo models list`), or a file.
+    They must fit exactly; model.weights_parts=[backbone] takes a part of them, model.transfer=true fits them to other
+    classes and bands.
+
     Ctrl-C saves a checkpoint; --resume goes on from it.
     """
     options.check_stdout_owner(as_json, progress_mode)

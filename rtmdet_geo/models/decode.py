@@ -16,16 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_geo.models.boxes_torch import norm_angle, to_own_axes
-from rtmdet_geo.models.heads import STRIDES, HorizontalOutputs, InstanceOutputs, RotatedOutputs, at_least_float32
+from rtmdet_geo.models.heads import HorizontalOutputs, InstanceOutputs, RotatedOutputs, at_least_float32
 from rtmdet_geo.structures import Kind
+from rtmdet_geo.variants import MAX_CANDIDATES, STRIDES
 
-#: TensorRT's TopK takes no more.
-MAX_TOP_K = 3840
-#: Candidates kept per level (``nms_pre`` of the published test configurations; theirs is 30,000 for horizontal boxes,
-#: which is for torch only).
-MAX_CANDIDATES: dict[Kind, int] = {"rotated": 2000, "mask": 1000, "horizontal": MAX_TOP_K}
 MAX_CANDIDATES_ROTATED = MAX_CANDIDATES["rotated"]
-
 
 #: (height, width) in px: numbers, or symbols while a graph is traced.
 ImageShape = tuple[int, int] | tuple[Tensor, Tensor]
@@ -225,7 +220,7 @@ def select_top_k(logits: Tensor, limit: int = MAX_CANDIDATES_ROTATED, *, multi_l
 
     Args:
         logits: (N, P, C).
-        limit: at most so many; at most :data:`MAX_TOP_K` if the graph is to run in TensorRT.
+        limit: at most so many; at most :data:`rtmdet_geo.variants.MAX_TOP_K` if the graph is to run in TensorRT.
         multi_label: rank all (prior, class) pairs, as the reference does; otherwise each prior enters with its best
             class only.
 
@@ -339,7 +334,7 @@ def _input_shape(outputs: HorizontalOutputs | InstanceOutputs, strides: Sequence
 def _at_priors(level: Tensor, priors: Tensor) -> Tensor:
     """Return the values (N, k, C) at priors (N, k) of a level (N, C, h, w), at least float32."""
     values = flatten_level(at_least_float32(level))
-    return values.gather(1, priors.unsqueeze(-1).expand(-1, -1, level.shape[1]))
+    return values.gather(1, priors.unsqueeze(-1).expand(-1, -1, int(level.shape[1])))
 
 
 def _points_of(priors: Tensor, width: int, stride: int) -> Tensor:
@@ -355,7 +350,7 @@ class DetectionGraph(nn.Module):
         model: an RTMDet of any kind (see :mod:`rtmdet_geo.models.rtmdet`); its ``kind`` says how to decode.
         mean: per channel, on the uint8 scale.
         std: per channel, on the uint8 scale.
-        limit: candidates kept per level; None: of :data:`MAX_CANDIDATES`.
+        limit: candidates kept per level; None: of :data:`rtmdet_geo.variants.MAX_CANDIDATES`.
         multi_label: rank (prior, class) pairs; exported graphs always do.
     """
 

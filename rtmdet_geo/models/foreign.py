@@ -115,11 +115,13 @@ def fit_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
         {'stem.0.conv.weight': 'backbone.stem.0.conv.weight', 'neck.x': 'neck.x'}
     """
     fitted: dict[str, str] = {}
+    taken = set(names)
     for name in names:
         head = name.removeprefix("head.")
         others = (f"backbone.{name}", name.removeprefix("backbone."), f"bbox_head.{head}", f"head.{name}")
-        found = [other for other in others if other in own and other not in names]
+        found = [other for other in others if other in own and other not in taken]
         fitted[name] = found[0] if name not in own and found else name
+        taken.add(fitted[name])
     return fitted
 
 
@@ -134,7 +136,7 @@ def _find_state(root: Any, path: Path) -> tuple[str, _References]:
             logger.info("%s: weights under %r are taken", path.name, found[0])
         return found
     if isinstance(root, dict):
-        what = f"keys {', '.join(map(repr, list(root)[:8]))}"
+        what = f"keys {', '.join(repr(key[:40]) for key in root if isinstance(key, str))[:300] or 'that are no text'}"
     else:
         what = f"an object of {root.what}, saved whole" if isinstance(root, Placeholder) else f"a {type(root).__name__}"
     raise WeightsError(f"{str(path)!r} holds no state_dict but {what}; save `model.state_dict()` with its own program")
@@ -220,7 +222,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, _ReadStorage]]:
                 dtype = _dtype(reference)
                 content = locate(reference)
                 count = len(content) // dtype.itemsize
-                cache[reference.key] = torch.frombuffer(content, dtype=dtype, count=count) if count else torch.empty(0)
+                cache[reference.key] = (
+                    torch.frombuffer(content, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+                )
             return cache[reference.key]
 
         yield root, read
@@ -300,7 +304,10 @@ def _open_legacy(file: IO[bytes], size: int) -> tuple[Any, Callable[[StorageRefe
 
 
 class _Bounded:
-    """A stream that never allocates more than is left of its file, whatever length a pickle states."""
+    """A stream that never allocates more than is left of its file, whatever length a pickle states.
+
+    A line, which in a pickle is a name or a number, ends after 64 KiB at most.
+    """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._size = file, size
@@ -311,4 +318,4 @@ class _Bounded:
         return self._file.read(left if length < 0 else min(length, left))
 
     def readline(self) -> bytes:
-        return self._file.readline()
+        return self._file.readline(1 << 16)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rtmdet_geo.models.blocks import ConvModule
 from rtmdet_geo.structures import Kind
+from rtmdet_geo.variants import STRIDES as STRIDES
 
-STRIDES = (8, 16, 32)
 #: Every class starts at this probability (focal loss, arXiv 1708.02002 section 3.3).
 PRIOR_PROBABILITY = 0.01
 

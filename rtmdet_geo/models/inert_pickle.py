@@ -18,8 +18,9 @@ from typing import IO, Any
 from rtmdet_geo.errors import WeightsError
 
 _MARK = object()
-#: Nesting of tuples that may be a key of a dictionary; hashing deeper ones could take for ever.
-_MAX_KEY_DEPTH = 4
+#: Nesting and length of tuples that may be a key of a dictionary; hashing larger ones could take for ever.
+_MAX_KEY_DEPTH = 2
+_MAX_KEY_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ def _as_key(value: Any) -> Any:
 
 def _is_plain_key(value: Any, depth: int) -> bool:
     if isinstance(value, tuple):
-        return depth > 0 and len(value) < 100 and all(_is_plain_key(item, depth - 1) for item in value)
+        return depth > 0 and len(value) < _MAX_KEY_LENGTH and all(_is_plain_key(item, depth - 1) for item in value)
     return value is None or isinstance(value, bool | int | float | str | bytes | Name | Placeholder)
 
 

@@ -26,6 +26,8 @@ class LoadReport:
         reinitialised: names that kept the network's own values, because the classes differ.
         adapted: names whose values were made from the file's for other bands.
         ignored: names of the file outside the parts that were asked for.
+        untouched: names of the network outside these parts; they kept its own values too.
+        remarks: what the names of bands and classes make doubtful, in words.
     """
 
     source: str
@@ -33,6 +35,29 @@ class LoadReport:
     reinitialised: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the whole network has the file's values, and nothing is doubtful."""
+        return not (self.reinitialised or self.adapted or self.untouched or self.remarks)
+
+    def describe(self) -> str:
+        """Return one line that names what was loaded and what was not.
+
+        Example:
+            >>> LoadReport("a.pth", ("backbone.x",), reinitialised=("head.fc.bias",), untouched=("neck.y",)).describe()
+            'a.pth: 1 tensors loaded; other classes, re-initialised: head.fc.bias; not asked for, re-initialised: neck'
+        """
+        parts = dict.fromkeys(name.partition(".")[0] for name in self.untouched)
+        lists = (
+            ("other classes, re-initialised", self.reinitialised),
+            ("other bands, fitted", self.adapted),
+            ("not asked for, re-initialised", tuple(parts)),
+        )
+        told = [f"{title}: {', '.join(names)}" for title, names in lists if names]
+        return "; ".join((f"{self.source}: {len(self.loaded)} tensors loaded", *told, *self.remarks))
 
 
 def is_class_layer(name: str) -> bool:
@@ -134,7 +159,8 @@ def adapt_bands(
         return mean.expand(-1, num_bands, -1, -1) * (num_source / num_bands)
     if source_bands is None:
         raise ConfigError(
-            "the file does not name its bands; say them with source_bands=, such as ('blue', 'green', 'red')"
+            "the file does not name its bands; say them with source_bands= (model.weights_bands in a recipe), such as "
+            "('blue', 'green', 'red')"
         )
     if len(bands) != num_bands or len(source_bands) != num_source:
         raise ConfigError(

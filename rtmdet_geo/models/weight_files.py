@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rtmdet_geo.checkpoints import TRANSFER_HINT
 from rtmdet_geo.errors import ChecksumError, WeightsError
 from rtmdet_geo.models.transfer import is_transferable
 from rtmdet_geo.outputs import staged_output
@@ -187,7 +188,7 @@ def load_state(
         advice = "check architecture, number of classes and bands"
         if all(is_transferable(name, state[name].shape, own[name].shape) for name in reshaped):
             if reshaped and not (missing or unexpected or differing):
-                advice = "load_checkpoint(..., transfer=True) fits them to other classes and bands"
+                advice = TRANSFER_HINT
         raise WeightsError(f"weights {str(source)!r} do not fit {architecture}: {details}; {advice}")
     model.load_state_dict(dict(state), strict=False)
 

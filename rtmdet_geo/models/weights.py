@@ -6,6 +6,7 @@ The files themselves are :mod:`rtmdet_geo.models.weight_files`', whose functions
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -16,13 +17,13 @@ import torch
 from torch import nn
 
 from rtmdet_geo.catalog import CATALOG, SPEC_KEY, read_metadata
-from rtmdet_geo.checkpoints import CHECKPOINTS, Checkpoint, download_checkpoint, find_checkpoint
-from rtmdet_geo.errors import ConfigError, ModelFileError, OutputError, WeightsError
+from rtmdet_geo.checkpoints import CHECKPOINTS, TRANSFER_HINT, Checkpoint, download_checkpoint, find_checkpoint
+from rtmdet_geo.errors import ConfigError, ModelFileError, OutputError, UnknownModelError, WeightsError
 from rtmdet_geo.models.blocks import ConvModule
 from rtmdet_geo.models.classifier import CLASSIFIERS
 from rtmdet_geo.models.foreign import fit_names, read_foreign
 from rtmdet_geo.models.rtmdet import BUILDERS
-from rtmdet_geo.models.transfer import LoadReport, choose_parts, transfer_state
+from rtmdet_geo.models.transfer import FIRST_CONVOLUTION, LoadReport, choose_parts, is_class_layer, transfer_state
 from rtmdet_geo.models.weight_files import State, find_shared, load_state, load_weights, save_weights, weights_sha256
 from rtmdet_geo.structures import ModelSpec
 
@@ -63,11 +64,14 @@ def load_checkpoint(
     parts: Sequence[str] | None = None,
     transfer: bool = False,
     bands: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     source_bands: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> LoadReport:
     """Load weights into a network: strictly, unless parts or a transfer are asked for.
+
+    One line of the log says what was loaded; it is a warning if anything was not, or is doubtful.
 
     Args:
         model: network of :mod:`rtmdet_geo.models`; unchanged if anything fails.
@@ -76,9 +80,11 @@ def load_checkpoint(
         parts: parts of the network to load, such as ("backbone",) from a classifier, or ("backbone", "neck"); strict
             within them, the rest of the file is ignored. None: the whole network.
         transfer: fit to another number of classes (the layers that depend on it keep the network's own values) and of
-            bands (see :func:`rtmdet_geo.models.transfer.adapt_bands`). What is not loaded is logged as a warning.
-        bands: names of the network's channels, for ``transfer``: kernels of bands are matched by name. Published
-            detectors take blue, green, red in this order.
+            bands (see :func:`rtmdet_geo.models.transfer.adapt_bands`).
+        bands: names of the network's channels in order. With ``transfer`` kernels of bands are matched by name;
+            without, weights that are known to be for other bands are refused. Published detectors take blue, green,
+            red in this order.
+        classes: names of the network's classes in order; told if the weights name others.
         source_bands: names of the channels that the weights are for, if the file does not say them.
         progress: called with (bytes here, bytes in all) during a download.
         cancelled: True stops a download.
@@ -90,7 +96,7 @@ def load_checkpoint(
         UnknownModelError: ``weights`` is neither a file nor a known name.
         WeightsError: the file is missing or damaged, or does not fit; missing, unexpected and wrongly shaped keys are
             listed.
-        ConfigError: ``parts`` or ``bands`` do not fit the network.
+        ConfigError: ``parts``, ``bands`` or ``source_bands`` contradict the network or the file.
         DownloadError, ChecksumError, OutputError, Cancelled: see :func:`rtmdet_geo.cache.download`.
 
     Example:
@@ -99,53 +105,121 @@ def load_checkpoint(
         >>> load_checkpoint(model, "sen2ships_r", transfer=True).reinitialised[0]
         'bbox_head.rtm_cls.0.weight'
     """
-    if bands is not None and not transfer:
-        raise ConfigError("bands= fits weights to other bands, which is a transfer: say transfer=True as well")
+    parts = [parts] if isinstance(parts, str) else parts
     source = os.fspath(weights)
-    if source in CHECKPOINTS and parts is None:
-        _check_published(model, CHECKPOINTS[source], transfer)
-    state, spec = _read_any(weights, progress, cancelled)
+    _check_before_reading(model, source, parts, transfer, bands)
+    state, spec, source_classes = _read_any(weights, progress, cancelled)
     own = model.state_dict()
     names = fit_names(state, own)
     state = {names[name]: value for name, value in state.items()}
     chosen, ignored = list(own), []
     if parts is not None:
-        kept, chosen = choose_parts(list(state), list(own), [parts] if isinstance(parts, str) else parts)
+        kept, chosen = choose_parts(list(state), list(own), parts)
         ignored = sorted(set(state) - set(kept))
         state = {name: state[name] for name in kept}
     reinitialised: list[str] = []
     adapted: list[str] = []
+    remarks: list[str] = []
+    if FIRST_CONVOLUTION in chosen:
+        bands, source_bands, remarks = _settle_bands(source, spec, bands, source_bands, transfer)
     if transfer:
-        there = source_bands if source_bands is not None else spec.bands if spec is not None else None
         targets = {name: own[name] for name in chosen}
-        state, reinitialised, adapted = transfer_state(state, targets, bands=bands, source_bands=there)
+        state, reinitialised, adapted = transfer_state(state, targets, bands=bands, source_bands=source_bands)
     load_state(model, state, source=source, only=chosen)
-    if reinitialised:
-        logger.warning("%s: other classes; re-initialised, not loaded: %s", source, ", ".join(reinitialised))
-    if adapted:
-        logger.warning("%s: other bands; fitted: %s", source, ", ".join(adapted))
-    loaded = tuple(name for name in state if name not in {*reinitialised, *adapted})
-    logger.info("%s: %d tensors loaded, %d of the file ignored", source, len(loaded), len(ignored))
-    return LoadReport(source, loaded, tuple(reinitialised), tuple(adapted), tuple(ignored))
+    if not reinitialised and any(is_class_layer(name) for name in chosen):
+        remarks += _compare_classes(source_classes, classes)
+    changed = {*reinitialised, *adapted}
+    report = LoadReport(
+        source,
+        tuple(name for name in state if name not in changed),
+        tuple(reinitialised),
+        tuple(adapted),
+        tuple(ignored),
+        tuple(name for name in own if name not in set(chosen)),
+        tuple(remarks),
+    )
+    logger.log(logging.INFO if report.is_exact else logging.WARNING, "%s", report.describe())
+    return report
+
+
+def _check_before_reading(
+    model: nn.Module, source: str, parts: Sequence[str] | None, transfer: bool, bands: Sequence[str] | None
+) -> None:
+    """Refuse what cannot fit before anything is downloaded."""
+    if bands is not None and len(bands) != int(model.in_channels):
+        raise ConfigError(f"the network has {model.in_channels} channels, got bands={list(bands)!r}")
+    if source in CHECKPOINTS:
+        architecture = getattr(model, "architecture", type(model).__name__)
+        there = bands if bands is not None else int(model.in_channels)
+        reason = CHECKPOINTS[source].misfit(architecture, int(model.num_classes), there, parts=parts, transfer=transfer)
+        if reason:
+            raise WeightsError(reason)
+
+
+def _settle_bands(
+    source: str,
+    spec: ModelSpec | None,
+    bands: Sequence[str] | None,
+    source_bands: Sequence[str] | None,
+    transfer: bool,
+) -> tuple[Sequence[str] | None, Sequence[str] | None, list[str]]:
+    """Return the bands to match by name and those of the weights, or twice None: by number; and remarks."""
+    if spec is not None and source_bands is not None and tuple(source_bands) != spec.bands:
+        raise ConfigError(
+            f"{source!r} says that it is for bands {', '.join(spec.bands)}, not {', '.join(source_bands)}; leave "
+            "source_bands= (model.weights_bands in a recipe) out"
+        )
+    there = spec.bands if spec is not None else source_bands
+    if bands is None:
+        return None, None, []
+    if there is None:
+        return None, None, ["its bands are not stated: source_bands= (model.weights_bands in a recipe) names them"]
+    if not transfer and len(bands) == len(there) and tuple(bands) != tuple(there):  # another number: by their shapes
+        raise WeightsError(
+            f"{source!r} is for bands {', '.join(there)}, the network for {', '.join(bands)}; {TRANSFER_HINT}"
+        )
+    return bands, there, []
+
+
+def _compare_classes(there: Sequence[str], here: Sequence[str] | None) -> list[str]:
+    """Return a remark if both name their classes and the names differ."""
+    for number, (one, other) in enumerate(zip(there, here or (), strict=False)):
+        if one != other:
+            return [f"class {number} was {one!r} and is {other!r}: its layers are kept"]
+    return []
 
 
 def _read_any(
     weights: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> tuple[State, ModelSpec | None]:
-    """Return the tensors of a name or path, and the spec if one is known."""
+) -> tuple[State, ModelSpec | None, tuple[str, ...]]:
+    """Return the tensors of a name or path, the spec if one is known, and the class names if they are."""
     source = os.fspath(weights)
-    if source in CHECKPOINTS:
-        return _read_published(CHECKPOINTS[source], progress, cancelled)
-    if source in CATALOG:
-        return load_weights(CATALOG[source].weights_path)
+    if source in CHECKPOINTS or source in CATALOG:
+        if source in CHECKPOINTS:
+            state, spec = _read_published(CHECKPOINTS[source], progress, cancelled)
+        else:
+            state, spec = load_weights(CATALOG[source].weights_path)
+        return state, spec, spec.classes
     path = Path(weights)
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
-        find_checkpoint(source)  # raises with near names
+        _check_name(source)
+    if path.suffix.lower() == ".onnx":
+        raise WeightsError(f"{source!r} is a model file; weights are in .safetensors files, or those of other programs")
     if path.suffix.lower() == ".safetensors" and _has_spec(path):
-        return load_weights(path)
-    return read_foreign(path).state, None
+        state, spec = load_weights(path)
+        return state, spec, spec.classes
+    foreign = read_foreign(path)
+    return foreign.state, None, foreign.classes
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is neither a file nor a name, and say what is near: bundled models, then published weights."""
+    near = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.7)
+    if near:
+        raise UnknownModelError(f"no weights are named {name!r} and no file has that path; did you mean {near[0]!r}?")
+    find_checkpoint(name)
 
 
 def _has_spec(path: Path) -> bool:
@@ -156,37 +230,23 @@ def _has_spec(path: Path) -> bool:
         return True
 
 
-def _check_published(model: nn.Module, checkpoint: Checkpoint, transfer: bool) -> None:
-    """Refuse weights that cannot fit before they are downloaded."""
-    architecture = getattr(model, "architecture", "")
-    if architecture != checkpoint.variant:
-        fitting = [item.name for item in CHECKPOINTS.values() if item.variant == architecture]
-        hint = f"published for it: {', '.join(fitting)}" if fitting else "none are published for it"
-        raise WeightsError(
-            f"{checkpoint.name!r} are weights of {checkpoint.variant}, not of {architecture or type(model).__name__}; "
-            f"{hint}; load_checkpoint(..., parts=('backbone',)) takes a part of them"
-        )
-    there = len(checkpoint.classes), len(checkpoint.bands)
-    here = int(model.num_classes), int(model.in_channels)
-    if there != here and not transfer:
-        raise WeightsError(
-            f"{checkpoint.name!r} has (classes, bands) {there}, the network {here}; "
-            "load_checkpoint(..., transfer=True) fits them to other classes and bands"
-        )
-
-
 def _read_published(
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> tuple[State, ModelSpec]:
-    """Return published weights from the cache; the first time they are downloaded and converted."""
+    """Return published weights from the cache; the first time they are downloaded and converted.
+
+    The spec is the catalogue's: a converted file may have been written by an older version.
+    """
     converted = checkpoint.converted_path
     if converted.is_file():
         try:
-            return load_weights(converted)
+            state, stored = load_weights(converted)
         except WeightsError as error:
             logger.warning("%s; it is made again", error)
+        else:
+            return state, checkpoint.spec().model_copy(update={"weights_sha256": stored.weights_sha256})
     if not checkpoint.path.is_file():
         logger.info("fetching %s", checkpoint.url)
     original = download_checkpoint(checkpoint.name, progress=progress, cancelled=cancelled)
@@ -250,7 +310,7 @@ def build_from_weights(weights: str | os.PathLike[str]) -> tuple[Any, ModelSpec]
             no builder.
         DownloadError, ChecksumError, OutputError: see :func:`rtmdet_geo.cache.download`.
     """
-    state, spec = _read_any(weights)
+    state, spec, _ = _read_any(weights)
     if spec is None:
         raise WeightsError(
             f"{os.fspath(weights)!r} does not say what it is for; build the network and use load_checkpoint, or "

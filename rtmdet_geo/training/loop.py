@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 import rtmdet_geo
-from rtmdet_geo.catalog import find_weights
-from rtmdet_geo.config import Recipe, load_recipe
+from rtmdet_geo.checkpoints import CHECKPOINTS
+from rtmdet_geo.config import ModelSection, Recipe, load_recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
-from rtmdet_geo.models.weights import save_weights
+from rtmdet_geo.models.weights import load_checkpoint, save_weights
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.training.criterion import Target, make_criterion
@@ -75,6 +75,7 @@ def train_model(
         DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or cut for another recipe.
         OutputError: the run folder holds another run.
         TrainingError: a loss is not finite; the message names iteration and the checkpoint to go back to.
+        UnknownModelError, WeightsError, DownloadError: ``recipe.model.weights`` cannot be found or do not fit.
         Cancelled: see ``cancelled``.
     """
     run = Path(out)
@@ -88,8 +89,9 @@ def train_model(
         recipe.model.name,
         num_classes=len(recipe.model.classes),
         in_channels=len(recipe.model.bands),
-        weights=find_weights(recipe.model.weights) if recipe.model.weights else None,
     )
+    if recipe.model.weights is not None and not resume:  # a checkpoint to resume from holds what became of them
+        _load_weights(network, recipe.model, cancelled)
     network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
     ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
     optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
@@ -183,11 +185,39 @@ def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) ->
         score_threshold=model.score_threshold,
         iou_threshold=recipe.validation.nms_iou_threshold,
         metrics=metrics,
-        training_data=card.training_data,
+        training_data=_training_data(recipe),
         limits=card.limits,
         licence=card.licence,
         attribution=card.attribution,
         exporter=f"rtmdet-geo {rtmdet_geo.__version__}",
+    )
+
+
+def _training_data(recipe: Recipe) -> str:
+    """Return what the card says, and which weights the training started from: what they saw, these weights saw too."""
+    model = recipe.model
+    if model.weights is None:
+        return recipe.card.training_data
+    parts = f" ({', '.join(model.weights_parts)})" if model.weights_parts else ""
+    started = f"started from {model.weights}{parts}"
+    if model.weights in CHECKPOINTS:
+        data = CHECKPOINTS[model.weights].data
+        started += f", trained on {data.name} ({data.terms})"
+    return "; ".join(text for text in (recipe.card.training_data, started) if text)
+
+
+def _load_weights(network: nn.Module, model: ModelSection, cancelled: Callable[[], bool] | None) -> None:
+    """Start from ``model.weights`` as the recipe says; one line of the log names what was not loaded."""
+    assert model.weights is not None
+    load_checkpoint(
+        network,
+        model.weights,
+        parts=model.weights_parts,
+        transfer=model.transfer,
+        bands=model.bands,
+        classes=model.classes,
+        source_bands=model.weights_bands,
+        cancelled=cancelled,
     )
 
 

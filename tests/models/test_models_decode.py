@@ -15,7 +15,6 @@ from reference_post import cases_of, check_found, detect, raw_outputs
 
 from rtmdet_geo.models import HorizontalOutputs, rtmdet_ins_test, rtmdet_r_test, rtmdet_test
 from rtmdet_geo.models.decode import (
-    MAX_TOP_K,
     DetectionGraph,
     decode_dense,
     decode_dense_horizontal,
@@ -30,6 +29,7 @@ from rtmdet_geo.models.decode import (
     priors_with_stride,
     select_top_k,
 )
+from rtmdet_geo.variants import MAX_TOP_K
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

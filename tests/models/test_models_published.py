@@ -22,7 +22,15 @@ from rtmdet_geo.catalog import read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.cli import cli
 from rtmdet_geo.errors import ChecksumError, DownloadError, OutputError, WeightsError
-from rtmdet_geo.models import cspnext_tiny, rtmdet_ins_tiny, rtmdet_r_test, rtmdet_r_tiny, rtmdet_test, rtmdet_tiny
+from rtmdet_geo.models import (
+    cspnext_tiny,
+    rtmdet_ins_tiny,
+    rtmdet_nano,
+    rtmdet_r_test,
+    rtmdet_r_tiny,
+    rtmdet_test,
+    rtmdet_tiny,
+)
 from rtmdet_geo.models import weights as loading
 from rtmdet_geo.models.weights import build_from_weights, load_checkpoint
 
@@ -123,6 +131,16 @@ def test_damaged_conversion_is_made_again(served, small, caplog):
     assert len(served.ranges) == 1
 
 
+def test_the_card_is_the_catalogues_though_the_conversion_is_older(small, monkeypatch):
+    """A converted file keeps the spec of the version that wrote it."""
+    assert_loaded(small)
+    entry = CHECKPOINTS["rtmdet_test_coco"]
+    monkeypatch.setitem(CHECKPOINTS, "rtmdet_test_coco", replace(entry, recipe="600 epochs"))
+    _, spec = build_from_weights("rtmdet_test_coco")
+    assert "600 epochs" in spec.training_data and "600 epochs" not in read_spec(entry.converted_path).training_data
+    assert spec.weights_sha256 == read_spec(entry.converted_path).weights_sha256
+
+
 def test_a_cache_that_cannot_be_written(served, small, monkeypatch):
     """A cache that somebody else filled."""
 
@@ -157,8 +175,14 @@ def test_what_cannot_fit_is_refused_before_the_download(served, small):
         rtmdet_r_test(weights="rtmdet_test_coco")
     with pytest.raises(WeightsError, match="published for it: rtmdet_tiny_coco"):
         rtmdet_tiny(weights="rtmdet_test_coco")
-    with pytest.raises(WeightsError, match=r"\(80, 3\), the network \(1, 4\)"):
+    with pytest.raises(WeightsError, match=r"has 80 classes, the network 1; transfer=True"):
         rtmdet_test(num_classes=1, in_channels=4, weights="rtmdet_test_coco")
+    with pytest.raises(WeightsError, match=r"is for bands blue, green, red, the network for 4 bands; transfer=True"):
+        rtmdet_test(in_channels=4, weights="rtmdet_test_coco")
+    with pytest.raises(WeightsError, match=r"is for bands blue, green, red, the network for red, green, blue"):
+        load_checkpoint(rtmdet_test(), "rtmdet_test_coco", bands=("red", "green", "blue"))
+    with pytest.raises(WeightsError, match=r"rtmdet_test, not of rtmdet_nano; none are published for it$"):
+        load_checkpoint(rtmdet_nano(), "rtmdet_test_coco", parts=("backbone",))
     assert served.ranges == []
 
 

@@ -219,12 +219,67 @@ def test_bands_by_name(tmp_path):
     report = load_checkpoint(model, path, transfer=True, **order)
     assert report.adapted == (FIRST_CONVOLUTION,)
     assert torch.equal(model.state_dict()[FIRST_CONVOLUTION], state[FIRST_CONVOLUTION].flip(1))
-    with pytest.raises(ConfigError, match="source_bands="):
-        load_checkpoint(model, path, transfer=True, bands=("red", "green", "blue"))
-    with pytest.raises(ConfigError, match="transfer=True"):
-        load_checkpoint(model, path, bands=("red", "green", "blue"))
-    with pytest.raises(ConfigError, match="3 bands"):
+    before = weights_sha256(model.state_dict())
+    with pytest.raises(
+        WeightsError, match=r"is for bands blue, green, red, the network for red, green, blue; transfer"
+    ):
+        load_checkpoint(model, path, **order)
+    with pytest.raises(ConfigError, match="the network has 3 channels"):
         load_checkpoint(model, path, transfer=True, bands=("red",), source_bands=("blue", "green", "red"))
+    assert weights_sha256(model.state_dict()) == before
+    same_order = {"bands": ("blue", "green", "red"), "source_bands": ("blue", "green", "red")}
+    assert load_checkpoint(model, path, **same_order).is_exact and same(model, state)
+
+
+def test_bands_that_a_file_does_not_name(tmp_path, caplog):
+    """Taken as they come if there are as many, every one the mean if not; said either way."""
+    state = random_state(rtmdet_r_test)
+    path = write_openmmlab(tmp_path / "a.pth", state)
+    for transfer in (False, True):
+        model = rtmdet_r_test()
+        report = load_checkpoint(model, path, transfer=transfer, bands=("red", "green", "blue"))
+        assert same(model, state) and not report.adapted and "bands are not stated" in report.remarks[0]
+    model = rtmdet_r_test(in_channels=4)
+    report = load_checkpoint(model, path, transfer=True, bands=("red", "green", "blue", "nir"))
+    assert report.adapted == (FIRST_CONVOLUTION,) and report.remarks
+    mean = state[FIRST_CONVOLUTION].mean(dim=1, keepdim=True) * 0.75
+    torch.testing.assert_close(model.state_dict()[FIRST_CONVOLUTION], mean.expand(-1, 4, -1, -1))
+    assert caplog.text.count("bands are not stated: source_bands= (model.weights_bands in a recipe)") == 3
+
+
+def test_bands_that_contradict_the_file():
+    model = rtmdet_r_nano(num_classes=1, in_channels=4)
+    with pytest.raises(ConfigError, match="says that it is for bands red, green, blue, nir"):
+        load_checkpoint(model, "sen2ships_r", transfer=True, source_bands=("blue", "green", "red", "nir"))
+    swapped = ("blue", "green", "red", "nir")
+    with pytest.raises(WeightsError, match="'sen2ships_r' is for bands red, green, blue, nir, the network for blue"):
+        load_checkpoint(model, "sen2ships_r", bands=swapped)
+    assert load_checkpoint(model, "sen2ships_r", bands=("red", "green", "blue", "nir")).is_exact
+
+
+def test_other_names_of_as_many_classes_are_told(tmp_path, caplog):
+    path = write_openmmlab(tmp_path / "a.pth", random_state(rtmdet_test, num_classes=2), classes=("car", "ship"))
+    for transfer in (False, True):
+        report = load_checkpoint(rtmdet_test(num_classes=2), path, transfer=transfer, classes=("car", "boat"))
+        assert report.remarks == ("class 1 was 'ship' and is 'boat': its layers are kept",)
+    assert report.remarks[0] in caplog.text
+    assert load_checkpoint(rtmdet_test(num_classes=2), path, classes=("car", "ship")).is_exact
+    assert not load_checkpoint(rtmdet_test(), path, parts="backbone", classes=("car", "boat")).remarks
+
+
+def test_one_line_names_what_was_not_loaded(tmp_path, caplog):
+    path = write_openmmlab(tmp_path / "a.pth", random_state(cspnext_test, num_classes=7))
+    bands = {"bands": ("red", "nir"), "source_bands": ("red", "green", "blue")}
+    report = load_checkpoint(rtmdet_test(in_channels=2), path, parts=["backbone"], transfer=True, **bands)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (
+        line
+        == report.describe()
+        == (
+            f"{path}: {len(report.loaded)} tensors loaded; other bands, fitted: {FIRST_CONVOLUTION}; "
+            "not asked for, re-initialised: neck, bbox_head"
+        )
+    )
 
 
 def test_adapt_bands_by_hand():

@@ -1,0 +1,227 @@
+"""The model-file contract: what comes out by kind, how many rows, and how rows become Detections.
+
+All engines share it. An engine is a :class:`RowsBackend` that says how a batch becomes the graph's outputs; the rest is
+here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.boxes import regularize_le90
+from rtmdet_geo.errors import ConfigError, ModelFileError, SaturatedTileWarning
+from rtmdet_geo.masks import NUM_KERNEL_PARAMETERS, NUM_MASK_FEATURES
+from rtmdet_geo.structures import Detections, Kind, MaskKernels, MaskView, ModelKind, ModelSpec
+from rtmdet_geo.variants import MAX_CANDIDATES, STRIDES
+
+#: Sizes of an output after its batch axis; words stand for sizes that depend on the image or the classes.
+Sizes = tuple[int | str, ...]
+
+_ROWS: dict[str, Sizes] = {"boxes": ("K", 5), "scores": ("K",), "labels": ("K",)}
+#: Outputs of a model file by kind, in order, all fp32.
+OUTPUTS: dict[ModelKind, dict[str, Sizes]] = {
+    "rotated": _ROWS,
+    "horizontal": _ROWS,
+    "mask": {
+        **_ROWS,
+        "kernels": ("K", NUM_KERNEL_PARAMETERS),
+        "mask_priors": ("K", 3),
+        "mask_features": (NUM_MASK_FEATURES, "H/8", "W/8"),
+    },
+    "classification": {"scores": ("classes",)},
+}
+
+
+def rows_per_level(
+    kind: Kind, num_classes: int, height: int, width: int, *, limit: int | None = None
+) -> list[tuple[int, bool]]:
+    """Return for each level the rows that the graph keeps and whether that is fewer than it has (prior, class) pairs.
+
+    Args:
+        kind: of the model.
+        num_classes: C; 1 where a prior enters with its best class only.
+        height: of the input in px, multiple of 32.
+        width: likewise.
+        limit: rows kept per level; None is a model file's.
+
+    Example:
+        >>> rows_per_level("rotated", 1, 640, 640)
+        [(2000, True), (1600, False), (400, False)]
+    """
+    pairs = [(height // stride) * (width // stride) * num_classes for stride in STRIDES]
+    most = MAX_CANDIDATES[kind] if limit is None else limit
+    return [(min(number, most), number > most) for number in pairs]
+
+
+def count_saturated(scores: NDArray[np.float32], levels: list[tuple[int, bool]], score_threshold: float) -> int:
+    """Return the number of images of which a cut-off level's lowest row is still at or above the threshold.
+
+    Args:
+        scores: (N, K).
+        levels: see :func:`rows_per_level`; where their rows are not K, all rows are judged as one level.
+        score_threshold: in [0, 1].
+    """
+    if sum(rows for rows, _ in levels) != scores.shape[1]:
+        return int((scores.min(axis=1, initial=np.inf) >= score_threshold).sum())
+    saturated = np.zeros(len(scores), bool)
+    start = 0
+    for rows, is_cut in levels:
+        if is_cut:
+            saturated |= scores[:, start : start + rows].min(axis=1) >= score_threshold
+        start += rows
+    return int(saturated.sum())
+
+
+def rows_to_detections(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: NDArray[Any],
+    kernels: NDArray[np.float32] | None = None,
+    mask_priors: NDArray[np.float32] | None = None,
+    mask_features: NDArray[np.float32] | None = None,
+    *,
+    score_threshold: float,
+    multi_label: bool,
+    kind: Kind,
+) -> Detections:
+    """Turn one image's K rows into Detections of the tile frame, best score first.
+
+    Kept are rows with score >= ``score_threshold``, finite numbers, and w > 0 and h > 0 (the reference's
+    ``min_bbox_size=0``). Rotated boxes are regularised to le90.
+
+    The graph's rows are (prior, class) pairs. With ``multi_label=False`` only the best of a prior's rows stays. Rows of
+    kind "mask" name their prior. The others do not, but pairs of one prior share one box to the last bit, so of
+    identical boxes the one with the best score stays. Two priors that predict the very same box would be one as well,
+    which NMS would do anyway for equal classes.
+
+    Args:
+        boxes: (K, 5) float32 cx cy w h in px of the tile, angle in rad.
+        scores: (K,) in [0, 1].
+        labels: (K,), whole numbers of any dtype.
+        kernels: (K, 169), kind "mask" only.
+        mask_priors: (K, 3) x, y, stride in px, kind "mask" only.
+        mask_features: (8, h, w) of the image, kind "mask" only; copied, so that detections keep no batch alive.
+        score_threshold: in [0, 1].
+        multi_label: keep every class of a prior.
+        kind: of the model.
+
+    Raises:
+        ValueError: of kind "mask" without the numbers that masks are made of.
+    """
+    keep = (scores >= score_threshold) & (boxes[:, 2:4] > 0).all(axis=1) & np.isfinite(boxes).all(axis=1)
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(-scores[order], kind="stable")]
+    if not len(order):
+        return Detections.empty("tile", kind)
+    if not multi_label:
+        origin = np.ascontiguousarray((boxes if mask_priors is None else mask_priors)[order])
+        rows = origin.view(f"V{origin.itemsize * origin.shape[1]}").ravel()
+        order = order[np.sort(np.unique(rows, return_index=True)[1])]
+    masks = None
+    if kind == "mask":
+        if kernels is None or mask_priors is None or mask_features is None:
+            raise ValueError("instances need kernels, mask_priors and mask_features beside their boxes")
+        views = (MaskView(mask_features.copy()),)
+        masks = MaskKernels(kernels[order], mask_priors[order], views, np.zeros(len(order), np.int64))
+    chosen = regularize_le90(boxes[order]) if kind == "rotated" else boxes[order]
+    return Detections(chosen, scores[order], labels[order].astype(np.int64), "tile", kind, masks)
+
+
+class RowsBackend(ABC):
+    """An engine whose graph gives rows by the contract; see :class:`rtmdet_geo.backends.Backend`.
+
+    Args:
+        path: of the opened file, for messages.
+        spec: what it says of itself.
+        fixed_tile_size: side in px that it demands; None: any multiple of ``spec.stride_multiple``.
+    """
+
+    name: str
+
+    def __init__(self, path: Path, spec: ModelSpec, *, fixed_tile_size: int | None = None) -> None:
+        """Remember what was opened."""
+        self.path = path
+        self.spec = spec
+        self.fixed_tile_size = fixed_tile_size
+        self.num_saturated = 0
+
+    @abstractmethod
+    def raw(self, images: NDArray[np.uint8], *, multi_label: bool = True) -> tuple[NDArray[Any], ...]:
+        """Return the graph's own outputs, in the order of :data:`OUTPUTS`, for uint8 (N, C, H, W).
+
+        Args:
+            images: one batch.
+            multi_label: False allows a graph that can to return one row a prior.
+        """
+
+    def rows_per_level(self, height: int, width: int, *, multi_label: bool) -> list[tuple[int, bool]]:
+        """Return the rows of each level of :meth:`raw`, see :func:`rows_per_level`."""
+        return rows_per_level(self.spec.object_kind, len(self.spec.classes), height, width)
+
+    def run(
+        self, batches: Iterable[NDArray[np.uint8]], *, score_threshold: float, multi_label: bool = False
+    ) -> Iterator[list[Detections]]:
+        """Yield for each uint8 (N, C, H, W) batch one Detections per image; ``num_saturated`` counts up meanwhile.
+
+        Raises:
+            ConfigError: a batch has another dtype, number of channels or side than the model takes.
+            ModelFileError: a score is not finite.
+        """
+        for images in batches:
+            self.check_batch(images)
+            outputs = self.raw(images, multi_label=multi_label)
+            scores = outputs[1]
+            if not np.isfinite(scores).all():
+                raise ModelFileError(
+                    f"{str(self.path)!r} returns no numbers as scores; the file is damaged: copy or export it again"
+                )
+            levels = self.rows_per_level(images.shape[2], images.shape[3], multi_label=multi_label)
+            self.num_saturated += count_saturated(scores, levels, score_threshold)
+            yield [
+                rows_to_detections(
+                    *rows, score_threshold=score_threshold, multi_label=multi_label, kind=self.spec.object_kind
+                )
+                for rows in zip(*outputs, strict=True)
+            ]
+
+    def predict(
+        self, images: NDArray[np.uint8], *, score_threshold: float, multi_label: bool = False
+    ) -> list[Detections]:
+        """Return one Detections per image of one uint8 (N, C, H, W) batch; warns when an image is saturated."""
+        before = self.num_saturated
+        result = next(iter(self.run([images], score_threshold=score_threshold, multi_label=multi_label)))
+        if self.num_saturated > before:
+            warnings.warn(
+                f"{self.num_saturated - before} of {len(images)} images hold more candidates above score "
+                f"{score_threshold:g} than the model returns; raise score_threshold",
+                SaturatedTileWarning,
+                stacklevel=2,
+            )
+        return result
+
+    def check_batch(self, images: NDArray[np.uint8]) -> None:
+        """Refuse a batch that the model cannot take.
+
+        Raises:
+            ConfigError: another dtype, number of channels or side.
+        """
+        multiple = self.spec.stride_multiple
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != len(self.spec.bands):
+            raise ConfigError(
+                f"a batch must be uint8 (N, {len(self.spec.bands)}, H, W), not {images.dtype} {images.shape}"
+            )
+        height, width = images.shape[2:]
+        if self.fixed_tile_size is not None and (height, width) != (self.fixed_tile_size, self.fixed_tile_size):
+            raise ConfigError(
+                f"{self.path.name!r} takes tiles of {self.fixed_tile_size} x {self.fixed_tile_size} px only, "
+                f"not {height} x {width}"
+            )
+        if height % multiple or width % multiple or not height or not width:
+            raise ConfigError(f"tile sides must be multiples of {multiple} px, not {height} x {width}")

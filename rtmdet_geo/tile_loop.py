@@ -1,0 +1,196 @@
+"""Every tile of a scene through an engine: settings that are checked first, then read, run, filter, reduce, forget."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.backends import Backend
+from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
+from rtmdet_geo.merge import MASK_THRESHOLD, tile_survivors
+from rtmdet_geo.scene import Scene
+from rtmdet_geo.stitch import Pieces
+from rtmdet_geo.structures import Detections, ModelSpec, Tile
+from rtmdet_geo.tiles import TileGrid
+from rtmdet_geo.views import pad
+
+
+@dataclass(frozen=True, slots=True)
+class TileSettings:
+    """How tiles are cut and what is kept of what an engine finds in them; :meth:`of` checks them.
+
+    Attributes:
+        tile_size: side in px of the model's resolution.
+        overlap: px that neighbours share.
+        batch_size: tiles per call of the engine.
+        score_threshold: least score, in [0, 1].
+        iou_threshold: of NMS, in [0, 1].
+        mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
+        class_ids: labels to keep; None: all.
+        multi_label: several classes for one place are several detections.
+    """
+
+    tile_size: int
+    overlap: int
+    batch_size: int
+    score_threshold: float
+    iou_threshold: float
+    mask_threshold: float
+    class_ids: tuple[int, ...] | None
+    multi_label: bool
+
+    @classmethod
+    def of(
+        cls,
+        engine: Backend,
+        *,
+        score_threshold: float | None = None,
+        iou_threshold: float | None = None,
+        mask_threshold: float = MASK_THRESHOLD,
+        tile_size: int | None = None,
+        overlap: int | None = None,
+        batch_size: int = 1,
+        classes: Sequence[str] | None = None,
+        multi_label: bool = False,
+    ) -> TileSettings:
+        """Fill in what the model says for what is None, and check every value.
+
+        Raises:
+            ConfigError: a value is outside its range, or the engine cannot do it.
+            UnknownClassError: ``classes`` names what the model does not know.
+        """
+        spec = engine.spec
+        score = spec.score_threshold if score_threshold is None else score_threshold
+        iou = spec.iou_threshold if iou_threshold is None else iou_threshold
+        for name, value in (("score_threshold", score), ("iou_threshold", iou)):
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name}={value!r} must be in [0, 1]")
+        if not 0 < mask_threshold < 1:
+            raise ConfigError(f"mask_threshold={mask_threshold!r} must be in (0, 1)")
+        size = (engine.fixed_tile_size or spec.tile_size) if tile_size is None else tile_size
+        if size < spec.stride_multiple or size % spec.stride_multiple:
+            raise ConfigError(f"tile_size={size} px must be a multiple of {spec.stride_multiple}")
+        if engine.fixed_tile_size is not None and size != engine.fixed_tile_size:
+            raise ConfigError(
+                f"model {spec.name!r} takes tiles of {engine.fixed_tile_size} px only; leave tile_size out"
+            )
+        shared = min(spec.overlap, size // 2) if overlap is None else overlap
+        if not 0 <= shared < size:
+            raise ConfigError(f"overlap={shared} px must be at least 0 and below tile_size={size} px")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        labels = _labels(spec, classes)
+        return cls(size, shared, batch_size, score, iou, mask_threshold, labels, multi_label)
+
+
+def _labels(spec: ModelSpec, classes: Sequence[str] | None) -> tuple[int, ...] | None:
+    if classes is None:
+        return None
+    unknown = [name for name in classes if name not in spec.classes]
+    if unknown:
+        raise UnknownClassError(
+            f"model {spec.name!r} knows no class {unknown[0]!r}; it knows {', '.join(spec.classes)}"
+        )
+    return tuple(spec.classes.index(name) for name in classes)
+
+
+@dataclass(slots=True)
+class TileResults:
+    """What is left of all tiles.
+
+    Attributes:
+        num_tiles: tiles done.
+        num_empty_tiles: those without a valid pixel, which were not run.
+        parts: survivors of NMS and border rule of each tile that has any.
+    """
+
+    num_tiles: int = 0
+    num_empty_tiles: int = 0
+    parts: list[Pieces] = field(default_factory=list)
+
+
+def run_tiles(
+    source: Scene,
+    grid: TileGrid,
+    engine: Backend,
+    settings: TileSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> TileResults:
+    """Read, run and reduce every tile; pixels and raw candidates of one batch are in memory at a time.
+
+    Args:
+        source: open scene.
+        grid: tiles over it.
+        engine: what runs them.
+        settings: checked by :meth:`TileSettings.of`.
+        progress: called with (tiles done, tiles in all).
+        cancelled: asked before each tile.
+
+    Raises:
+        Cancelled: the caller's wish.
+    """
+    results = TileResults()
+    in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()
+    # As little padding as the engine takes: channel attention averages over the whole input, grey included.
+    fixed = engine.fixed_tile_size
+    shape = (fixed, fixed) if fixed is not None else grid.padded_shape(engine.spec.stride_multiple)
+    if progress is not None:
+        progress(0, len(grid))
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        images: list[NDArray[np.uint8]] = []
+        for tile in grid:
+            if cancelled is not None and cancelled():
+                raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
+            pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
+            if not valid.any():
+                finish(tile, None)
+                results.num_empty_tiles += 1
+                continue
+            images.append(pad(pixels, shape))
+            in_flight.append((tile, valid))
+            if len(images) == settings.batch_size:
+                yield np.stack(images)
+                images = []
+        if images:
+            yield np.stack(images)
+
+    def finish(tile: Tile, detections: Detections | None) -> None:
+        if detections is not None and len(detections):
+            survivors = tile_survivors(
+                detections,
+                tile,
+                grid,
+                iou_threshold=settings.iou_threshold,
+                mask_threshold=settings.mask_threshold,
+                input_shape=shape,
+            )
+            results.parts.append(survivors)
+        results.num_tiles += 1
+        if progress is not None:
+            progress(results.num_tiles, len(grid))
+
+    found = engine.run(batches(), score_threshold=settings.score_threshold, multi_label=settings.multi_label)
+    for batch in found:
+        for detections in batch:
+            tile, valid = in_flight.popleft()
+            finish(tile, _filter(detections, valid, settings.class_ids))
+    return results
+
+
+def _filter(detections: Detections, valid: NDArray[np.bool_], class_ids: tuple[int, ...] | None) -> Detections:
+    """Keep detections of the wanted classes whose centre lies on a valid pixel (valid: (h, w), tile px)."""
+    height, width = valid.shape
+    columns, rows = np.floor(detections.boxes[:, 0]), np.floor(detections.boxes[:, 1])
+    keep = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    keep[keep] = valid[rows[keep].astype(np.intp), columns[keep].astype(np.intp)]
+    if class_ids is not None:
+        keep &= np.isin(detections.labels, class_ids)
+    return detections.select(keep)

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from rasters import write_raster
 
 from rtmdet_geo import classify as pipeline
+from rtmdet_geo.backends import open_backend
 from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
 from rtmdet_geo.classify import Classification, classify_file, classify_image, classify_scene
@@ -206,10 +207,10 @@ def test_what_is_no_classifier_is_refused(monkeypatch, tmp_path, name, error, pa
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"output": "probabilities"}, r"output 'scores' fp32 \(N, classes\)"),
-        ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"output 'scores' fp32 \(N, 2\)"),
-        ({"shape": ("N", 3, 64, 64)}, "input 'images' uint8"),
-        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "contradicts itself"),
+        ({"output": "probabilities"}, "it lacks output 'scores'"),
+        ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"'scores' has the shape .*wants \(N, 2\)"),
+        ({"shape": ("N", 3, 64, 64)}, r"'images' has the shape .*wants \(N, 3, 32, 32\)"),
+        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "4 channels.* 3 bands"),
         ({"shape": (1, 3, "H", "W")}, "with any N"),
         ({"has_spec": False}, "model_spec"),
         ({"spec": classifier_spec(kind="rotated")}, "rtmdet-geo detect"),
@@ -228,6 +229,25 @@ def test_scores_that_are_no_probabilities(tmp_path, changes):
     classifier = open_classifier(write_classifier(tmp_path / "broken.onnx", **changes))
     with pytest.raises(ModelFileError, match="no probabilities"):
         classifier.predict(np.zeros((1, 3, SIDE, SIDE), np.uint8))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tile_size", [None, SIDE])
+def test_exported_classifier(tmp_path, tile_size):
+    """What export writes gives what the weights give."""
+    from rtmdet_geo.export import export_model
+
+    weights = write_network(tmp_path / "greys.safetensors")
+    export_model(weights, tmp_path / "greys.onnx", tile_size=tile_size)
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, SIDE, SIDE), dtype=np.uint8)
+    one, other = (open_classifier(path).predict(images) for path in (weights, tmp_path / "greys.onnx"))
+    assert one.std() > 0.01
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_detectors_engines_refuse_classifiers(greys):
+    with pytest.raises(ModelFileError, match="rtmdet-geo classify"):
+        open_backend(greys)
 
 
 def test_damaged_files(tmp_path, greys):

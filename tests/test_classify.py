@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -31,6 +32,7 @@ from hypothesis import strategies as st
 from rasters import write_raster
 
 from rtmdet_geo import classify as pipeline
+from rtmdet_geo.backends import open_backend
 from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
 from rtmdet_geo.classify import Classification, classify_file, classify_image, classify_scene
@@ -44,10 +46,12 @@ from rtmdet_geo.errors import (
     NotGeoreferencedWarning,
     OutputError,
     RasterError,
+    ResolutionWarning,
     UnknownModelError,
     WeightsError,
 )
 from rtmdet_geo.preprocess import crop_centre, resize_bicubic
+from rtmdet_geo.structures import StretchSpec
 
 TRANSFORM = Affine(10.0, 0.0, 500_000.0, 0.0, -10.0, 4_500_000.0)
 DARK, BRIGHT = 40, 160
@@ -203,10 +207,10 @@ def test_what_is_no_classifier_is_refused(monkeypatch, tmp_path, name, error, pa
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"output": "probabilities"}, r"output 'scores' fp32 \(N, classes\)"),
-        ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"output 'scores' fp32 \(N, 2\)"),
-        ({"shape": ("N", 3, 64, 64)}, "input 'images' uint8"),
-        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "contradicts itself"),
+        ({"output": "probabilities"}, "it lacks output 'scores'"),
+        ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"'scores' has the shape .*wants \(N, 2\)"),
+        ({"shape": ("N", 3, 64, 64)}, r"'images' has the shape .*wants \(N, 3, 32, 32\)"),
+        ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "4 channels.* 3 bands"),
         ({"shape": (1, 3, "H", "W")}, "with any N"),
         ({"has_spec": False}, "model_spec"),
         ({"spec": classifier_spec(kind="rotated")}, "rtmdet-geo detect"),
@@ -225,6 +229,25 @@ def test_scores_that_are_no_probabilities(tmp_path, changes):
     classifier = open_classifier(write_classifier(tmp_path / "broken.onnx", **changes))
     with pytest.raises(ModelFileError, match="no probabilities"):
         classifier.predict(np.zeros((1, 3, SIDE, SIDE), np.uint8))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tile_size", [None, SIDE])
+def test_exported_classifier(tmp_path, tile_size):
+    """What export writes gives what the weights give."""
+    from rtmdet_geo.export import export_model
+
+    weights = write_network(tmp_path / "greys.safetensors")
+    export_model(weights, tmp_path / "greys.onnx", tile_size=tile_size)
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, SIDE, SIDE), dtype=np.uint8)
+    one, other = (open_classifier(path).predict(images) for path in (weights, tmp_path / "greys.onnx"))
+    assert one.std() > 0.01
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_detectors_engines_refuse_classifiers(greys):
+    with pytest.raises(ModelFileError, match="rtmdet-geo classify"):
+        open_backend(greys)
 
 
 def test_damaged_files(tmp_path, greys):
@@ -479,7 +502,7 @@ def test_scene_without_data_or_without_likely_classes(greys, tmp_path):
     assert len(layer) == 0 and layer.crs == "EPSG:32630" and "top2_name" in layer.columns
     unsure = write_scene(tmp_path / "unsure.tif", np.full((50, 50), 100, np.uint8))
     assert len(classify_scene(unsure, model=greys, score_threshold=0.6)) == 0
-    assert classify_scene(unsure, model=greys).features["score"].tolist() == [0.5] * 4
+    assert classify_scene(unsure, model=greys, score_threshold=0.5).features["score"].tolist() == [0.5] * 4
 
 
 def test_resolution_of_the_model(tmp_path):
@@ -491,6 +514,22 @@ def test_resolution_of_the_model(tmp_path):
     assert result.features.total_bounds.tolist() == [500_000, 4_498_700, 501_300, 4_500_000]
     assert result.features["gsd_m"].tolist() == [10.0] * 9
     assert result.features.geometry.iloc[0].bounds == (500_000, 4_499_360, 500_640, 4_500_000)
+
+
+def test_stretch_and_training_resolution_of_the_model(tmp_path):
+    """Reflectances 0 to .2 become 0 to 255; a scene that is far from the model's 40 m yet like its training scenes."""
+    stretch = StretchSpec(kind="fixed", low=0.0, high=0.2)
+    values = np.broadcast_to(np.uint16(1000), (3, 32, 32))
+    scene = write_raster(tmp_path / "a.tif", values, transform=TRANSFORM, colours=("red", "green", "blue"))
+    for number, trained in enumerate([(8.0, 12.0), None]):
+        spec = classifier_spec(stretch=stretch, gsd_m=40.0, trained_gsd_m=trained)
+        path = write_classifier(tmp_path / f"{number}.onnx", spec)
+        with pytest.warns(ResolutionWarning) if trained is None else contextlib.nullcontext():
+            result = classify_scene(scene, model=path, chip_size=8)
+        score = expected_scores(np.full((1, 3, 1, 1), 128, np.uint8))[0, 1]  # .1 of .2 is 127.5, half to even
+        assert result.features["score"].tolist() == pytest.approx([score], abs=0.03)
+        assert result.features["class_name"].tolist() == ["bright"]
+        assert result.summary["stretch"]["kind"] == "fixed"
 
 
 def test_without_crs(greys, tmp_path):

@@ -149,6 +149,8 @@ def test_errors_are_one_line(greys, scene, photos, tmp_path):
         assert (result.exit_code, result.stdout) == (1, ""), words
         (line,) = result.stderr.splitlines()
         assert line.startswith("rtmdet-geo: error: ") and part in line
+    result = run("detect", scene, "-m", greys, "-o", tmp_path / "a.gpkg")
+    assert result.exit_code == 1 and "rtmdet-geo classify" in result.stderr
     result = run("classify", photos[0], "-m", greys, "-o", tmp_path / "a.gpkg", "--dst-crs", "EPSG:4326")
     assert result.exit_code == 1 and "no CRS" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "a.gpkg").exists()

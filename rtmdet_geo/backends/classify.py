@@ -110,7 +110,7 @@ class OnnxClassifier:
         self.path = Path(path)
         _refuse_detector(read_spec(self.path), self.path)
         self._session, self.spec = open_session(self.path, threads=threads)
-        _check_signature(self._session, self.spec, self.path)
+        _check_sizes(self._session, self.spec, self.path)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
@@ -167,40 +167,23 @@ def _refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_signature(session: Any, spec: ModelSpec, path: Path) -> None:
-    """Compare the file's input and output with the contract and with its own spec.
+def _check_sizes(session: Any, spec: ModelSpec, path: Path) -> None:
+    """Compare the sizes of the file's input and output with its own spec; ``open_session`` has checked the rest.
 
     Raises:
-        ModelFileError: naming every part of the contract that the file lacks.
+        ModelFileError: they contradict each other, or the number of images is fixed.
     """
-    inputs, outputs = session.get_inputs(), {item.name: item for item in session.get_outputs()}
-    wanted = (None, len(spec.bands), spec.tile_size, spec.tile_size)
-    missing = []
-    if len(inputs) != 1 or inputs[0].name != "images" or not _fits(inputs[0], "tensor(uint8)", wanted):
-        missing.append(
-            f"input 'images' uint8 (N, {', '.join(map(str, wanted[1:]))}) with any N (it has {_listed(inputs)})"
+    wanted = {"images": (len(spec.bands), spec.tile_size, spec.tile_size), "scores": (len(spec.classes),)}
+    for item in (*session.get_inputs(), *(item for item in session.get_outputs() if item.name == "scores")):
+        number, *sizes = item.shape  # sizes that are open have a name, or none
+        is_same = all(
+            not isinstance(size, int) or size == one for size, one in zip(sizes, wanted[item.name], strict=True)
         )
-    classes = len(spec.classes)
-    if "scores" not in outputs or not _fits(outputs["scores"], "tensor(float)", (None, classes)):
-        missing.append(f"output 'scores' fp32 (N, {classes}) (it has {_listed(outputs.values())})")
-    if missing:
-        raise ModelFileError(
-            f"{str(path)!r} does not follow the model-file contract of classifiers; it lacks {'; '.join(missing)}; "
-            "export the model with `rtmdet-geo export`"
-        )
-
-
-def _fits(item: Any, dtype: str, sizes: tuple[int | None, ...]) -> bool:
-    """Whether a tensor has this type and these sizes; a size of the file may be open, None must be."""
-    return (
-        item.type == dtype
-        and len(item.shape) == len(sizes)
-        and all(not isinstance(found, int) or found == size for found, size in zip(item.shape, sizes, strict=True))
-    )
-
-
-def _listed(items: Any) -> str:
-    return ", ".join(f"{item.name} {item.type} {item.shape}" for item in items)
+        if isinstance(number, int) or not is_same:
+            raise ModelFileError(
+                f"{str(path)!r} contradicts itself: {item.name!r} has the shape {item.shape}, its model_spec wants "
+                f"(N, {', '.join(map(str, wanted[item.name]))}) with any N; export it again"
+            )
 
 
 def _check_batch(images: NDArray[np.uint8], spec: ModelSpec) -> None:

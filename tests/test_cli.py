@@ -453,7 +453,7 @@ def test_export_and_its_verdict(weights, tmp_path, monkeypatch):
     assert "equals torch" in result.stdout
     assert catalog.read_spec(tmp_path / "mine.onnx").score_threshold == 0.4
     assert "--overwrite" in error_line(run("export", weights, "-o", tmp_path / "mine.onnx"))
-    monkeypatch.setattr(export, "SCORE_TOLERANCE", -1.0)
+    monkeypatch.setattr(export, "TOLERANCES", export.Differences(scores=-1.0))
     assert "differs from torch" in error_line(run("export", weights, "-o", tmp_path / "bad.onnx"), code=3)
     assert not (tmp_path / "bad.onnx").exists()
     assert "nosuch" in error_line(run("export", tmp_path / "nosuch.safetensors", "-o", tmp_path / "b.onnx"))

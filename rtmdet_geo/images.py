@@ -390,8 +390,9 @@ class _ArraySource:
         """Return one (h, w) array per band, decimated to ``out_shape`` where it is given."""
         window = self.image[y : y + height, x : x + width]
         if out_shape is not None:
-            rows, columns = (
-                np.arange(size) * side // size for size, side in zip(out_shape, (height, width), strict=True)
+            rows, columns = (  # the pixels at the cells' centres, as GDAL's nearest
+                (2 * np.arange(size) + 1) * side // (2 * size)
+                for size, side in zip(out_shape, (height, width), strict=True)
             )
             window = window[rows[:, None], columns]
         return [np.ascontiguousarray(window[..., index - 1]) for index in indexes], None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from rtmdet_geo.checkpoints import CHECKPOINTS, download_checkpoint
+from rtmdet_geo.checkpoints import CHECKPOINTS, Checkpoint, download_checkpoint
 from rtmdet_geo.errors import ModelFileError, UnknownModelError
 from rtmdet_geo.variants import VARIANTS
 
@@ -95,13 +95,15 @@ def list_models() -> list[CatalogEntry]:
 
 
 def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
-    """Return the model file that a catalogue name or a path stands for; None is the bundled default model.
+    """Return the file that a name or a path stands for, to be opened by an engine; None is the bundled default model.
 
-    A catalogue name wins over a file of the same name in the working directory; write ``./NAME`` for the file.
+    That is a model file, or weights for the torch engine. Published weights that are not in the cache are downloaded. A
+    catalogue name wins over a file of the same name in the working directory; write ``./NAME`` for the file.
 
     Raises:
-        UnknownModelError: it is no name of the catalogue and no path; the message lists near names.
+        UnknownModelError: it is no name of a model or of weights and no path; the message lists near names.
         ModelFileError: it is a path and there is no file, or the bundled file is missing.
+        DownloadError, ChecksumError: see :func:`rtmdet_geo.cache.download`.
 
     Example:
         >>> find_model("sen2ships_r").name
@@ -115,16 +117,19 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
                 f"model {text!r} should lie at {str(entry.path)!r} but does not; reinstall rtmdet-geo or pass a path"
             )
         return entry.path
+    if text in CHECKPOINTS:
+        return find_weights(text)
     path = Path(text)
     if path.is_file():
         return path
-    if path.suffix.lower() in MODEL_SUFFIXES or len(path.parts) > 1 or path.is_dir():
+    if path.suffix.lower() in {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES} or len(path.parts) > 1 or path.is_dir():
         what = "a folder, not a model file" if path.is_dir() else "not there"
         raise ModelFileError(f"model file {text!r} is {what}; see `rtmdet-geo models list` for names")
-    if text in CHECKPOINTS or text in VARIANTS:
-        what = "published weights" if text in CHECKPOINTS else "a network to train"
-        raise UnknownModelError(f"{text!r} is {what}, not a model file; export its weights first (`rtmdet-geo export`)")
-    near = difflib.get_close_matches(text, CATALOG, n=3, cutoff=0.4)
+    if text in VARIANTS:
+        trained = [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.variant == text]
+        hint = f"published weights for it: {', '.join(trained)}" if trained else "train it (`rtmdet-geo train`)"
+        raise UnknownModelError(f"{text!r} is a network to train, not a trained model; {hint}")
+    near = difflib.get_close_matches(text, [*CATALOG, *CHECKPOINTS], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(sorted(CATALOG))}"
     raise UnknownModelError(f"no model is named {text!r} and no file has that path; {hint}")
 
@@ -163,6 +168,30 @@ def find_spec(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     """
     text = os.fspath(name_or_path)
     return CHECKPOINTS[text].spec() if text in CHECKPOINTS else read_spec(find_weights(text))
+
+
+def find_published(path: str | os.PathLike[str]) -> Checkpoint | None:
+    """Return the published checkpoint that a file is by its name, downloaded or converted; None: none of them."""
+    name = Path(path).name
+    for checkpoint in CHECKPOINTS.values():
+        if name in (checkpoint.file_name, checkpoint.converted_path.name):
+            return checkpoint
+    return None
+
+
+def known_spec(path: str | os.PathLike[str]) -> ModelSpec | None:
+    """Return what a model file or weights file is known to be without loading it; None: weights that do not say.
+
+    Raises:
+        ModelFileError: the file is missing or corrupt, or is an ONNX file without a valid ``model_spec``.
+    """
+    published = find_published(path)
+    if published is not None:
+        return published.spec()
+    suffix = Path(path).suffix.lower()
+    if suffix in WEIGHTS_SUFFIXES and (suffix != ".safetensors" or SPEC_KEY not in read_metadata(path)):
+        return None
+    return read_spec(path)
 
 
 def count_stored_parameters(path: str | os.PathLike[str]) -> int:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
-from rtmdet_geo.backends.onnxrt import open_session
+from rtmdet_geo.backends.onnxrt import open_model_file
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, OutputError
 from rtmdet_geo.models.classifier import ClassificationGraph
 from rtmdet_geo.models.decode import DetectionGraph
-from rtmdet_geo.models.weights import build_from_weights, fuse_batch_norm, weights_sha256
+from rtmdet_geo.models.identify import load_network
+from rtmdet_geo.models.weights import fuse_batch_norm, weights_sha256
 from rtmdet_geo.outputs import check_folder, staged_output
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.variants import MAX_CANDIDATES
@@ -72,6 +73,7 @@ def export_model(
     out: str | os.PathLike[str],
     *,
     spec: ModelSpec | None = None,
+    score_threshold: float | None = None,
     half_weights: bool = False,
     tile_size: int | None = None,
     verify: bool = True,
@@ -80,11 +82,13 @@ def export_model(
     """Write a model file (.onnx) and check it against torch.
 
     Args:
-        model: an RTMDet of any kind or a CSPNeXtClassifier; or a safetensors file written by training (its ModelSpec is
-            inside), or a name of published weights.
+        model: an RTMDet of any kind or a CSPNeXtClassifier; or weights: a safetensors file written by training (its
+            ModelSpec is inside), a name of published ones, another program's file (see
+            :func:`rtmdet_geo.models.identify.load_network`).
         out: file to write; written under a temporary name and renamed after the check.
         spec: what the file says of itself; needed with a module, replaces the file's own with a path. ``K``, the
             weights' SHA-256 and the exporter are filled in here.
+        score_threshold: default of detect that the file names; None is the spec's.
         half_weights: store convolution weights as fp16 with a cast to fp32, so that the file has half the size and
             the arithmetic stays fp32. onnxruntime folds the casts when it loads the file.
         tile_size: fix H and W of the input to this many px (for engines that want static shapes); None leaves them
@@ -108,6 +112,10 @@ def export_model(
     target = Path(out)
     _check_target(target, overwrite)
     network, spec = _load(model, spec)
+    if score_threshold is not None:
+        if not 0 <= score_threshold <= 1:
+            raise ConfigError(f"score_threshold={score_threshold!r} must be in [0, 1]")
+        spec = spec.model_copy(update={"score_threshold": score_threshold})
     _check_spec(network, spec, tile_size)
     sha256 = weights_sha256(network.state_dict())
     network = fuse_batch_norm(network).cpu()
@@ -157,7 +165,7 @@ def verify_export(
     Raises:
         ExportMismatchError: a difference exceeds TOLERANCES, or the shapes differ.
     """
-    session, spec = open_session(path)
+    session, spec = open_model_file(path)
     names = list(OUTPUTS[spec.kind])
     compare: Callable[..., Differences] = _compare_rows if spec.kind != "classification" else _compare_probabilities
     worst = Differences()
@@ -219,7 +227,7 @@ def _load(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None) -> 
         if spec is None:
             raise ConfigError("export_model needs spec= when it gets a network instead of a weights file")
         return model, spec
-    network, own_spec = build_from_weights(model)
+    network, own_spec = load_network(model)
     return network, spec if spec is not None else own_spec
 
 

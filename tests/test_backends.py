@@ -13,9 +13,10 @@ from onnx import TensorProto, helper
 from synthetic import make_spec, small_model
 
 from rtmdet_geo.backends import BACKEND_NAMES, Backend, open_backend, require_package
-from rtmdet_geo.backends.contract import rows_per_level, rows_to_detections
+from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level, rows_to_detections
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.errors import ConfigError, MissingDependencyError, ModelFileError, SaturatedTileWarning
+from rtmdet_geo.export import make_check_tiles
 from rtmdet_geo.structures import Kind
 
 
@@ -28,10 +29,11 @@ def write_model(
     outputs: tuple[str, ...] = ("boxes", "scores", "labels"),
     metadata: dict[str, str] | None = None,
     rows: np.ndarray | None = None,
+    box_numbers: int = 5,
 ) -> Path:
     """Write a graph by the contract that answers the same rows (K, 7: box, score, label) to every image."""
     rows = np.zeros((1, 7), np.float32) if rows is None else np.asarray(rows, np.float32)
-    columns = {"boxes": rows[:, :5], "scores": rows[:, 5], "labels": rows[:, 6]}
+    columns = {"boxes": rows[:, :box_numbers], "scores": rows[:, 5], "labels": rows[:, 6]}
     nodes = [
         helper.make_node("Shape", [input_name], ["number"], start=0, end=1),
         helper.make_node("Constant", [], ["zero"], value_int=0),
@@ -124,6 +126,69 @@ def test_rows_property(number, num_classes, threshold, seed):
         assert (np.abs(found.boxes[:, 4]) <= np.pi / 2 + 1e-6).all()
 
 
+def instance_rows() -> tuple[np.ndarray, ...]:
+    """Four rows of three priors (the first and the third row are of one), 64 px image."""
+    boxes = np.array([[8, 8, 4, 6, 0], [16, 8, 4, 6, 0], [8, 8, 4, 6, 0], [8, 8, 4, 6, 0]], np.float32)
+    scores, labels = np.array([0.9, 0.2, 0.8, 0.7], np.float32), np.array([1, 0, 0, 1], np.float32)
+    kernels = np.repeat(np.arange(4, dtype=np.float32)[:, None], 169, axis=1)
+    priors = np.array([[8, 8, 8], [16, 8, 8], [8, 8, 8], [0, 0, 32]], np.float32)
+    return boxes, scores, labels, kernels, priors, np.ones((8, 8, 8), np.float32)
+
+
+def test_instances_by_hand():
+    """Kernels and priors of the rows that pass; one view, the picture itself; nothing that keeps a batch alive."""
+    rows = instance_rows()
+    every = rows_to_detections(*rows, score_threshold=0.3, multi_label=True, kind="mask")
+    assert every.kind == "mask" and every.labels.tolist() == [1, 0, 1]
+    assert every.masks.kernels[:, 0].tolist() == [0, 2, 3]
+    np.testing.assert_array_equal(every.masks.priors, rows[4][[0, 2, 3]])
+    (view,) = every.masks.views
+    assert (view.step_x, view.step_y, view.flip_x, view.flip_y) == (1, 1, False, False)
+    assert every.masks.view_index.tolist() == [0, 0, 0] and every.masks.view_index.dtype == np.int64
+    np.testing.assert_array_equal(view.features, rows[5])
+    for copied, original in ((view.features, rows[5]), (every.masks.kernels, rows[3]), (every.masks.priors, rows[4])):
+        assert copied.base is None and not np.shares_memory(copied, original)
+
+
+def test_instances_one_label_a_prior():
+    """Identical boxes of two priors are two instances: their masks differ."""
+    one = rows_to_detections(*instance_rows(), score_threshold=0.3, multi_label=False, kind="mask")
+    assert one.labels.tolist() == [1, 1] and one.masks.kernels[:, 0].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("kind", ["rotated", "horizontal", "mask"])
+def test_nothing_above_the_threshold(kind):
+    rows = instance_rows() if kind == "mask" else instance_rows()[:3]
+    found = rows_to_detections(*rows, score_threshold=0.95, multi_label=False, kind=kind)
+    assert len(found) == 0 and found.kind == kind and found.masks is None
+
+
+def test_instances_need_their_kernels():
+    with pytest.raises(ValueError, match="kernels"):
+        rows_to_detections(*instance_rows()[:3], score_threshold=0.3, multi_label=False, kind="mask")
+
+
+@pytest.mark.parametrize("kind", ["horizontal", "mask"])
+def test_model_files_of_other_kinds_run(kind):
+    backend = open_backend(small_model(kind), threads=1)
+    tiles = make_check_tiles(2, 3, 96, seed=2)
+    found = backend.predict(tiles, score_threshold=0.2)
+    raw = dict(zip(OUTPUTS[kind], backend.raw(tiles), strict=True))
+    assert isinstance(backend, Backend) and len(found) == 2
+    for image, detections in enumerate(found):
+        assert detections.kind == kind and len(detections) > 3 and (detections.boxes[:, 4] == 0).all()
+        assert (detections.boxes[:, 2] < detections.boxes[:, 3]).any()  # w lies along x, it is not the long side
+        if kind == "mask":
+            assert detections.masks.kernels.shape == (len(detections), 169)
+            np.testing.assert_array_equal(detections.masks.views[0].features, raw["mask_features"][image])
+    assert (found[0].masks is not None) == (kind == "mask")
+
+
+def test_classifier_is_refused():
+    with pytest.raises(ModelFileError, match=r"small_classification\.onnx.*rtmdet-geo classify"):
+        open_backend(small_model("classification"))
+
+
 @pytest.mark.parametrize("kind,limit", [("rotated", 2000), ("mask", 1000), ("horizontal", 3840)])
 def test_rows_per_level_formula(kind: Kind, limit: int):
     assert rows_per_level(kind, 2, 1024, 512) == [
@@ -184,7 +249,17 @@ def test_protocol_and_spec():
         ({"input_type": TensorProto.FLOAT}, "input 'images' uint8"),
         ({"input_name": "input"}, "input 'images' uint8"),
         ({"outputs": ("boxes", "scores")}, "output 'labels'"),
-        ({"outputs": ("dets", "scores", "labels")}, "output 'boxes' fp32"),
+        ({"outputs": ("dets", "scores", "labels")}, r"output 'boxes' fp32 \(N, K, 5\)"),
+        (
+            {"metadata": {"model_spec": make_spec(kind="mask").model_dump_json()}},
+            r"lacks output 'kernels' fp32 \(N, K, 169\); output 'mask_priors' fp32 \(N, K, 3\); "
+            r"output 'mask_features' fp32 \(N, 8, H/8, W/8\);",
+        ),
+        (
+            {"metadata": {"model_spec": make_spec(kind="classification").model_dump_json()}, "outputs": ("boxes",)},
+            r"lacks output 'scores' fp32 \(N, classes\);",
+        ),
+        ({"box_numbers": 4}, r"lacks output 'boxes' fp32 \(N, K, 5\);"),
         ({"metadata": {}}, "metadata key 'model_spec'"),
         ({"metadata": {"model_spec": '{"name": 3}'}}, "invalid at name"),
         ({"channels": 4}, "4 channels"),
@@ -241,6 +316,8 @@ def test_wrong_names():
         open_backend(small_model(), device="cuda")
     with pytest.raises(ConfigError, match="threads"):
         open_backend(small_model(), threads=0)
+    with pytest.raises(ConfigError, match="candidates"):
+        open_backend(small_model(), candidates=5)
 
 
 def test_missing_package_names_the_extra():

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -21,10 +22,13 @@ from rtmdet_geo import catalog, class_names
 from rtmdet_geo.catalog import (
     CATALOG,
     DEFAULT_MODEL,
+    WEIGHTS_SUFFIXES,
     count_stored_parameters,
     file_sha256,
     find_model,
+    find_published,
     find_weights,
+    known_spec,
     list_models,
     read_metadata,
     read_spec,
@@ -127,7 +131,6 @@ def test_random_bytes_never_crash(tmp_path_factory, data):
 
 
 def test_safetensors_header(tmp_path):
-    import numpy as np
     from safetensors.numpy import save_file
 
     path = tmp_path / "w.safetensors"
@@ -178,10 +181,46 @@ def test_published_weights_to_start_from(tmp_path, monkeypatch):
     assert find_weights("rtmdet_s_coco") == converted and len(fetched) == 1
 
 
-@pytest.mark.parametrize(("name", "what"), [("rtmdet_s_coco", "published weights"), ("rtmdet_s", "a network to train")])
-def test_weights_and_networks_are_no_model_files(name, what):
-    with pytest.raises(UnknownModelError, match=what):
+def test_published_weights_are_models_for_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTMDET_GEO_CACHE", str(tmp_path))
+    fetched = []
+    monkeypatch.setattr(catalog, "download_checkpoint", lambda name: fetched.append(name) or Path("x.pth"))
+    assert find_model("rtmdet_s_coco") == Path("x.pth") and fetched == ["rtmdet_s_coco"]
+    for suffix in WEIGHTS_SUFFIXES:
+        path = tmp_path / f"mine{suffix}"
+        with pytest.raises(ModelFileError, match="not there"):
+            find_model(path.name)
+        path.write_bytes(b"")
+        assert find_model(path) == path
+    with pytest.raises(UnknownModelError, match="did you mean 'rtmdet_s_coco'"):
+        find_model("rtmdet_s_cocoo")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("rtmdet_s", "a network to train.*rtmdet_s_coco"), ("rtmdet_r_nano", "a network to train.*`rtmdet-geo train`")],
+)
+def test_networks_are_no_models(name, words):
+    with pytest.raises(UnknownModelError, match=words):
         find_model(name)
+
+
+def test_what_is_known_of_a_file_without_loading_it(tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    monkeypatch.setenv("RTMDET_GEO_CACHE", str(tmp_path))
+    checkpoint = CHECKPOINTS["rtmdet_s_coco"]
+    for path in (checkpoint.path, checkpoint.converted_path):
+        assert find_published(path) is checkpoint and known_spec(path) == checkpoint.spec()
+    assert find_published("other.pth") is None and known_spec("other.pth") is None
+    spec = make_spec()
+    assert known_spec(onnx_file(tmp_path / "m.onnx", {"model_spec": spec.model_dump_json()})) == spec
+    tensors = {"a": np.zeros(3, np.float32)}
+    save_file(tensors, tmp_path / "ours.safetensors", metadata={"model_spec": spec.model_dump_json()})
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    assert known_spec(tmp_path / "ours.safetensors") == spec and known_spec(tmp_path / "theirs.safetensors") is None
+    with pytest.raises(ModelFileError, match="model_spec"):
+        known_spec(onnx_file(tmp_path / "other.onnx", {}))
 
 
 # ---------------------------------------------------------------- variants and published weights

@@ -13,7 +13,7 @@ from synthetic import SMALLEST, calibrate, make_spec, small_model, small_network
 
 from rtmdet_geo import export as exporting
 from rtmdet_geo.backends.contract import OUTPUTS
-from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, open_session
+from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, open_model_file
 from rtmdet_geo.catalog import read_metadata, read_spec
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, ModelFileError, OutputError, WeightsError
 from rtmdet_geo.export import TOLERANCES, Differences, export_model, make_check_tiles, verify_export
@@ -95,7 +95,7 @@ def test_every_kind_takes_any_batch_and_any_side(kind, number, height, width):
     with torch.inference_mode():
         outputs = graph(torch.from_numpy(tiles))
     outputs = (outputs,) if kind == "classification" else outputs
-    session, _ = open_session(small_model(kind), threads=1)
+    session, _ = open_model_file(small_model(kind), threads=1)
     found = dict(zip(OUTPUTS[kind], session.run(list(OUTPUTS[kind]), {"images": tiles}), strict=True))
     expected = {name: value.numpy() for name, value in zip(OUTPUTS[kind], outputs, strict=True)}
     assert {name: value.shape for name, value in found.items()} == {
@@ -174,7 +174,7 @@ def test_classifier_normalises_inside_and_answers_probabilities(tmp_path):
     network = small_network("classification", num_classes=3)
     spec = make_spec(kind="classification", classes=("a", "b", "c"), mean=(10.0, 20.0, 30.0), std=(50.0, 60.0, 70.0))
     export_model(network, tmp_path / "classifier.onnx", spec=spec, tile_size=None)
-    session, _ = open_session(tmp_path / "classifier.onnx")
+    session, _ = open_model_file(tmp_path / "classifier.onnx")
     assert session.run(["scores"], {"images": np.zeros((2, 3, 45, 70), np.uint8)})[0].shape == (2, 3)
     tiles = make_check_tiles(2, 3, 128, seed=0)
     tiles[1] //= 3
@@ -191,7 +191,7 @@ def test_classifier_normalises_inside_and_answers_probabilities(tmp_path):
 def test_classifier_of_one_side(tmp_path):
     spec = make_spec(kind="classification", classes=("a", "b"))
     stored = export_model(get_classifier("cspnext_test", num_classes=2), tmp_path / "c.onnx", spec=spec, tile_size=50)
-    session, _ = open_session(tmp_path / "c.onnx")
+    session, _ = open_model_file(tmp_path / "c.onnx")
     assert stored.tile_size == 50 and session.get_inputs()[0].shape == ["batch", 3, 50, 50]
 
 

@@ -1,13 +1,15 @@
 """Inference engines behind one protocol: uint8 tiles in, thresholded Detections out, no NMS.
 
-Every backend reads the same model-file contract: input ``images`` uint8 (N, C, H, W); outputs ``boxes`` (N, K, 5),
-``scores`` (N, K) and ``labels`` (N, K) in fp32, top-K per level inside the graph. NMS is merge.py's alone.
+The engines "onnxruntime" (model files, on the CPU) and "torch" (weights, on CPU or CUDA) give the same rows by the same
+contract, which :mod:`rtmdet_geo.backends.contract` holds: boxes, scores and labels, of instances what their masks are
+made of. NMS is merge.py's alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from rtmdet_geo.errors import ConfigError, MissingDependencyError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from rtmdet_geo.structures import Detections, ModelSpec
 
-BackendName = Literal["auto", "onnxruntime"]
+BackendName = Literal["auto", "onnxruntime", "torch"]
 BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
 
 
@@ -59,28 +61,70 @@ class Backend(Protocol):
 
 
 def open_backend(
-    path: str | os.PathLike[str], *, name: str = "auto", threads: int | None = None, device: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    name: str = "auto",
+    threads: int | None = None,
+    device: str = "auto",
+    candidates: int | None = None,
 ) -> Backend:
-    """Open a model file with the engine of that name; ``auto`` chooses by the file's suffix.
+    """Open a model with the engine of that name.
 
     Args:
-        path: model file.
-        name: one of BACKEND_NAMES.
+        path: model file (.onnx) or weights: a file (.safetensors, .pth, ...) or the name of published ones.
+        name: one of BACKEND_NAMES; ``auto`` is onnxruntime for model files and torch for weights. torch runs a bundled
+            model file by the weights beside it.
         threads: CPU threads of the engine; None is one per usable core.
-        device: "auto" or "cpu"; this version's engines run on the CPU.
+        device: "auto", "cpu", "cuda" or "cuda:N"; onnxruntime runs on the CPU, with torch "auto" is cuda where there
+            is one.
+        candidates: rows per level that torch keeps; None is a model file's number. COCO's protocol wants 30,000.
 
     Raises:
-        ConfigError: no such engine or device.
-        ModelFileError: the file is missing, corrupt or foreign; the message names the part of the contract it lacks.
+        ConfigError: no such engine or device, the engine does not open such files, or a number is below 1.
+        ModelFileError: the file is missing, corrupt or foreign (the message names the part of the contract that it
+            lacks), or it is a classifier.
+        WeightsError: the weights are damaged or fit none of our networks.
         MissingDependencyError: the engine's package is not installed.
     """
     if name not in BACKEND_NAMES:
         raise ConfigError(f"backend {name!r} is unknown; choose one of {', '.join(BACKEND_NAMES)}")
+    weights = _find_weights_of(path)
+    if name == "torch" or (name == "auto" and weights is not None and weights == os.fspath(path)):
+        return _open_torch(path, weights, threads, device, candidates)
+    if weights is not None and weights == os.fspath(path):
+        raise ConfigError(f"{weights!r} holds weights, which torch runs, not onnxruntime; leave the backend out")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"device {device!r} is not supported by the onnxruntime backend; choose 'auto' or 'cpu'")
+    if candidates is not None:
+        raise ConfigError("a model file's candidates per level are fixed; candidates= is for weights, which torch runs")
     from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, threads=threads)
+
+
+def _find_weights_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the weights that a path is, or that lie beside a bundled model file; None where there are none."""
+    from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES
+    from rtmdet_geo.checkpoints import CHECKPOINTS
+
+    text = os.fspath(path)
+    if text in CHECKPOINTS or text.lower().endswith(WEIGHTS_SUFFIXES):
+        return text
+    twins = {entry.path: entry.weights_path for entry in CATALOG.values()}
+    return os.fspath(twins[Path(path)]) if Path(path) in twins else None
+
+
+def _open_torch(
+    path: str | os.PathLike[str], weights: str | None, threads: int | None, device: str, candidates: int | None
+) -> Backend:
+    if weights is None:
+        raise ConfigError(
+            f"{os.fspath(path)!r} is a model file, which onnxruntime runs; torch runs weights (.safetensors, .pth)"
+        )
+    require_package("torch", extra="train")
+    from rtmdet_geo.backends.pytorch import TorchBackend
+
+    return TorchBackend(weights, threads=threads, device=device, candidates=candidates)
 
 
 def require_package(module: str, *, extra: str | None = None) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.onnxrt import open_session
+from rtmdet_geo.backends.onnxrt import open_model_file
 from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, find_model, find_spec, read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
 from rtmdet_geo.errors import ConfigError, ModelFileError
@@ -109,7 +109,7 @@ class OnnxClassifier:
             raise ConfigError(f"device {device!r} is not supported for model files; choose 'auto' or 'cpu'")
         self.path = Path(path)
         _refuse_detector(read_spec(self.path), self.path)
-        self._session, self.spec = open_session(self.path, threads=threads)
+        self._session, self.spec = open_model_file(self.path, threads=threads)
         _check_sizes(self._session, self.spec, self.path)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -168,7 +168,7 @@ def _refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
 
 
 def _check_sizes(session: Any, spec: ModelSpec, path: Path) -> None:
-    """Compare the sizes of the file's input and output with its own spec; ``open_session`` has checked the rest.
+    """Compare the sizes of the file's input and output with its own spec; ``open_model_file`` has checked the rest.
 
     Raises:
         ModelFileError: they contradict each other, or the number of images is fixed.

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -134,6 +135,19 @@ def rows_to_detections(
     return Detections(chosen, scores[order], labels[order].astype(np.int64), "tile", kind, masks)
 
 
+def refuse_classifier(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
+    """Refuse a model that finds no objects.
+
+    Raises:
+        ModelFileError: of kind "classification".
+    """
+    if spec.kind == "classification":
+        raise ModelFileError(
+            f"{os.fspath(path)!r} classifies whole images and finds no objects; run it with `rtmdet-geo classify`, or "
+            "choose a detector"
+        )
+
+
 class RowsBackend(ABC):
     """An engine whose graph gives rows by the contract; see :class:`rtmdet_geo.backends.Backend`.
 
@@ -153,13 +167,21 @@ class RowsBackend(ABC):
         self.num_saturated = 0
 
     @abstractmethod
+    def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
+        """Return the outputs for a batch that was checked."""
+
     def raw(self, images: NDArray[np.uint8], *, multi_label: bool = True) -> tuple[NDArray[Any], ...]:
-        """Return the graph's own outputs, in the order of :data:`OUTPUTS`, for uint8 (N, C, H, W).
+        """Return the graph's own outputs, in the order of :data:`OUTPUTS`.
 
         Args:
-            images: one batch.
+            images: uint8 (N, C, H, W).
             multi_label: False allows a graph that can to return one row a prior.
+
+        Raises:
+            ConfigError: the batch has another dtype, number of channels or side than the model takes.
         """
+        self.check_batch(images)
+        return self._forward(images, multi_label)
 
     def rows_per_level(self, height: int, width: int, *, multi_label: bool) -> list[tuple[int, bool]]:
         """Return the rows of each level of :meth:`raw`, see :func:`rows_per_level`."""
@@ -175,7 +197,6 @@ class RowsBackend(ABC):
             ModelFileError: a score is not finite.
         """
         for images in batches:
-            self.check_batch(images)
             outputs = self.raw(images, multi_label=multi_label)
             scores = outputs[1]
             if not np.isfinite(scores).all():

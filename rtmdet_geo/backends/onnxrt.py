@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.contract import OUTPUTS, RowsBackend, Sizes
+from rtmdet_geo.backends.contract import OUTPUTS, RowsBackend, Sizes, refuse_classifier
 from rtmdet_geo.catalog import SPEC_KEY, check_graph, read_spec
 from rtmdet_geo.errors import ConfigError, ModelFileError
 from rtmdet_geo.structures import ModelKind, ModelSpec
@@ -36,12 +36,8 @@ class OnnxRuntimeBackend(RowsBackend):
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
         """Open and check the file."""
-        session, spec = open_session(path, threads=threads)
-        if spec.kind == "classification":
-            raise ModelFileError(
-                f"{os.fspath(path)!r} classifies whole images and finds no objects; run it with `rtmdet-geo classify`, "
-                "or choose a detector"
-            )
+        session, spec = open_model_file(path, threads=threads)
+        refuse_classifier(spec, path)
         height, width = session.get_inputs()[0].shape[2:]
         super().__init__(
             Path(path), spec, fixed_tile_size=height if isinstance(height, int) and height == width else None
@@ -49,17 +45,12 @@ class OnnxRuntimeBackend(RowsBackend):
         self._session = session
         self._names = list(OUTPUTS[spec.kind])
 
-    def raw(self, images: NDArray[np.uint8], *, multi_label: bool = True) -> tuple[NDArray[Any], ...]:
-        """Return the graph's own outputs boxes (N, K, 5), scores (N, K), labels (N, K); export checks itself so.
-
-        Of kind "mask" also kernels (N, K, 169), mask_priors (N, K, 3) and mask_features (N, 8, H / 8, W / 8). Rows are
-        (prior, class) pairs whatever ``multi_label`` is.
-        """
-        self.check_batch(images)
+    def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
+        """Run the session; rows are (prior, class) pairs whatever ``multi_label`` is."""
         return tuple(self._session.run(self._names, {"images": images}))
 
 
-def open_session(path: str | os.PathLike[str], *, threads: int | None = None) -> tuple[Any, ModelSpec]:
+def open_model_file(path: str | os.PathLike[str], *, threads: int | None = None) -> tuple[Any, ModelSpec]:
     """Open a model file of any kind and check it against the contract.
 
     Args:
@@ -78,7 +69,7 @@ def open_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     onnxruntime = require_package("onnxruntime")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
-    session = _open(onnxruntime, file, threads or usable_cores())
+    session = _open_session(onnxruntime, file, threads or _usable_cores())
     has_spec = SPEC_KEY in session.get_modelmeta().custom_metadata_map
     spec = read_spec(file) if has_spec else None
     missing = _missing_parts(session, spec.kind if spec is not None else "rotated")
@@ -99,14 +90,14 @@ def open_session(path: str | os.PathLike[str], *, threads: int | None = None) ->
     return session, spec
 
 
-def usable_cores() -> int:
+def _usable_cores() -> int:
     """Cores that this process may run on; onnxruntime itself would count the whole machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _open(onnxruntime: Any, path: Path, threads: int) -> Any:
+def _open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r} is not there")
     options = onnxruntime.SessionOptions()

@@ -62,7 +62,17 @@ from rtmdet_geo.cli import options, report
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Tiles per engine call.")
 @click.option(
-    "--backend", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True, help="Engine."
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "torch"]),
+    default="auto",
+    show_default=True,
+    help="Engine: onnxruntime for model files, torch for weights.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Of torch: cpu, cuda, cuda:1, or auto: cuda if there is one. onnxruntime runs on the CPU.",
 )
 @options.threads_option
 @click.option(
@@ -112,15 +122,16 @@ def detect(
         raise click.UsageError("Nothing would come out: give -o PATH, --preview PATH or --json.")
     to_stdout = output == Path("-")
 
-    from rtmdet_geo.catalog import find_model, read_spec
+    from rtmdet_geo.catalog import find_model, known_spec
     from rtmdet_geo.detect import detect_scene
     from rtmdet_geo.vector import geojson_features
 
     model_path = find_model(model)
     start: dict[str, Any] = {"scene": scene, "output": str(output) if output else None, "model": str(model_path)}
     if progress_mode == "jsonl":
-        spec = read_spec(model_path)
-        start |= {"model_name": spec.name, "classes": list(spec.classes), "device": "cpu"}
+        start["device"] = settings["device"]
+        if (spec := known_spec(model_path)) is not None:
+            start |= {"model_name": spec.name, "classes": list(spec.classes)}
     with report.progress(ctx, progress_mode, "detect", start) as advance:
         result = detect_scene(
             scene,

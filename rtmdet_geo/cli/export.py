@@ -42,29 +42,25 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn WEIGHTS, a .safetensors file or a name of published weights, into a model file for `detect`.
+    """Turn WEIGHTS, a file or a name of published weights, into a model file for `detect` or `classify`.
 
     \b
     Example:
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
 
     The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it. Published weights go by their name
-    in `rtmdet-geo models list` and are fetched when they are not in the cache.
+    in `rtmdet-geo models list` and are fetched when they are not in the cache. Checkpoints of other programs (.pth) are
+    taken to be made as the published ones were.
     """
     from rtmdet_geo.backends import require_package
-    from rtmdet_geo.catalog import find_spec
 
     require_package("torch", extra="export")
-    spec = find_spec(weights)
-    if score_threshold is not None:
-        spec = spec.model_copy(update={"score_threshold": score_threshold})
-
     from rtmdet_geo.export import export_model
 
     stored = export_model(
         weights,
         output,
-        spec=spec,
+        score_threshold=score_threshold,
         half_weights=half_weights,
         tile_size=tile_size,
         verify=verify,

@@ -17,6 +17,7 @@ import pyogrio
 import pytest
 import recipes
 from affine import Affine
+from checkpoint_files import write_openmmlab
 from classifiers import (
     BIASES,
     SIDE,
@@ -181,6 +182,17 @@ def test_published_weights_are_opened_by_name(monkeypatch, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     found = classify_image(classifier, photo, top_k=3)
     assert len(found) == 3 and found.class_names[0] == small.spec().classes[found.labels[0]]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_program_s_checkpoint(tmp_path, caplog):
+    """Channels, statistics and side of the published recipes are assumed, which is said."""
+    path = write_openmmlab(tmp_path / "mine.pth", untrained_network(2).state_dict(), classes=("dark", "bright"))
+    classifier = open_classifier(path)
+    assert (classifier.spec.classes, classifier.spec.tile_size) == (("dark", "bright"), 224)
+    assert "does not say what it is for" in caplog.text
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), dtype=np.uint8)
+    assert classifier.predict(images).shape == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import recipes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -100,6 +100,7 @@ def test_worked_example() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 96), st.integers(0, 2**32))
+@example(6, 18, 2, 9, 0)
 def test_properties(height: int, width: int, channels: int, side: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     before = image.copy()
@@ -114,8 +115,8 @@ def test_properties(height: int, width: int, channels: int, side: int, seed: int
     assert (boxed.image[new_height:] == PAD_VALUE).all()
     assert (boxed.image[:, new_width:] == PAD_VALUE).all()
     assert np.array_equal(image, before)
-    one = letterbox(image[:, :, -1:], side)  # channels do not mix
-    assert np.array_equal(one.image[:, :, 0], boxed.image[:, :, -1])
+    one = letterbox(image[:, :, -1:], side)  # channels do not mix; OpenCV rounds one and several channels differently
+    np.testing.assert_allclose(one.image[:, :, 0], boxed.image[:, :, -1].astype(int), rtol=0, atol=1)
     turned = letterbox(np.ascontiguousarray(image.transpose(1, 0, 2)), side)
     assert turned.content == (new_width, new_height)
     if max(height, width) == side:

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.onnxrt import open_model_file
-from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, find_model, find_spec, read_spec
+from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, find_model, read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
 from rtmdet_geo.errors import ConfigError, ModelFileError
 
 if TYPE_CHECKING:
-    from rtmdet_geo.models.classifier import ClassificationGraph
     from rtmdet_geo.structures import ModelSpec
 
 #: Probabilities of an image must sum to 1 within this.
@@ -63,16 +62,16 @@ def open_classifier(
     Published weights that are not in the cache are downloaded.
 
     Args:
-        name_or_path: such as "classes.onnx", "runs/mine/model.safetensors" or "cspnext_tiny_imagenet".
-        threads: CPU threads of the engine; None is one per usable core. For weights they are torch's, those of the
-            whole process, and None leaves them as they are.
+        name_or_path: such as "classes.onnx", "runs/mine/model.safetensors", "mmpretrain.pth" (see
+            :func:`rtmdet_geo.models.identify.load_network`) or "cspnext_tiny_imagenet".
+        threads: CPU threads of the engine; None is one per usable core, for weights torch's own number.
         device: "auto" or "cpu"; for weights also "cuda" or "cuda:1", and "auto" is cuda where there is one.
 
     Raises:
         ConfigError: ``threads`` is below 1, or there is no such device.
         UnknownModelError: no published weights have that name.
         ModelFileError: the file is missing, corrupt or foreign, or it is a detector.
-        WeightsError: the weights do not fit the network that they name, or do not name one.
+        WeightsError: the weights are damaged, or fit none of our networks.
         MissingDependencyError: the engine's package is not installed.
         DownloadError, ChecksumError: see :func:`rtmdet_geo.cache.download`.
     """
@@ -120,11 +119,11 @@ class OnnxClassifier:
 
 
 class TorchClassifier:
-    """Weights in torch. See :class:`Classifier`.
+    """Weights in torch, in fp32, batch norms folded into their convolutions. See :class:`Classifier`.
 
     Args:
-        weights: safetensors file with a ModelSpec, or name of published weights.
-        threads: of the whole process; None leaves them.
+        weights: see :func:`rtmdet_geo.models.identify.load_network`.
+        threads: CPU threads while it runs; None leaves torch's number.
         device: see :func:`open_classifier`.
 
     Raises:
@@ -136,19 +135,29 @@ class TorchClassifier:
     def __init__(self, weights: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
         """Build the network and load the weights."""
         text = os.fspath(weights)
-        if text in CHECKPOINTS or text.lower().endswith(".safetensors"):
-            _refuse_detector(find_spec(text), text)  # before a download
+        if text in CHECKPOINTS:
+            _refuse_detector(CHECKPOINTS[text].spec(), text)  # before a download
         require_package("torch", extra="train")
-        from rtmdet_geo.models.classifier import load_classification_graph
+        from rtmdet_geo.backends.pytorch import find_device
+        from rtmdet_geo.models.classifier import ClassificationGraph
+        from rtmdet_geo.models.identify import load_network
+        from rtmdet_geo.models.weights import fuse_batch_norm
 
-        self._graph: ClassificationGraph
-        self._graph, self.spec = load_classification_graph(text, threads=threads, device=device)
+        place = find_device(device)
+        network, self.spec = load_network(text)
+        _refuse_detector(self.spec, text)
         self.path = _stored_weights(text)
+        self._threads = threads
+        self._graph = ClassificationGraph(fuse_batch_norm(network), self.spec.mean, self.spec.std).to(place).eval()
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
+        from rtmdet_geo.backends.pytorch import _cpu_threads
+
         _check_batch(images, self.spec)
-        return _checked(self._graph.predict(images), len(images), self.spec, self.path)
+        with _cpu_threads(self._threads):
+            scores = self._graph.predict(images)
+        return _checked(scores, len(images), self.spec, self.path)
 
 
 def _stored_weights(text: str) -> Path:

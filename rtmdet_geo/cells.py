@@ -19,14 +19,14 @@ from rtmdet_geo.structures import Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector import (
     WGS84,
-    _counter_clockwise,
-    _map_coordinates,
-    _project,
-    _project_polygons,
-    _text,
-    _timestamp,
+    counter_clockwise,
+    map_coordinates,
     parse_crs,
+    parse_time,
     pixel_to_world,
+    project_points,
+    project_polygons,
+    text_column,
 )
 
 
@@ -110,14 +110,14 @@ def build_cells(
     if source_crs is None:
         if target_crs is not None:
             raise ConfigError("a scene without coordinate reference system cannot be projected; leave --dst-crs out")
-        geometry, lonlat, areas = _counter_clockwise(shapes), np.full((number, 2), np.nan), np.full(number, np.nan)
+        geometry, lonlat, areas = counter_clockwise(shapes), np.full((number, 2), np.nan), np.full(number, np.nan)
     else:
         centres = pixel_to_world(np.stack([left + right, top + bottom], axis=-1) / 2, transform)
-        lonlat = _project(centres, source_crs, WGS84)
-        shapes = _map_coordinates(shapes, lambda pixels: pixel_to_world(pixels, transform))
-        areas = geodesic_areas(_project_polygons(shapes, source_crs, WGS84))
+        lonlat = project_points(centres, source_crs, WGS84)
+        shapes = map_coordinates(shapes, lambda pixels: pixel_to_world(pixels, transform))
+        areas = geodesic_areas(project_polygons(shapes, source_crs, WGS84))
         target_crs = target_crs or source_crs
-        geometry = _project_polygons(shapes, source_crs, target_crs)
+        geometry = project_polygons(shapes, source_crs, target_crs)
 
     names = np.asarray(classes, object)[labels]
     columns: dict[str, Any] = {
@@ -135,11 +135,11 @@ def build_cells(
         "area_m2": areas,
         "valid_share": np.asarray(valid_shares, np.float64),
         "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
-        "scene_id": _text(scene_id, number),
-        "acquired_at": pd.Series([_timestamp(acquired_at)] * number, dtype="datetime64[ms, UTC]"),
-        "sensor": _text(sensor, number),
-        "model": _text(model, number),
-        "model_sha": _text(model_sha, number),
-        "run_id": _text(run_id, number),
+        "scene_id": text_column(scene_id, number),
+        "acquired_at": pd.Series([parse_time(acquired_at)] * number, dtype="datetime64[ms, UTC]"),
+        "sensor": text_column(sensor, number),
+        "model": text_column(model, number),
+        "model_sha": text_column(model_sha, number),
+        "run_id": text_column(run_id, number),
     }
     return geopandas.GeoDataFrame(columns, geometry=geometry, crs=target_crs)

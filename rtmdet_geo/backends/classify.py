@@ -152,10 +152,10 @@ class TorchClassifier:
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
-        from rtmdet_geo.backends.pytorch import _cpu_threads
+        from rtmdet_geo.backends.pytorch import cpu_threads
 
         _check_batch(images, self.spec)
-        with _cpu_threads(self._threads):
+        with cpu_threads(self._threads):
             scores = self._graph.predict(images)
         return _checked(scores, len(images), self.spec, self.path)
 

@@ -181,8 +181,8 @@ def predict(
         UnknownClassError: ``classes`` names what the model does not know.
 
     Example:
-        >>> found = predict(load_model(), np.full((64, 96, 3), 40, np.uint8))
-        >>> print(found)
+        >>> sea = np.full((64, 96, 4), 40, np.uint8)
+        >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
     plan = _make_plan(

@@ -17,7 +17,7 @@ from engines import (
     draw_rectangles,
     scattered_boxes,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_post import cases_of
 from synthetic import make_spec, write_scene
@@ -138,6 +138,7 @@ def test_oracle_preprocessing(oracle_dir: Path) -> None:
     st.sampled_from([(100, 120), (150, 230)]),
     st.sampled_from([None, 5.0]),
 )
+@example(0, "mask", TTA[3], (100, 120), None)  # mirrored with its padding
 def test_tiles_find_rectangles_where_they_are(
     seed: int, kind: Kind, tta: str | Augmentation, size: tuple[int, int], gsd: float | None
 ) -> None:

@@ -189,7 +189,7 @@ def detect_scene(
         results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
         _warn(source, results, num_saturated, settings)
-        merged = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold)
+        merged = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold, kind=spec.object_kind)
         features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
         num_by_class = features["class_name"].value_counts()
         summary: dict[str, Any] = {

@@ -8,7 +8,6 @@ stretched as they say, at their resolution, in tiles.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import Counter
@@ -25,14 +24,15 @@ from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.bands import Band
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.catalog import find_model
-from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning, UnknownClassError
+from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning
 from rtmdet_geo.masks import CroppedMask, assemble_detections
-from rtmdet_geo.merge import merge_survivors, tile_survivors
+from rtmdet_geo.merge import merge_survivors
 from rtmdet_geo.nms import nms_horizontal, nms_rotated
 from rtmdet_geo.preprocess import letterbox
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import Detections, Kind, ModelSpec
+from rtmdet_geo.tile_loop import TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.views import (
     Augmentation,
@@ -41,7 +41,6 @@ from rtmdet_geo.views import (
     check_augmentation,
     find_augmentation,
     join,
-    pad,
     restore,
     show,
 )
@@ -125,21 +124,6 @@ def load_model(
     return open_backend(find_model(name_or_path), name=backend, threads=threads, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is settled before the engine runs."""
-
-    spec: ModelSpec
-    score_threshold: float
-    iou_threshold: float
-    mask_threshold: float
-    max_detections: int | None
-    class_ids: tuple[int, ...]
-    augmentation: Augmentation
-    multi_label: bool
-    is_letterboxed: bool
-
-
 def predict(
     model: Backend,
     image: NDArray[np.uint8],
@@ -185,25 +169,26 @@ def predict(
         >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
-    plan = _make_plan(
-        model.spec,
-        score_threshold,
-        iou_threshold,
-        mask_threshold,
-        max_detections,
-        classes,
-        find_augmentation(tta),
-        resize,
-        gsd,
+    spec, augmentation = model.spec, find_augmentation(tta)
+    is_letterboxed = _is_letterboxed(spec, resize, gsd)
+    if max_detections is not None and max_detections < 1:
+        raise ConfigError(f"max_detections={max_detections} must be at least 1")
+    settings = TileSettings.of(
+        model,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        mask_threshold=mask_threshold,
+        classes=classes,
         multi_label=multi_label,
     )
-    check_augmentation(model, plan.augmentation)
-    scene = _as_scene(image, channels, plan.spec, gsd)
+    check_augmentation(model, augmentation)
+    scene = _as_scene(image, channels, spec, gsd)
     saturated_before = model.num_saturated
-    found, masks = _predict_whole(model, scene, plan) if plan.is_letterboxed else _predict_tiles(model, scene, plan)
+    look = _predict_whole if is_letterboxed else _predict_tiles
+    found, masks = look(model, scene, settings, augmentation, max_detections)
     if model.num_saturated > saturated_before:
         warnings.warn(
-            f"the image holds more candidates above score {plan.score_threshold:g} than the model returns, "
+            f"the image holds more candidates above score {settings.score_threshold:g} than the model returns, "
             "so some objects may be missing; raise score_threshold",
             SaturatedTileWarning,
             stacklevel=2,
@@ -212,43 +197,20 @@ def predict(
         found.boxes.astype(np.float64),
         found.scores,
         found.labels,
-        tuple(plan.spec.classes[label] for label in found.labels),
+        tuple(spec.classes[label] for label in found.labels),
         found.kind,
         masks,
     )
 
 
-def _make_plan(
-    spec: ModelSpec,
-    score_threshold: float | None,
-    iou_threshold: float | None,
-    mask_threshold: float,
-    max_detections: int | None,
-    classes: Sequence[str] | None,
-    augmentation: Augmentation,
-    resize: Resize,
-    gsd: float | None,
-    *,
-    multi_label: bool,
-) -> _Plan:
-    """Fill in the model's defaults and check every value."""
-    score = spec.score_threshold if score_threshold is None else score_threshold
-    iou = spec.iou_threshold if iou_threshold is None else iou_threshold
-    for name, value in (("score_threshold", score), ("iou_threshold", iou)):
-        if not (math.isfinite(value) and 0 <= value <= 1):
-            raise ConfigError(f"{name}={value!r} must be in [0, 1]")
-    if not 0 < mask_threshold < 1:
-        raise ConfigError(f"mask_threshold={mask_threshold!r} must be in (0, 1)")
-    if max_detections is not None and max_detections < 1:
-        raise ConfigError(f"max_detections={max_detections} must be at least 1")
+def _is_letterboxed(spec: ModelSpec, resize: Resize, gsd: float | None) -> bool:
+    """Say whether the model sees the whole image, resized to its input.
+
+    Raises:
+        ConfigError: ``resize`` is unknown, or ``gsd`` says nothing.
+    """
     if resize not in ("auto", "letterbox", "none"):
         raise ConfigError(f"resize={resize!r} is unknown; choose 'auto', 'letterbox' or 'none'")
-    unknown = [name for name in classes or () if name not in spec.classes]
-    if unknown:
-        raise UnknownClassError(
-            f"model {spec.name!r} knows no class {unknown[0]!r}; it knows {', '.join(spec.classes)}"
-        )
-    class_ids = tuple(spec.classes.index(name) for name in (spec.classes if classes is None else classes))
     is_letterboxed = resize == "letterbox" or (
         resize == "auto" and spec.gsd_m is None and spec.object_kind in ("horizontal", "mask")
     )
@@ -257,80 +219,63 @@ def _make_plan(
             "the image is resized to the model's input" if is_letterboxed else "the model has no resolution of its own"
         )
         raise ConfigError(f"gsd={gsd} says nothing here, for {why}; leave it out")
-    return _Plan(spec, score, iou, mask_threshold, max_detections, class_ids, augmentation, multi_label, is_letterboxed)
+    return is_letterboxed
 
 
-def _predict_whole(model: Backend, scene: Scene, plan: _Plan) -> tuple[Detections, list[CroppedMask] | None]:
+def _predict_whole(
+    model: Backend, scene: Scene, settings: TileSettings, augmentation: Augmentation, max_detections: int | None
+) -> tuple[Detections, list[CroppedMask] | None]:
     """Return what the engine finds in the whole image, letterboxed, in px of the image."""
     height, width = scene.height, scene.width
     pixels, _ = scene.read(0, 0, width, height)
     parts = []
-    for view, picture in _letterboxes(pixels, model, plan):
-        (results,) = model.run([picture], score_threshold=plan.score_threshold, multi_label=plan.multi_label)
+    for view, picture in _letterboxes(pixels, model, augmentation):
+        (results,) = model.run([picture], score_threshold=settings.score_threshold, multi_label=settings.multi_label)
         parts.append(restore(results[0], view, height, width))
     found = join(parts)
-    found = found.select(np.isin(found.labels, plan.class_ids))
+    if settings.class_ids is not None:
+        found = found.select(np.isin(found.labels, settings.class_ids))
     if found.kind == "rotated":
-        kept = nms_rotated(found.boxes, found.scores, found.labels, iou_threshold=plan.iou_threshold)
+        kept = nms_rotated(found.boxes, found.scores, found.labels, iou_threshold=settings.iou_threshold)
     else:
         kept = nms_horizontal(
-            boxes_to_hboxes(found.boxes), found.scores, found.labels, iou_threshold=plan.iou_threshold
+            boxes_to_hboxes(found.boxes), found.scores, found.labels, iou_threshold=settings.iou_threshold
         )
-    found = found.select(kept[: plan.max_detections])
+    found = found.select(kept[:max_detections])
     if found.kind != "mask":
         return found, None
-    return found, assemble_detections(found, height, width, threshold=plan.mask_threshold)
+    return found, assemble_detections(found, height, width, threshold=settings.mask_threshold)
 
 
-def _letterboxes(pixels: NDArray[np.uint8], model: Backend, plan: _Plan) -> Iterator[tuple[View, NDArray[np.uint8]]]:
+def _letterboxes(
+    pixels: NDArray[np.uint8], model: Backend, augmentation: Augmentation
+) -> Iterator[tuple[View, NDArray[np.uint8]]]:
     """Yield each view of an image (C, H, W) inside a padded square, (1, C, side, side)."""
-    multiple = plan.spec.stride_multiple
-    for scale in plan.augmentation.scales:
-        side = model.fixed_tile_size or max(1, round(plan.spec.tile_size * scale / multiple)) * multiple
+    multiple = model.spec.stride_multiple
+    for scale in augmentation.scales:
+        side = model.fixed_tile_size or max(1, round(model.spec.tile_size * scale / multiple)) * multiple
         boxed = letterbox(pixels.transpose(1, 2, 0), side)
         height, width = boxed.content
         content = boxed.image[:height, :width].transpose(2, 0, 1)[None]
-        mirrored = Augmentation(flips=plan.augmentation.flips)
+        mirrored = Augmentation(flips=augmentation.flips)
         for view, picture in show(content, mirrored, multiple=multiple, side=side):
             yield View(*boxed.scale_factor, view.flip_x, view.flip_y), picture
 
 
-def _predict_tiles(model: Backend, scene: Scene, plan: _Plan) -> tuple[Detections, list[CroppedMask] | None]:
+def _predict_tiles(
+    model: Backend, scene: Scene, settings: TileSettings, augmentation: Augmentation, max_detections: int | None
+) -> tuple[Detections, list[CroppedMask] | None]:
     """Return what the engine finds in tiles of the image at the model's resolution, in px of the image."""
-    engine = augment(model, plan.augmentation)
-    tile_size = model.fixed_tile_size or plan.spec.tile_size
-    grid = TileGrid(scene.width, scene.height, tile_size, min(plan.spec.overlap, tile_size // 2))
-    shape = grid.padded_shape(plan.spec.stride_multiple)
-    if model.fixed_tile_size is not None:
-        shape = (tile_size, tile_size)
-    batches = (pad(scene.read(tile.x, tile.y, tile.width, tile.height)[0], shape)[None] for tile in grid)
-    results = engine.run(batches, score_threshold=plan.score_threshold, multi_label=plan.multi_label)
-    parts = [
-        tile_survivors(
-            _inside(found, tile.width, tile.height, plan.class_ids),
-            tile,
-            grid,
-            iou_threshold=plan.iou_threshold,
-            mask_threshold=plan.mask_threshold,
-            input_shape=shape,
-        )
-        for tile, (found,) in zip(grid, results, strict=True)
-    ]
-    found = merge_survivors(parts, grid, iou_threshold=plan.iou_threshold).detections
-    found = found.select(np.arange(len(found))[: plan.max_detections])
-    outlines = outlines_of(found)
+    grid = TileGrid(scene.width, scene.height, settings.tile_size, settings.overlap)
+    results = run_tiles(scene, grid, augment(model, augmentation), settings)
+    found = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold, kind=model.spec.object_kind)
+    detections = found.detections.select(np.arange(len(found))[:max_detections])
     view = View(1 / scene.scale_x, 1 / scene.scale_y)
-    in_image = restore(replace(found, masks=None), view, scene.source_height, scene.source_width)
-    if found.kind != "mask":
+    in_image = restore(replace(detections, masks=None), view, scene.source_height, scene.source_width)
+    if detections.kind != "mask":
         return in_image, None
-    return in_image, [_cut(outline, scene) for outline in (() if outlines is None else outlines)]
-
-
-def _inside(found: Detections, width: int, height: int, class_ids: tuple[int, ...]) -> Detections:
-    """Keep detections of the wanted classes whose centre does not lie in the padding."""
-    x, y = found.boxes[:, 0], found.boxes[:, 1]
-    keep = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return found.select(keep & np.isin(found.labels, class_ids))
+    outlines = outlines_of(detections)  # None where nothing was found
+    return in_image, [] if outlines is None else [_cut(outline, scene) for outline in outlines]
 
 
 def _cut(outline: Outline, scene: Scene) -> CroppedMask:

@@ -340,13 +340,21 @@ def merge_detections(
 
 
 def merge_survivors(
-    parts: Sequence[Pieces], grid: TileGrid, *, iou_threshold: float, class_aware: bool = True
+    parts: Sequence[Pieces],
+    grid: TileGrid,
+    *,
+    iou_threshold: float,
+    class_aware: bool = True,
+    kind: Kind = "rotated",
 ) -> Merged:
-    """Merge what :func:`tile_survivors` left of each tile; arguments and result as for :func:`merge_detections`."""
+    """Merge what :func:`tile_survivors` left of each tile.
+
+    Arguments and result are those of :func:`merge_detections`; ``kind`` is the result's where there are no parts.
+    """
     kinds = {part.detections.kind for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"parts of different kinds cannot be merged: {sorted(kinds)}")
-    kind: Kind = next(iter(kinds)) if kinds else "rotated"
+    kind = next(iter(kinds)) if kinds else kind
     pieces = Pieces(
         Detections.concatenate([part.detections for part in parts], "scene", kind),
         np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),

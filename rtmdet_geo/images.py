@@ -19,13 +19,13 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, fill_outline, pixel_window, trace_mask, transform_outline
+from rtmdet_geo.annotations.outlines import Outline, trace_mask, transform_outline
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.bands import Band
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning
-from rtmdet_geo.masks import CroppedMask, assemble_detections
+from rtmdet_geo.masks import CroppedMask, assemble_detections, crop_outline
 from rtmdet_geo.merge import merge_survivors
 from rtmdet_geo.nms import nms_horizontal, nms_rotated
 from rtmdet_geo.preprocess import letterbox
@@ -281,8 +281,7 @@ def _predict_tiles(
 def _cut(outline: Outline, scene: Scene) -> CroppedMask:
     """Cut an outline in resampled px into the pixels of the image."""
     moved = transform_outline(outline, [[scene.scale_x, 0, 0], [0, scene.scale_y, 0]])
-    window = pixel_window(moved, scene.source_width, scene.source_height)
-    return CroppedMask(fill_outline(moved, window), window.x, window.y)
+    return crop_outline(moved, scene.source_width, scene.source_height)
 
 
 class _ArraySource:

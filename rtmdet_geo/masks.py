@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rtmdet_geo.annotations.outlines import Outline, fill_outline, pixel_window
 from rtmdet_geo.boxes import as_boxes, boxes_to_hboxes
 from rtmdet_geo.structures import Detections, MaskKernels
 
@@ -188,6 +189,12 @@ def assemble_cropped_masks(
     windows = [(int(x0), int(y0), int(x1), int(y1)) for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
     masks = _windows(kernel_rows, prior_rows, features, windows, threshold, frame)
     return [CroppedMask(mask.view(np.uint8), x, y) for mask, (x, y, _, _) in zip(masks, windows, strict=True)]
+
+
+def crop_outline(outline: Outline, width: int, height: int) -> CroppedMask:
+    """Cut an outline into the pixels of an image of ``width`` x ``height`` px, within the outline's bounds only."""
+    window = pixel_window(outline, width, height)
+    return CroppedMask(fill_outline(outline, window), window.x, window.y)
 
 
 def assemble_detections(

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, fill_outline, pixel_window
 from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.evaluation.masks import mask_iou
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
-from rtmdet_geo.masks import CroppedMask
+from rtmdet_geo.masks import CroppedMask, crop_outline
 from rtmdet_geo.merge import merge_survivors, tile_survivors
 from rtmdet_geo.models.decode import Candidates, DetectionGraph, InstanceCandidates
 from rtmdet_geo.models.heads import STRIDES
@@ -62,7 +61,7 @@ def find_objects(
         return Found(detections)
     _, height, width = chip.pixels.shape
     outlines = outlines_of(detections)  # None where nothing was found
-    return Found(detections, [] if outlines is None else [_cropped(item, width, height) for item in outlines])
+    return Found(detections, [] if outlines is None else [crop_outline(item, width, height) for item in outlines])
 
 
 def _run(
@@ -119,16 +118,10 @@ def _above(
     return Detections(boxes, scores, labels, kind=kind, masks=masks)
 
 
-def _cropped(outline: Outline, width: int, height: int) -> CroppedMask:
-    """Return an outline's pixels in an image of width x height px."""
-    window = pixel_window(outline, width, height)
-    return CroppedMask(fill_outline(outline, window), window.x, window.y)
-
-
 def chip_masks(chip: Chip) -> list[CroppedMask]:
     """Return the labelled masks of a chip in its px, one per object (a box's own pixels where there is no outline)."""
     _, height, width = chip.pixels.shape
-    return [_cropped(shape, width, height) for shape in chip.shapes]
+    return [crop_outline(shape, width, height) for shape in chip.shapes]
 
 
 def chip_truths(chips: Sequence[Chip], kind: Kind) -> list[Truth]:

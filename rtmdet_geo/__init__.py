@@ -22,12 +22,18 @@ _HOMES = {
     "ModelSpec": "structures",
     "StretchSpec": "structures",
     "Tile": "structures",
+    "load_model": "images",
     "load_recipe": "config",
+    "open_classifier": "backends.classify",
+    "predict": "images",
+    "Prediction": "images",
     "RTMDetGeoError": "errors",
     "RTMDetGeoWarning": "errors",
     "Scene": "raster",
     "open_scene": "raster",
     "open_backend": "backends",
+    "classify_image": "classify",
+    "classify_scene": "classify",
     "detect_scene": "detect",
     "export_model": "export",
     "train_model": "training.loop",
@@ -36,26 +42,35 @@ _HOMES = {
 __all__ = [
     "Detections",
     "ModelSpec",
+    "Prediction",
     "RTMDetGeoError",
     "RTMDetGeoWarning",
     "Scene",
     "StretchSpec",
     "Tile",
     "__version__",
+    "classify_image",
+    "classify_scene",
     "detect_scene",
     "export_model",
+    "load_model",
     "load_recipe",
     "open_backend",
+    "open_classifier",
     "open_scene",
+    "predict",
     "train_model",
 ]
 
 if TYPE_CHECKING:
     from rtmdet_geo.backends import open_backend
+    from rtmdet_geo.backends.classify import open_classifier
+    from rtmdet_geo.classify import classify_image, classify_scene
     from rtmdet_geo.config import load_recipe
     from rtmdet_geo.detect import detect_scene
     from rtmdet_geo.errors import RTMDetGeoError, RTMDetGeoWarning
     from rtmdet_geo.export import export_model
+    from rtmdet_geo.images import Prediction, load_model, predict
     from rtmdet_geo.raster import Scene, open_scene
     from rtmdet_geo.structures import Detections, ModelSpec, StretchSpec, Tile
     from rtmdet_geo.training.loop import train_model

@@ -79,6 +79,12 @@ class CatalogEntry:
 
 
 CATALOG: dict[str, CatalogEntry] = {
+    "banepa_ins": CatalogEntry(
+        "banepa_ins",
+        "banepa_ins.onnx",
+        "outlines of buildings in aerial orthophotos of 0.1 to 0.3 m a pixel",
+        10_476_637_440,
+    ),
     "sen2ships_r": CatalogEntry(
         "sen2ships_r",
         "sen2ships_r.onnx",

@@ -10,13 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-import platform
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +22,8 @@ import numpy as np
 from affine import Affine
 from shapely.affinity import affine_transform
 
-from rtmdet_geo import __version__
 from rtmdet_geo.backends import open_backend
-from rtmdet_geo.catalog import file_sha256, find_model
+from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import (
     Cancelled,
     ConfigError,
@@ -38,6 +35,7 @@ from rtmdet_geo.merge import Merged, merge_survivors
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
+from rtmdet_geo.run_record import library_versions, model_record
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
@@ -210,15 +208,7 @@ def detect_scene(
             "gsd_x_m": source.gsd_x_m,
             "gsd_y_m": source.gsd_y_m,
             "stretch": source.stretch_record,
-            "model": {
-                "name": spec.name,
-                "architecture": spec.architecture,
-                "path": str(model_path),
-                "sha256": file_sha256(model_path),
-                "weights_sha256": spec.weights_sha256,
-                "licence": spec.licence,
-                "attribution": spec.attribution,
-            },
+            "model": model_record(spec, model_path),
             "parameters": {
                 "score_threshold": settings.score_threshold,
                 "iou_threshold": settings.iou_threshold,
@@ -234,7 +224,7 @@ def detect_scene(
                 "nodata": nodata,
                 "bands": list(source.band_indexes),
             },
-            "versions": _versions(),
+            "versions": library_versions("onnxruntime", "numba"),
         }
         if cancelled is not None and cancelled():
             raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
@@ -331,14 +321,3 @@ def _make_features(
         kind=spec.object_kind,
         polygons=polygons,
     )
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    versions = {"rtmdet_geo": __version__, "python": platform.python_version()}
-    for package in ("numpy", "onnxruntime", "rasterio", "numba"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            logger.debug("%s is not installed as a package", package)
-    return versions

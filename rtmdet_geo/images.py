@@ -181,8 +181,8 @@ def predict(
         UnknownClassError: ``classes`` names what the model does not know.
 
     Example:
-        >>> found = predict(load_model(), np.full((64, 96, 3), 40, np.uint8))
-        >>> print(found)
+        >>> sea = np.full((64, 96, 4), 40, np.uint8)
+        >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
     plan = _make_plan(
@@ -390,8 +390,9 @@ class _ArraySource:
         """Return one (h, w) array per band, decimated to ``out_shape`` where it is given."""
         window = self.image[y : y + height, x : x + width]
         if out_shape is not None:
-            rows, columns = (
-                np.arange(size) * side // size for size, side in zip(out_shape, (height, width), strict=True)
+            rows, columns = (  # the pixels at the cells' centres, as GDAL's nearest
+                (2 * np.arange(size) + 1) * side // (2 * size)
+                for size, side in zip(out_shape, (height, width), strict=True)
             )
             window = window[rows[:, None], columns]
         return [np.ascontiguousarray(window[..., index - 1]) for index in indexes], None

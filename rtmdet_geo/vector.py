@@ -94,7 +94,7 @@ def parse_crs(crs: Any) -> pyproj.CRS | None:
         raise ConfigError(f"unknown coordinate reference system {str(crs)!r}; give one such as EPSG:32630") from error
 
 
-def _project(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -> FloatArray:
+def project_points(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -> FloatArray:
     """Project (..., 2) points, x before y on both sides; what cannot be projected becomes NaN."""
     transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
     x, y = transformer.transform(points[..., 0], points[..., 1])
@@ -103,7 +103,7 @@ def _project(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -
     return projected
 
 
-def _map_coordinates(geometries: NDArray[Any], function: Callable[[FloatArray], FloatArray]) -> NDArray[Any]:
+def map_coordinates(geometries: NDArray[Any], function: Callable[[FloatArray], FloatArray]) -> NDArray[Any]:
     """Return polygons with ``function`` applied to all their coordinates (M, 2) at once."""
     return np.asarray(shapely.set_coordinates(geometries.copy(), function(shapely.get_coordinates(geometries))))
 
@@ -117,7 +117,7 @@ def _unwrap_longitudes(polygons: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(shapely.set_coordinates(polygons.copy(), points))
 
 
-def _project_polygons(polygons: NDArray[Any], source: pyproj.CRS, target: pyproj.CRS | str) -> NDArray[Any]:
+def project_polygons(polygons: NDArray[Any], source: pyproj.CRS, target: pyproj.CRS | str) -> NDArray[Any]:
     """Project polygons; in a geographic CRS none is torn at the antimeridian; exteriors run counter-clockwise.
 
     Raises:
@@ -125,18 +125,18 @@ def _project_polygons(polygons: NDArray[Any], source: pyproj.CRS, target: pyproj
     """
     target = pyproj.CRS.from_user_input(target)
     if target != source:
-        polygons = _map_coordinates(polygons, lambda points: _project(points, source, target))
+        polygons = map_coordinates(polygons, lambda points: project_points(points, source, target))
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
-        raise ConfigError(f"some detections lie where {target.name!r} is not defined; choose another --dst-crs")
-    return _counter_clockwise(_unwrap_longitudes(polygons) if target.is_geographic else polygons)
+        raise ConfigError(f"some features lie where {target.name!r} is not defined; choose another --dst-crs")
+    return counter_clockwise(_unwrap_longitudes(polygons) if target.is_geographic else polygons)
 
 
-def _counter_clockwise(polygons: NDArray[Any]) -> NDArray[Any]:
+def counter_clockwise(polygons: NDArray[Any]) -> NDArray[Any]:
     """Turn exteriors counter-clockwise in their coordinates, holes clockwise (RFC 7946)."""
     return np.asarray(shapely.orient_polygons(polygons))
 
 
-def _timestamp(acquired_at: str | None) -> pd.Timestamp | None:
+def parse_time(acquired_at: str | None) -> pd.Timestamp | None:
     """Return an ISO 8601 time in UTC; without an offset it is taken as UTC."""
     if not acquired_at:
         return None
@@ -148,7 +148,7 @@ def _timestamp(acquired_at: str | None) -> pd.Timestamp | None:
         return None
 
 
-def _text(value: str | None, number: int) -> pd.Series:
+def text_column(value: str | None, number: int) -> pd.Series:
     """Return a column of N equal strings; None or "" is null."""
     return pd.Series([value or None] * number, dtype="str")
 
@@ -229,15 +229,15 @@ def build_features(
         if target_crs is not None:
             raise ConfigError("a scene without coordinate reference system cannot be projected; leave --dst-crs out")
         lonlat, areas = np.full((number, 9, 2), np.nan), None
-        geometry = _counter_clockwise(shapes)
+        geometry = counter_clockwise(shapes)
     else:
-        shapes = _map_coordinates(shapes, lambda pixels: pixel_to_world(pixels, transform))
+        shapes = map_coordinates(shapes, lambda pixels: pixel_to_world(pixels, transform))
         target_crs = target_crs or source_crs
-        geometry = _project_polygons(shapes, source_crs, target_crs)
+        geometry = project_polygons(shapes, source_crs, target_crs)
         if polygons is None:
-            lonlat, areas = _project(pixel_to_world(_pixel_points(boxes), transform), source_crs, WGS84), None
+            lonlat, areas = project_points(pixel_to_world(_pixel_points(boxes), transform), source_crs, WGS84), None
         else:
-            on_globe = _project_polygons(shapes, source_crs, WGS84)
+            on_globe = project_polygons(shapes, source_crs, WGS84)
             lonlat, areas = ground_rectangles(on_globe), geodesic_areas(on_globe)
     measures = geodesic_measures(lonlat)
     if areas is not None:
@@ -245,7 +245,7 @@ def build_features(
     if kind == "horizontal":
         measures["azimuth_deg"][:] = np.nan
 
-    stamp = _timestamp(acquired_at)
+    stamp = parse_time(acquired_at)
     names = np.asarray(classes, object)
     columns = {
         "id": np.arange(1, number + 1, dtype=np.int64),
@@ -259,14 +259,14 @@ def build_features(
         "width_m": measures["width_m"],
         "area_m2": measures["area_m2"],
         "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
-        "scene_id": _text(scene_id, number),
+        "scene_id": text_column(scene_id, number),
         "acquired_at": pd.Series([stamp] * number, dtype="datetime64[ms, UTC]"),
-        "sensor": _text(sensor, number),
+        "sensor": text_column(sensor, number),
         "on_edge": on_edge,
         "n_merged": num_merged,
-        "model": _text(model, number),
-        "model_sha": _text(model_sha, number),
-        "run_id": _text(run_id, number),
+        "model": text_column(model, number),
+        "model_sha": text_column(model_sha, number),
+        "run_id": text_column(run_id, number),
     }
     return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=geometry, crs=target_crs)
 
@@ -401,12 +401,12 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
     try:
         if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
             logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
-            shapes = _project_polygons(shapes, frame.crs, WGS84)
+            shapes = project_polygons(shapes, frame.crs, WGS84)
     except ConfigError as error:
-        raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg)") from error
+        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg)") from error
     if not np.isfinite(shapely.get_coordinates(shapes)).all():
-        raise OutputError("some detections have no longitude and latitude; write a GeoPackage (.gpkg) instead")
-    return _feature_texts(frame, _map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS)))
+        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg) instead")
+    return _feature_texts(frame, map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS)))
 
 
 def _feature_texts(frame: geopandas.GeoDataFrame, shapes: NDArray[Any]) -> Iterator[str]:

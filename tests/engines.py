@@ -21,7 +21,7 @@ BRIGHT = 250
 
 
 class Engine:
-    """Answers every image with :meth:`find`, and remembers the batches."""
+    """Answers every image with :meth:`find`, and remembers the batches and what else was asked for."""
 
     name = "known"
     fixed_tile_size: int | None = None
@@ -31,11 +31,13 @@ class Engine:
         self.spec = spec or make_spec()
         self.num_saturated = 0
         self.batches: list[NDArray[np.uint8]] = []
+        self.multi_label = False
 
     def run(
         self, batches: Iterable[NDArray[np.uint8]], *, score_threshold: float, multi_label: bool = False
     ) -> Iterator[list[Detections]]:
         """See the protocol."""
+        self.multi_label = multi_label
         for images in batches:
             assert images.dtype == np.uint8 and images.shape[1] == len(self.spec.bands)
             assert images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0

@@ -20,7 +20,7 @@ class FileServer:
             connection after N bytes of the body; ``status:CODE`` answers CODE; ``long:N`` and ``short:N`` state N bytes
             too many or too few; ``no_range`` sends the whole file; ``no_length`` states none; ``other_range`` sends
             another part than was asked for; ``wrong`` sends other bytes; ``stall`` is silent for two seconds;
-            ``retry:S`` answers 503 and asks to wait S seconds; ``ok`` behaves.
+            ``retry:S`` answers 503 and asks to wait S seconds; ``moved`` sends to the same path; ``ok`` behaves.
         always: fault of every request when ``faults`` is used up; "" behaves.
         ranges: Range header of every request that came, "" for none.
         knows_ranges: False sends the whole file whatever is asked for.
@@ -70,6 +70,12 @@ def answer(served: FileServer, request: BaseHTTPRequestHandler) -> None:
     content = served.files.get(request.path)
     if fault == "stall":
         time.sleep(2.0)
+        return
+    if fault == "moved":
+        request.send_response(302)
+        request.send_header("Location", f"{served.url}{request.path}")
+        request.send_header("Content-Length", "0")
+        request.end_headers()
         return
     if fault in {"status", "retry"} or content is None:
         request.send_response(int(number) if fault == "status" else 503 if fault == "retry" else 404)

@@ -20,8 +20,8 @@ BASE = {
 STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
-    *("merge", "vector", "preview", "outputs", "evaluation"),
-    *("masks", "polygons", "preprocess", "stitch", "views"),
+    *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
+    *("masks", "polygons", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -32,13 +32,15 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | STAGES | {"models", "training"},
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
+    "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
     "onnx_graph": BASE,
     "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph"},
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
+    "classify": BASE | STAGES | BACKENDS,
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
-    "cli": BASE | STAGES | BACKENDS | {"detect", "batch", "cli", "training", "export"},
+    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -87,6 +87,19 @@ def test_drops_are_resumed_where_they_broke(server, target, sha256):
     assert pauses == [1.0, 1.0, 1.0, 1.0, 1.0]  # the second of two failures in a row waits 2 s, in steps of 1 s
 
 
+def test_moved_files_are_followed_and_resumed(server, target):
+    server.faults = ["moved", "drop:300000", "moved"]
+    fetch(server, target)
+    assert target.read_bytes() == CONTENT
+    assert server.ranges == ["", "", "bytes=300000-", "bytes=300000-"]
+
+
+def test_a_file_that_moves_for_ever_is_given_up(server, target):
+    server.always = "moved"
+    with pytest.raises(DownloadError, match="HTTP 302"):
+        fetch(server, target)
+
+
 def test_many_drops_do_not_give_up_as_long_as_bytes_come(server, target):
     server.faults = ["drop:100000"] * 10
     fetch(server, target)

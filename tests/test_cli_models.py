@@ -73,6 +73,8 @@ def test_models_list_needs_no_torch():
 def test_models_show_published_weights():
     card = run("models", "show", "rtmdet_r_tiny_dota").stdout
     assert "not in the cache" in card and "9d821076.pth" in card and "academic purposes only" in card
+    assert "fixed, 0..0.3 in physical units (integers x 0.0001); 8-bit as they are" in card
+    assert "8-bit as they are" not in run("models", "show", "sen2ships_r").stdout  # its dark level is subtracted
     facts = json.loads(run("models", "show", "rtmdet_r_tiny_dota", "--json").stdout)
     assert facts["kind"] == "rotated" and len(facts["classes"]) == 15 and facts["bands"] == ["blue", "green", "red"]
     assert "1000: tench, goldfish" in run("models", "show", "cspnext_s_imagenet").stdout

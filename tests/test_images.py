@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import shapely
 from engines import (
-    BRIGHT,
     Engine,
     GoldenEngine,
     RectangleEngine,
@@ -18,7 +17,7 @@ from engines import (
     draw_rectangles,
     scattered_boxes,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_post import cases_of
 from synthetic import make_spec, write_scene
@@ -46,6 +45,7 @@ from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, StretchSpec
 from rtmdet_geo.views import Augmentation, augment
 
 BGR = ("blue", "green", "red")
+TTA = ("none", "flips", "all", Augmentation(flips=("diagonal",)))
 
 
 class ChannelEngine(Engine):
@@ -134,12 +134,13 @@ def test_oracle_preprocessing(oracle_dir: Path) -> None:
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["rotated", "horizontal", "mask"]),
-    st.sampled_from(["none", "flips", "all"]),
+    st.sampled_from(TTA),
     st.sampled_from([(100, 120), (150, 230)]),
     st.sampled_from([None, 5.0]),
 )
+@example(0, "mask", TTA[3], (100, 120), None)  # mirrored with its padding
 def test_tiles_find_rectangles_where_they_are(
-    seed: int, kind: Kind, tta: str, size: tuple[int, int], gsd: float | None
+    seed: int, kind: Kind, tta: str | Augmentation, size: tuple[int, int], gsd: float | None
 ) -> None:
     """One padded tile or several, plain or augmented, at the model's resolution of 4 m or resampled to it."""
     boxes = scattered_boxes(*size, seed, kind=kind)
@@ -168,12 +169,12 @@ def check_rectangle_masks(found: Prediction, boxes: np.ndarray, size: tuple[int,
 @given(
     st.integers(0, 2**32),
     st.sampled_from(["rotated", "horizontal", "mask"]),
-    st.sampled_from(["none", "flips", "all"]),
+    st.sampled_from(TTA),
     st.sampled_from([(150, 101), (96, 160)]),
     st.sampled_from([192, 256]),
 )
 def test_letterboxes_find_rectangles_where_they_are(
-    seed: int, kind: Kind, tta: str, size: tuple[int, int], side: int
+    seed: int, kind: Kind, tta: str | Augmentation, size: tuple[int, int], side: int
 ) -> None:
     boxes = scattered_boxes(*size, seed, kind=kind)
     engine = RectangleEngine(make_spec(kind=kind, tile_size=side, iou_threshold=0.5))
@@ -182,6 +183,43 @@ def test_letterboxes_find_rectangles_where_they_are(
     assert all(batch.shape[2] == batch.shape[3] for batch in engine.batches)
     if kind == "mask":
         check_rectangle_masks(found, boxes, size)
+
+
+class OneBoxEngine(Engine):
+    """Finds one box at x 32, y 3, everywhere."""
+
+    def find(self, image: np.ndarray) -> Detections:
+        """See the class."""
+        return Detections([[32, 3, 8, 4, 0]], [0.9], [0], kind=self.spec.object_kind)
+
+
+def test_worked_letterbox() -> None:
+    """9 x 100 px become 6 x 64: the axes' factors are 2/3 and 0.64. What lies in padding stays, as in the reference."""
+    engine = OneBoxEngine(make_spec(kind="horizontal", tile_size=64))
+    found = predict(engine, np.zeros((9, 100, 3), np.uint8))
+    np.testing.assert_allclose(found.boxes, [[50, 4.5, 12.5, 6, 0]], rtol=1e-6)
+    np.testing.assert_allclose(predict(engine, np.zeros((3, 100, 3), np.uint8)).boxes[0, :2], [50, 4.5], rtol=1e-6)
+
+
+def test_what_lies_in_the_padding_of_tiles_is_dropped() -> None:
+    engine = OneBoxEngine()
+    assert len(predict(engine, np.zeros((4, 40, 3), np.uint8))) == 1
+    assert len(predict(engine, np.zeros((3, 40, 3), np.uint8))) == 0
+    assert len(predict(engine, np.zeros((4, 32, 3), np.uint8))) == 0
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "none"])
+def test_mask_threshold_and_multi_label_are_passed_on(resize: Any) -> None:
+    boxes = np.array([[60.0, 50.0, 60.0, 40.0, 0.0]])
+    engine = RectangleEngine(make_spec(kind="mask", tile_size=128))
+    areas = []
+    for threshold in (0.4, 0.5, 0.6):
+        found = predict(engine, picture(100, 120, boxes), resize=resize, mask_threshold=threshold, multi_label=True)
+        assert engine.multi_label and found.masks is not None
+        areas.append(found.masks[0].mask.sum())
+    assert areas[0] > areas[1] > areas[2] > 0
+    predict(engine, picture(100, 120, boxes), resize=resize)
+    assert not engine.multi_label
 
 
 def test_letterbox_views_are_mirrored_before_they_are_padded() -> None:
@@ -198,38 +236,46 @@ def test_letterbox_views_are_mirrored_before_they_are_padded() -> None:
     assert [batch.shape for batch in engine.batches] == [(1, 3, 32, 32), (1, 3, 128, 128)]
 
 
-@pytest.mark.parametrize("gsd", [None, 6.0])
-def test_an_image_is_treated_as_a_scene_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gsd: float | None) -> None:
-    """The same pixels as a file through detect_scene: stretched, resampled, tiled and merged alike."""
-    boxes = scattered_boxes(200, 260, 7)
-    image = picture(200, 260, boxes)
-    image = np.maximum(image, 30) - np.array([0, 10, 20], np.uint8)
-    spec = make_spec(gsd_m=4.0, tile_size=160, stretch=StretchSpec(dark_percent=1.0))
-    scene = write_scene(tmp_path / "port.tif", image[..., 0], crs=None)
-    image = np.repeat(image[..., :1], 3, axis=2)
-    engines = ScaledEngine(spec), ScaledEngine(spec)
+def run_both(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, image: np.ndarray, engines: tuple[Engine, Engine], gsd: float | None
+) -> tuple[pipeline.DetectResult, Prediction]:
+    """Run detect_scene on a file of a grey image (H, W), and predict on the image with an equal engine."""
+    scene = write_scene(folder / "port.tif", image, crs=None)
     monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: engines[0])
     monkeypatch.setattr(pipeline, "find_model", lambda model: Path(__file__))
     with pytest.warns(NotGeoreferencedWarning):
-        features = pipeline.detect_scene(scene, gsd=gsd).features
-    found = predict(engines[1], image, gsd=gsd)
-    assert len(found) == len(features) == len(boxes)
-    for ours, theirs in zip(engines[1].batches, engines[0].batches, strict=True):
+        result = pipeline.detect_scene(scene, gsd=gsd)
+    return result, predict(engines[1], np.repeat(image[..., None], 3, axis=2), gsd=gsd)
+
+
+@pytest.mark.parametrize("gsd,max_pixels", [(None, 10_000_000), (6.0, 10_000_000), (None, 7_000)])
+def test_engines_see_what_they_see_of_a_scene(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gsd: float | None, max_pixels: int
+) -> None:
+    """Stretched, resampled and tiled alike, to the bit; limits of the stretch from every third pixel, too."""
+    monkeypatch.setattr("rtmdet_geo.scene.PERCENTILE_MAX_PIXELS", max_pixels)
+    image = np.random.default_rng(0).integers(30, 100, (200, 259)).astype(np.uint8)
+    image += (40 * (np.arange(259) % 3)).astype(np.uint8)  # which third counts shows
+    spec = make_spec(gsd_m=4.0, tile_size=160, stretch=StretchSpec(dark_percent=1.0))
+    engines = ChannelEngine(spec), ChannelEngine(spec)
+    run_both(monkeypatch, tmp_path, image, engines, gsd)
+    assert len(engines[0].batches) > 1
+    for theirs, ours in zip(engines[0].batches, engines[1].batches, strict=True):
         assert np.array_equal(ours, theirs)
-    centres = np.array([[shape.centroid.x, shape.centroid.y] for shape in features.geometry])
-    centres[:, 1] *= np.sign(centres[:, 1])
-    apart = np.linalg.norm(found.boxes[:, None, :2] - centres[None], axis=2)
-    assert apart.min(axis=1).max() < 1e-3
 
 
-class ScaledEngine(RectangleEngine):
-    """Finds rectangles on a ground that the stretch has made black; padding is as black."""
-
-    def find(self, image: np.ndarray) -> Detections:
-        """See the class."""
-        grey = image.astype(int)
-        grey[:, (image == PAD_VALUE).all(axis=0)] = 0
-        return super().find(np.minimum(grey + PAD_VALUE, BRIGHT).astype(np.uint8))
+@pytest.mark.parametrize("kind", ["rotated", "mask"])
+def test_results_are_those_of_a_scene(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Kind) -> None:
+    boxes = scattered_boxes(200, 260, 7, kind=kind)
+    spec = make_spec(kind=kind, gsd_m=4.0, tile_size=160)
+    engines = RectangleEngine(spec), RectangleEngine(spec)
+    image = picture(200, 260, boxes)[..., 0]
+    result, found = run_both(monkeypatch, tmp_path, image, engines, 6.0)
+    assert len(found) == len(result) == len(boxes)
+    np.testing.assert_allclose(found.scores, result.features["score"], atol=1e-3)
+    for ours, theirs in zip(found.polygons(), result.features.geometry, strict=True):
+        theirs = shapely.transform(theirs, np.abs)  # rows may count downwards from 0
+        assert shapely.hausdorff_distance(ours, theirs) < (1e-3 if kind == "rotated" else 1.5)
 
 
 def seen_channels(engine: Engine) -> list[int]:

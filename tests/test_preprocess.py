@@ -6,13 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import recipes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from rtmdet_geo.preprocess import MEAN_BGR, STD_BGR, Letterbox, keep_ratio_size, letterbox, normalise
+from rtmdet_geo.preprocess import (
+    MEAN_BGR,
+    STD_BGR,
+    Letterbox,
+    crop_centre,
+    keep_ratio_size,
+    letterbox,
+    normalise,
+    resize_bicubic,
+    short_side_size,
+)
 from rtmdet_geo.structures import PAD_VALUE
 
 
@@ -88,6 +100,7 @@ def test_worked_example() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 96), st.integers(0, 2**32))
+@example(6, 18, 2, 9, 0)
 def test_properties(height: int, width: int, channels: int, side: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     before = image.copy()
@@ -102,8 +115,8 @@ def test_properties(height: int, width: int, channels: int, side: int, seed: int
     assert (boxed.image[new_height:] == PAD_VALUE).all()
     assert (boxed.image[:, new_width:] == PAD_VALUE).all()
     assert np.array_equal(image, before)
-    one = letterbox(image[:, :, -1:], side)  # channels do not mix
-    assert np.array_equal(one.image[:, :, 0], boxed.image[:, :, -1])
+    one = letterbox(image[:, :, -1:], side)  # channels do not mix; OpenCV rounds one and several channels differently
+    np.testing.assert_allclose(one.image[:, :, 0], boxed.image[:, :, -1].astype(int), rtol=0, atol=1)
     turned = letterbox(np.ascontiguousarray(image.transpose(1, 0, 2)), side)
     assert turned.content == (new_width, new_height)
     if max(height, width) == side:
@@ -121,3 +134,80 @@ def test_odd_inputs_are_refused() -> None:
         normalise(image, [1.0], [1.0])
     with pytest.raises(ValueError, match="positive"):
         normalise(image, [1.0] * 3, [1.0, 0.0, 1.0])
+
+
+def test_worked_bicubic() -> None:
+    """A step made half as wide: cubic weights (a = -1/2) at distances 1/4, 3/4, 5/4, 7/4 new px, divided by their sum.
+
+    w(x) = 1.5 x^3 - 2.5 x^2 + 1 below 1, -.5 x^3 + 2.5 x^2 - 4 x + 2 below 2: .8672, .2266, -.0703, -.0234, twice,
+    sum 2; so .4336, .1133, -.0352, -.0117 to each side. A step to 200 one pixel away: 200 (.1133 - .0352 - .0117) =
+    13.3; three away: 200 (-.0117) = -2.3, which is 0; and the counterparts 200 - 13.3 and 202.3.
+    """
+    image = np.zeros((4, 16, 1), np.uint8)
+    image[:, 8:] = 200
+    assert resize_bicubic(image, 4, 8)[:, :, 0].tolist() == [[0, 0, 0, 13, 187, 202, 200, 200]] * 4
+    upright = resize_bicubic(np.ascontiguousarray(image.transpose(1, 0, 2)), 8, 4)
+    assert upright[:, 0, 0].tolist() == [0, 0, 0, 13, 187, 202, 200, 200]
+    plain = cv2.resize(image, (8, 4), interpolation=cv2.INTER_CUBIC)  # control: no antialiasing
+    assert plain[0].tolist() != [0, 0, 0, 13, 187, 202, 200, 200]
+
+
+def test_bicubic_is_pillow_s() -> None:
+    """Colours as Pillow resizes them together; a fourth channel is no alpha, whose pixels Pillow would weigh."""
+    rng = np.random.default_rng(0)
+    for height, width in ((50, 31), (3, 90), (41, 41)):
+        image = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        resized = resize_bicubic(image, 37, 23)
+        whole = Image.fromarray(np.ascontiguousarray(image[:, :, :3])).resize((23, 37), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(resized[:, :, :3], np.asarray(whole))
+        weighed = Image.fromarray(image).resize((23, 37), Image.Resampling.BICUBIC)  # control
+        assert not np.array_equal(resized, np.asarray(weighed))
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "offset"),
+    [
+        ((480, 640), (236, 314), (6, 45)),  # 236 * 640 / 480 = 314.67, cut; (314 - 224) / 2 = 45
+        ((640, 480), (314, 236), (45, 6)),
+        ((236, 313), (236, 313), (6, 44)),  # 44.5 to the even neighbour
+        ((315, 236), (315, 236), (46, 6)),  # 45.5 likewise
+        ((236, 236), (236, 236), (6, 6)),
+        ((100, 100), (236, 236), (6, 6)),
+        ((1000, 59), (4000, 236), (1888, 6)),
+    ],
+)
+def test_crop_of_classifiers(size: tuple[int, int], resized: tuple[int, int], offset: tuple[int, int]) -> None:
+    """Published: short side 236, centre 224 (ResizeEdge cuts fractions off, CenterCrop rounds half to even)."""
+    assert short_side_size(*size, 236) == resized
+    image = np.random.default_rng(1).integers(0, 256, (*size, 2), dtype=np.uint8)
+    whole = resize_bicubic(image, *resized)
+    top, left = offset
+    np.testing.assert_array_equal(crop_centre(image, 224), whole[top : top + 224, left : left + 224])
+    if size == resized:
+        np.testing.assert_array_equal(whole, image)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 6), st.integers(1, 64), st.integers(0, 255))
+def test_crop_properties(height: int, width: int, channels: int, side: int, grey: int) -> None:
+    image = np.random.default_rng(grey).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    before = image.copy()
+    cropped = crop_centre(image, side)
+    assert cropped.shape == (side, side, channels)
+    assert np.array_equal(image, before)
+    assert np.array_equal(crop_centre(image[:, :, -1:], side)[:, :, 0], cropped[:, :, -1])  # channels do not mix
+    assert (crop_centre(np.full_like(image, grey), side) == grey).all()
+    new_height, new_width = short_side_size(height, width, 236)
+    assert min(new_height, new_width) == 236
+    assert short_side_size(width, height, 236) == (new_width, new_height)
+
+
+def test_odd_inputs_to_crops_are_refused() -> None:
+    with pytest.raises(ValueError, match="sides start at 1"):
+        short_side_size(5, 5, 0)
+    with pytest.raises(ValueError, match="sides start at 1"):
+        crop_centre(np.zeros((4, 4, 3), np.uint8), 0)
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 0, 3), np.uint8)):
+        for resize in (lambda image: crop_centre(image, 8), lambda image: resize_bicubic(image, 8, 8)):
+            with pytest.raises(ValueError, match="uint8"):
+                resize(wrong)

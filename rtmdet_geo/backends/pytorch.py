@@ -73,7 +73,7 @@ class TorchBackend(RowsBackend):
     def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
         graph = self._graphs[multi_label]
         try:
-            with torch.inference_mode(), _cpu_threads(self._threads):
+            with torch.inference_mode(), cpu_threads(self._threads):
                 outputs = graph(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
                 return tuple(output.cpu().numpy() for output in outputs)
         except torch.cuda.OutOfMemoryError as error:
@@ -100,7 +100,7 @@ def find_device(name: str) -> torch.device:
 
 
 @contextmanager
-def _cpu_threads(number: int | None) -> Iterator[None]:
+def cpu_threads(number: int | None) -> Iterator[None]:
     """Give torch so many CPU threads meanwhile; the number is the whole process's."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)

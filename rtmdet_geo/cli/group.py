@@ -103,6 +103,7 @@ def describe(error: Exception) -> tuple[str, int]:
     cls=ReportingGroup,
     commands_at={
         "detect": "rtmdet_geo.cli.detect:detect",
+        "classify": "rtmdet_geo.cli.classify:classify",
         "train": "rtmdet_geo.cli.train:train",
         "export": "rtmdet_geo.cli.export:export",
         "data": "rtmdet_geo.cli.data:data",

@@ -334,10 +334,10 @@ _FINDS = {
 
 def format_card(spec: ModelSpec, where: str) -> str:
     """Return the model card as lines ``name   value``; what the file does not say reads "not stated"."""
-    stretch = spec.stretch
+    stretch, dark = spec.stretch, spec.stretch.dark_percent
     limits = {
         "fixed": f"fixed, {stretch.low:g}..{stretch.high:g} in physical units (integers x {stretch.default_scale:g})"
-        + (f" above the scene's percentile {stretch.dark_percent:g}" if stretch.dark_percent is not None else ""),
+        + ("; 8-bit as they are" if dark is None else f" above the scene's percentile {dark:g}"),
         "percentile": f"percentiles {stretch.low_percent:g}..{stretch.high_percent:g} of each band",
         "none": "none, 8-bit values as they are",
     }

@@ -6,7 +6,6 @@ with ``GlobalAveragePooling`` and ``LinearClsHead`` (Apache-2.0), whose paramete
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.models.cspnext import CSPNeXt
 from rtmdet_geo.models.heads import at_least_float32
 from rtmdet_geo.models.rtmdet import check_images, find_builder, make_backbone
-from rtmdet_geo.structures import ModelSpec
 
 
 class LinearHead(nn.Module):
@@ -103,35 +100,6 @@ class ClassificationGraph(nn.Module):
         """Run the graph on numpy's pixels, uint8 (N, C, H, W), where its parameters are; return its scores."""
         with torch.inference_mode():
             return self(torch.from_numpy(np.ascontiguousarray(images)).to(self.mean.device)).cpu().numpy()
-
-
-def load_classification_graph(
-    weights: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto"
-) -> tuple[ClassificationGraph, ModelSpec]:
-    """Load weights for inference, batch norms folded into their convolutions.
-
-    Args:
-        weights: a classifier's, see :func:`rtmdet_geo.models.weights.build_from_weights`.
-        threads: torch's CPU threads, of the whole process; None leaves them.
-        device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one).
-
-    Raises:
-        ConfigError: there is no such device.
-        See :func:`rtmdet_geo.models.weights.build_from_weights` for the others.
-    """
-    from rtmdet_geo.models.weights import build_from_weights, fuse_batch_norm
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = ["cpu"]
-    if torch.cuda.is_available():
-        known += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if device not in known:
-        raise ConfigError(f"device {device!r} is not there; choose one of auto, {', '.join(known)}")
-    network, spec = build_from_weights(weights)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return ClassificationGraph(fuse_batch_norm(network), spec.mean, spec.std).to(device).eval(), spec
 
 
 def _build(architecture: str, num_classes: int, in_channels: int, weights: str | Path | None) -> CSPNeXtClassifier:

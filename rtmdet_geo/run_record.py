@@ -1,0 +1,41 @@
+"""What a run says of itself in summaries and in the metadata of layers: versions, and the model that was used."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rtmdet_geo import __version__
+from rtmdet_geo.catalog import file_sha256
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of what the numbers depend on: the package, Python, numpy, rasterio and ``packages``."""
+    versions = {"rtmdet_geo": __version__, "python": platform.python_version()}
+    for package in ("numpy", "rasterio", *packages):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            logger.debug("%s is not installed as a package", package)
+    return versions
+
+
+def model_record(spec: ModelSpec, path: Path) -> dict[str, str]:
+    """Return a model's name, origin and terms, ready for JSON."""
+    return {
+        "name": spec.name,
+        "architecture": spec.architecture,
+        "path": str(path),
+        "sha256": file_sha256(path),
+        "weights_sha256": spec.weights_sha256,
+        "licence": spec.licence,
+        "attribution": spec.attribution,
+    }

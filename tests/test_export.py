@@ -137,7 +137,10 @@ def test_declared_outputs(kind):
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.endswith(("_test", "_nano"))])
 def test_smallest_variants_of_every_family(name, tmp_path):
-    """As published: all classes, three channels; the file is compared with torch by export itself."""
+    """As published: all classes, three channels; export itself compares the file with torch.
+
+    All scores of a fresh network tie, so rows stand in any order, and a cut level keeps any of them.
+    """
     kind, num_classes = KINDS[VARIANTS[name].task], VARIANTS[name].num_classes
     build = get_classifier if kind == "classification" else get_model
     spec = make_spec(
@@ -183,8 +186,8 @@ def test_classifier_normalises_inside_and_answers_probabilities(tmp_path):
     with torch.inference_mode():
         logits = network(torch.from_numpy(normalised).float()).double().numpy()
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, powers / powers.sum(axis=1, keepdims=True), atol=5e-4)
-    assert np.abs(found[0] - found[1]).max() > 0.02, "the two images must differ"
+    np.testing.assert_allclose(found, powers / powers.sum(axis=1, keepdims=True), atol=2e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.01, "the two images must differ"
     assert 0.05 < found.max() < 0.95
 
 
@@ -330,11 +333,6 @@ def test_a_change_of_one_output_is_found(kind, output, shift, words):
 def test_tolerances_are_tight():
     """Boxes may be off by a fiftieth of a pixel, the rest by a thousandth and less."""
     assert Differences(0.02, 2e-4, 1e-3, 1e-3) == TOLERANCES
-
-
-def test_freshly_initialised_network_passes_its_check(tmp_path):
-    """All scores tie there, so rows stand in any order."""
-    export_model(get_model("rtmdet_r_test", num_classes=1), tmp_path / "new.onnx", spec=make_spec())
 
 
 def test_existing_file_is_kept(network, tmp_path):

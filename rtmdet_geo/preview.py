@@ -133,7 +133,7 @@ def _text_width(text: str) -> int:
 
 
 def _draw_boxes(image: Image, detections: Detections, scale: tuple[float, float], with_scores: bool) -> None:
-    """Draw outlines in class colours on a dark seam; best scores come last, on top."""
+    """Draw boxes in class colours on a dark seam, or masks' edges; best scores come last, on top."""
     corners = boxes_to_polygons(_at_least_drawable(detections.boxes, scale)) * scale
     outlines = outlines_of(detections)
     for index in np.argsort(detections.scores, kind="stable"):
@@ -143,7 +143,7 @@ def _draw_boxes(image: Image, detections: Detections, scale: tuple[float, float]
             rings = [ring * scale for part in outlines[index] for ring in part]
         # OpenCV counts from the centre of the first pixel, boxes from its corner
         lines = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
-        if np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:
+        if outlines is None and np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:
             cv2.polylines(image, lines, True, (0, 0, 0), 3, cv2.LINE_AA, _SHIFT)
         cv2.polylines(image, lines, True, colour, 1, cv2.LINE_AA, _SHIFT)
         if with_scores:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rtmdet_geo.checkpoints import CHECKPOINTS, Checkpoint, download_checkpoint
-from rtmdet_geo.errors import ModelFileError, UnknownModelError
+from rtmdet_geo.errors import MissingDependencyError, ModelFileError, UnknownModelError
 from rtmdet_geo.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         UnknownModelError: it is no name of a model or of weights and no path; the message lists near names.
         ModelFileError: it is a path and there is no file, or the bundled file is missing.
+        MissingDependencyError: published weights are asked for and torch is not installed.
         DownloadError, ChecksumError: see :func:`rtmdet_geo.cache.download`.
 
     Example:
@@ -124,6 +126,11 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
             )
         return entry.path
     if text in CHECKPOINTS:
+        if importlib.util.find_spec("torch") is None:  # said before the download
+            raise MissingDependencyError(
+                f"published weights such as {text!r} run in PyTorch, which is not installed; run: "
+                "pip install 'rtmdet-geo[train]'"
+            )
         return find_weights(text)
     path = Path(text)
     if path.is_file():

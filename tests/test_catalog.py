@@ -34,7 +34,7 @@ from rtmdet_geo.catalog import (
     read_spec,
 )
 from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
-from rtmdet_geo.errors import ModelFileError, UnknownModelError
+from rtmdet_geo.errors import MissingDependencyError, ModelFileError, UnknownModelError
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.variants import TASKS, VARIANTS
 
@@ -335,3 +335,12 @@ def test_twin_holds_the_same_description(name):
     same = {"name", "architecture", "classes", "bands", "stretch", "mean", "std", "gsd_m", "metrics", "training_data"}
     assert model.model_dump(include=same) == twin.model_dump(include=same)
     assert max(entry.path.stat().st_size, entry.weights_path.stat().st_size) <= 13e6
+
+
+def test_published_weights_without_torch_are_not_downloaded(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("rtmdet_geo.catalog.download_checkpoint", lambda name: pytest.fail("downloaded"))
+    with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[train\]'"):
+        find_model("rtmdet_tiny_coco")

@@ -84,7 +84,7 @@ CATALOG: dict[str, CatalogEntry] = {
         "banepa_ins",
         "banepa_ins.onnx",
         "outlines of buildings in aerial orthophotos of 0.1 to 0.3 m a pixel",
-        10_476_637_440,
+        5_133_652_224,
     ),
     "sen2ships_r": CatalogEntry(
         "sen2ships_r",

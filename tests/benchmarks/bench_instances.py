@@ -4,6 +4,9 @@
 GeoPackage. The engine is a stand-in that finds bright areas and returns ten candidates for each, so what is measured
 is the pipeline, not a network. Target: a peak below 1.5 GB. The smaller scene shows the growth. Every case runs in a
 process of its own, so that peak memory is that of the case.
+
+Where ``RTMDET_DATA`` names the folder of real scenes, the bundled building model also runs over all of Banepa (24
+chips, 1,536 x 4,096 px).
 """
 
 from __future__ import annotations
@@ -78,14 +81,37 @@ def measure(houses_per_side):
         result = pipeline.detect_scene(scene, Path(folder) / "houses.gpkg")
         seconds = time.perf_counter() - start
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "side_px": houses_per_side * SPACING,
-        "houses": houses_per_side**2,
-        "polygons": len(result),
-        "seconds": round(seconds, 1),
-        "before_mb": round(before),
-        "peak_mb": round(peak_mb),
-    }
+    side = houses_per_side * SPACING
+    return row("painted houses, stand-in engine", (side, side), houses_per_side**2, result, seconds, before, peak_mb)
+
+
+def row(what, size, objects, result, seconds, before_mb, peak_mb):
+    """Return one line of the table; ``objects``: how many there are, if that is known."""
+    measured = {"seconds": round(seconds, 1), "before_mb": round(before_mb), "peak_mb": round(peak_mb)}
+    return {"what": what, "width": size[0], "height": size[1], "objects": objects, "polygons": len(result)} | measured
+
+
+def measure_banepa(folder):
+    """Run the bundled building model over all chips in one scene, in a fresh process."""
+    sys.path[:0] = [str(ROOT)]
+    import rasterio
+    from rasterio.merge import merge
+
+    from rtmdet_geo.detect import detect_scene
+
+    with tempfile.TemporaryDirectory() as place:
+        pixels, transform = merge(sorted((Path(folder) / "banepa" / "oam").glob("*.tif")))
+        _, height, width = pixels.shape
+        scene = Path(place) / "banepa.tif"
+        profile = {"driver": "GTiff", "height": height, "width": width, "count": 3, "dtype": "uint8"}
+        with rasterio.open(scene, "w", **profile, crs="EPSG:4326", transform=transform, photometric="RGB") as dataset:
+            dataset.write(pixels)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        start = time.perf_counter()
+        result = detect_scene(scene, Path(place) / "banepa.gpkg", model="banepa_ins")
+        seconds = time.perf_counter() - start
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return row("Banepa, banepa_ins", (width, height), "", result, seconds, before, peak_mb)
 
 
 def main():
@@ -99,20 +125,22 @@ def main():
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     rows = []
-    for houses_per_side in (50, 100):
+    cases = [(measure, 50), (measure, 100)]
+    if os.environ.get("RTMDET_DATA"):
+        cases.append((measure_banepa, os.environ["RTMDET_DATA"]))
+    for function, argument in cases:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(measure, (houses_per_side,)))
-        print("  ".join(f"{name} {value:,}" for name, value in rows[-1].items()), flush=True)
-    large = rows[-1]
-    is_met = large["peak_mb"] < TARGET_MB and large["polygons"] == large["houses"]
-    print(
-        f"{'PASS ' if is_met else 'BELOW'}  {large['polygons']:,} instances in {large['side_px']:,}^2 px: "
-        f"{large['peak_mb']} MB (target {TARGET_MB} MB)"
-    )
+            rows.append(pool.apply(function, (argument,)))
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    large = rows[1]
+    is_met = large["peak_mb"] < TARGET_MB and large["polygons"] == large["objects"]
+    verdict = "PASS " if is_met else "BELOW"
+    print(f"{verdict}  {large['polygons']:,} instances in {large['width']:,}^2 px: {large['peak_mb']} MB", end=" ")
+    print(f"(target {TARGET_MB} MB)")
     with output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *machine])
         writer.writeheader()
-        writer.writerows(row | machine for row in rows)
+        writer.writerows(line | machine for line in rows)
     print(f"\nwritten to {output}")
 
 

@@ -25,17 +25,18 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
-from rtmdet_geo.errors import BandError, Cancelled, ConfigError, NodataWarning, NotGeoreferencedWarning, OutputError
+from rtmdet_geo.errors import BandError, Cancelled, ConfigError, NodataWarning, NotGeoreferencedWarning
+from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.preprocess import crop_centre, resize_bicubic
 from rtmdet_geo.raster import Scene, open_scene
-from rtmdet_geo.run_record import library_versions, model_record
+from rtmdet_geo.run_record import library_versions, model_record, scene_record
 from rtmdet_geo.structures import ModelSpec, Tile
-from rtmdet_geo.vector import WGS84, check_output, driver_of, parse_crs, write_features
+from rtmdet_geo.vector import check_output, check_target_crs, write_features
 
 if TYPE_CHECKING:
     import geopandas
 
-#: Classes that ClassifyResult's one line names.
+#: Classes that the one line about a run names.
 _NUM_SHOWN = 5
 
 
@@ -60,34 +61,6 @@ class Classification:
     def __str__(self) -> str:
         """Say the classes in one line."""
         return "; ".join(f"{name} {score:.3f}" for name, score in zip(self.class_names, self.scores, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class ClassifyResult:
-    """What :func:`classify_scene` found.
-
-    Attributes:
-        features: one row per cell, row by row from the scene's top left corner; columns:
-            see :func:`rtmdet_geo.cells.build_cells`.
-        summary: facts about the run, ready for JSON; its keys are listed at :func:`classify_scene`.
-    """
-
-    features: geopandas.GeoDataFrame
-    summary: dict[str, Any]
-
-    def __len__(self) -> int:
-        """Return the number of cells."""
-        return len(self.features)
-
-    def __str__(self) -> str:
-        """Say the result in one line."""
-        summary = self.summary
-        counts = [f"{number} {name}" for name, number in summary["num_by_class"].items()]
-        more = [f"{len(counts) - _NUM_SHOWN} more classes"] if len(counts) > _NUM_SHOWN else []
-        where = f" -> {summary['output']}" if summary["output"] else ""
-        listed = f" ({', '.join(counts[:_NUM_SHOWN] + more)})" if counts else ""
-        size = summary["parameters"]["chip_size"]
-        return f"{summary['scene']}: {len(self)} cells{listed} of {size} px, {summary['seconds']:.1f} s{where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +204,7 @@ def classify_scene(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> ClassifyResult:
+) -> geopandas.GeoDataFrame:
     """Name what each cell of a grid over a scene shows; optionally write the cells as polygons.
 
     Cells have a side of ``chip_size - overlap`` px and cover the scene from its top left corner once; the last ones end
@@ -260,10 +233,10 @@ def classify_scene(
         cancelled: asked between batches; True ends the run with :class:`Cancelled`.
 
     Returns:
-        Cells row by row with the columns of :func:`rtmdet_geo.cells.build_cells`, and a summary with the keys
-        ``scene``, ``output``, ``run_id``, ``num_cells``, ``num_by_class`` (classes that occur, most frequent first),
-        ``num_chips``, ``num_empty_chips``, ``width``, ``height`` (source px), ``crs``, ``gsd_x_m``, ``gsd_y_m``,
-        ``stretch``, ``model``, ``parameters``, ``seconds``, ``versions``.
+        Cells row by row with the columns of :func:`rtmdet_geo.cells.build_cells`. Their ``attrs["summary"]`` has facts
+        about the run, ready for JSON: ``scene``, ``output``, ``run_id``, ``num_cells``, ``num_by_class`` (classes that
+        occur, most frequent first), ``num_chips``, ``num_empty_chips``, ``width``, ``height`` (source px), ``crs``,
+        ``gsd_x_m``, ``gsd_y_m``, ``stretch``, ``model``, ``parameters``, ``seconds``, ``versions``.
 
     Raises:
         RasterError, BandError, ResolutionError: the scene cannot be read, lacks a band, or is too coarse or fine.
@@ -274,12 +247,9 @@ def classify_scene(
     """
     started = time.perf_counter()
     if output is not None:
-        if os.path.exists(output) and os.path.exists(scene) and os.path.samefile(output, scene):
-            raise OutputError(f"output {os.fspath(output)!r} is the scene itself; give another name")
+        check_not_input(output, scene)
         check_output(output, overwrite, driver=driver)
-    target_crs = parse_crs(dst_crs)
-    if target_crs is not None and target_crs != WGS84 and output is not None and driver_of(output, driver) == "GeoJSON":
-        raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
+    target_crs = check_target_crs(dst_crs, output, driver)
     classifier = open_classifier(model, threads=threads, device=device)
     plan = _make_plan(classifier.spec, chip_size, overlap, batch_size, top_k, score_threshold)
     spec, run_id = plan.spec, uuid.uuid4().hex
@@ -307,12 +277,7 @@ def classify_scene(
         "num_by_class": {str(name): int(number) for name, number in num_by_class.items()},
         "num_chips": found.num_chips,
         "num_empty_chips": found.num_empty_chips,
-        "width": source.source_width,
-        "height": source.source_height,
-        "crs": source.crs.to_string() if source.crs is not None else None,
-        "gsd_x_m": source.gsd_x_m,
-        "gsd_y_m": source.gsd_y_m,
-        "stretch": source.stretch_record,
+        **scene_record(source),
         "model": model_record(spec, classifier.path),
         "parameters": {
             "chip_size": plan.chip_size,
@@ -332,7 +297,19 @@ def classify_scene(
     if output is not None:
         write_features(features, output, driver=driver, layer="classification", overwrite=overwrite, metadata=summary)
     summary["seconds"] = time.perf_counter() - started
-    return ClassifyResult(features, summary)
+    features.attrs["summary"] = summary
+    return features
+
+
+def describe_cells(features: geopandas.GeoDataFrame) -> str:
+    """Say in one line what :func:`classify_scene` found."""
+    summary = features.attrs["summary"]
+    counts = [f"{number} {name}" for name, number in summary["num_by_class"].items()]
+    more = [f"{len(counts) - _NUM_SHOWN} more classes"] if len(counts) > _NUM_SHOWN else []
+    where = f" -> {summary['output']}" if summary["output"] else ""
+    listed = f" ({', '.join(counts[:_NUM_SHOWN] + more)})" if counts else ""
+    size = summary["parameters"]["chip_size"]
+    return f"{summary['scene']}: {summary['num_cells']} cells{listed} of {size} px, {summary['seconds']:.1f} s{where}"
 
 
 def _check_top_k(top_k: int) -> None:

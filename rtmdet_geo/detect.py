@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,48 +32,22 @@ from rtmdet_geo.errors import (
     SaturatedTileWarning,
 )
 from rtmdet_geo.merge import Merged, merge_survivors
+from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
-from rtmdet_geo.run_record import library_versions, model_record
+from rtmdet_geo.run_record import library_versions, model_record, scene_record
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.vector import build_features, check_output, driver_of, parse_crs, write_features
+from rtmdet_geo.vector import build_features, check_output, check_target_crs, write_features
 from rtmdet_geo.views import Augmentation, augment, find_augmentation
 
 if TYPE_CHECKING:
     import geopandas
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class DetectResult:
-    """What :func:`detect_scene` found.
-
-    Attributes:
-        features: one row per detection with the schema of :mod:`rtmdet_geo.vector`, best score first.
-        summary: facts about the run, ready for JSON; its keys are listed at :func:`detect_scene`.
-    """
-
-    features: geopandas.GeoDataFrame
-    summary: dict[str, Any]
-
-    def __len__(self) -> int:
-        """Return the number of detections."""
-        return len(self.features)
-
-    def __str__(self) -> str:
-        """Say the result in one line."""
-        counts = ", ".join(f"{number} {name}" for name, number in self.summary["num_by_class"].items() if number)
-        where = f" -> {self.summary['output']}" if self.summary["output"] else ""
-        tiles = f"{self.summary['num_tiles']} tile" + ("s" if self.summary["num_tiles"] != 1 else "")
-        return (
-            f"{self.summary['scene']}: {len(self)} detections{f' ({counts})' if counts else ''} "
-            f"in {tiles}, {self.summary['seconds']:.1f} s{where}"
-        )
 
 
 def detect_scene(
@@ -102,13 +76,14 @@ def detect_scene(
     simplify_px: float = SIMPLIFY_PX,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> DetectResult:
+) -> geopandas.GeoDataFrame:
     """Detect objects in one scene.
 
     Args:
         scene: any raster that GDAL opens.
         output: vector file to write (.gpkg, .geojson); None writes none.
-        model: catalogue name or model file; None is the bundled model.
+        model: catalogue name, model file, or weights (a file, or published ones by name); None is the bundled model of
+            ships.
         bands: 1-based numbers or names of the scene's bands, in the order of the model's; None chooses by name.
         score_threshold: keep detections with at least this score, in [0, 1]; None is the model's.
         iou_threshold: detections of a class that overlap by this much are one, in [0, 1]; None is the model's.
@@ -131,12 +106,14 @@ def detect_scene(
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
             sample distance; 0 keeps the pixels' edges.
         progress: called with (tiles done, tiles in all).
-        cancelled: asked between batches; True ends the run with :class:`Cancelled`.
+        cancelled: asked before each tile; True ends the run with :class:`Cancelled`.
 
     Returns:
-        Features and a summary with the keys ``scene``, ``output``, ``preview``, ``run_id``, ``num_detections``,
+        One row per detection with the schema of :mod:`rtmdet_geo.vector`, best score first. ``attrs["summary"]`` has
+        facts about the run, ready for JSON: ``scene``, ``output``, ``preview``, ``run_id``, ``num_detections``,
         ``num_by_class``, ``num_tiles``, ``num_empty_tiles``, ``num_saturated_tiles``, ``width``, ``height`` (source
         px), ``crs``, ``gsd_x_m``, ``gsd_y_m``, ``stretch``, ``model``, ``parameters``, ``seconds``, ``versions``.
+        :func:`describe_run` says it in one line.
 
     Raises:
         RasterError, BandError, ResolutionError: the scene cannot be read, lacks a band, or is too coarse or fine.
@@ -147,14 +124,12 @@ def detect_scene(
         Cancelled: ``cancelled`` answered True; no output was touched.
 
     Example:
-        >>> result = detect_scene("tests/data/casablanca.tif")  # doctest: +SKIP
-        >>> result.features[["class_name", "score", "length_m"]]  # doctest: +SKIP
+        >>> ships = detect_scene("tests/data/casablanca.tif")  # doctest: +SKIP
+        >>> ships[["class_name", "score", "length_m"]]  # doctest: +SKIP
     """
     started = time.perf_counter()
     _check_outputs(scene, output, preview, driver, overwrite)
-    target_crs = parse_crs(dst_crs)
-    if target_crs is not None and target_crs != "EPSG:4326" and output and driver_of(output, driver) == "GeoJSON":
-        raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
+    target_crs = check_target_crs(dst_crs, output, driver)
     if not (math.isfinite(simplify_px) and simplify_px >= 0):
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
     model_path = find_model(model)
@@ -202,13 +177,8 @@ def detect_scene(
             "num_tiles": results.num_tiles,
             "num_empty_tiles": results.num_empty_tiles,
             "num_saturated_tiles": num_saturated,
-            "width": source.source_width,
-            "height": source.source_height,
-            "crs": source.crs.to_string() if source.crs is not None else None,
-            "gsd_x_m": source.gsd_x_m,
-            "gsd_y_m": source.gsd_y_m,
-            "stretch": source.stretch_record,
-            "model": model_record(spec, model_path),
+            **scene_record(source),
+            "model": model_record(spec, engine.path),
             "parameters": {
                 "score_threshold": settings.score_threshold,
                 "iou_threshold": settings.iou_threshold,
@@ -220,11 +190,12 @@ def detect_scene(
                 "simplify_px": simplify_px,
                 "tta": asdict(augmentation),
                 "backend": engine.name,
+                "device": engine.device_name,
                 "gsd": gsd,
                 "nodata": nodata,
                 "bands": list(source.band_indexes),
             },
-            "versions": library_versions("onnxruntime", "numba"),
+            "versions": library_versions(engine.name, "numba"),
         }
         if cancelled is not None and cancelled():
             raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
@@ -240,7 +211,20 @@ def detect_scene(
                 geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
             )
     summary["seconds"] = time.perf_counter() - started
-    return DetectResult(features, summary)
+    features.attrs["summary"] = summary
+    return features
+
+
+def describe_run(features: geopandas.GeoDataFrame) -> str:
+    """Say in one line what :func:`detect_scene` found."""
+    summary = features.attrs["summary"]
+    counts = ", ".join(f"{number} {name}" for name, number in summary["num_by_class"].items() if number)
+    where = f" -> {summary['output']}" if summary["output"] else ""
+    tiles = f"{summary['num_tiles']} tile" + ("s" if summary["num_tiles"] != 1 else "")
+    return (
+        f"{summary['scene']}: {summary['num_detections']} detections{f' ({counts})' if counts else ''} "
+        f"in {tiles}, {summary['seconds']:.1f} s{where}"
+    )
 
 
 def _check_outputs(
@@ -252,8 +236,8 @@ def _check_outputs(
 ) -> None:
     """Refuse before any work what could not be written at the end, or would replace what is read."""
     for path in (output, preview):
-        if path is not None and os.path.exists(path) and os.path.exists(scene) and os.path.samefile(path, scene):
-            raise OutputError(f"output {os.fspath(path)!r} is the scene itself; give another name")
+        if path is not None:
+            check_not_input(path, scene)
     if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
         raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
     if output is not None:

@@ -125,7 +125,7 @@ def load_model(
 
 
 def predict(
-    model: Backend,
+    model: Backend | str | os.PathLike[str],
     image: NDArray[np.uint8],
     *,
     channels: Sequence[str] = ("red", "green", "blue"),
@@ -142,7 +142,8 @@ def predict(
     """Find objects in one image.
 
     Args:
-        model: what :func:`load_model` or :func:`rtmdet_geo.backends.open_backend` gave.
+        model: what :func:`load_model` or :func:`rtmdet_geo.backends.open_backend` gave; a name or path is loaded for
+            this call only.
         image: (H, W, C) uint8, or (H, W) for one band, which is repeated where the model wants several.
         channels: what the image's channels show, in their order; OpenCV reads ("blue", "green", "red"). They are
             brought into the model's order; one that it can do without is filled, others than it takes are ignored.
@@ -169,6 +170,8 @@ def predict(
         >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
+    if isinstance(model, str | os.PathLike):
+        model = load_model(model)
     spec, augmentation = model.spec, find_augmentation(tta)
     is_letterboxed = _is_letterboxed(spec, resize, gsd)
     if max_detections is not None and max_detections < 1:

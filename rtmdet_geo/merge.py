@@ -13,7 +13,8 @@ The order of work, and why:
 
 Instances go the same way by their boxes, with two differences. Masks are made for the survivors of step 2 only, and
 pieces of one object that no tile sees whole are joined before step 3 (:mod:`rtmdet_geo.stitch`). Step 4 then asks
-masks, not boxes, whether one lies inside another.
+masks, not boxes, whether one lies inside another, and goes further: where two tiles read the same place differently,
+the better score is believed. An object inside another stays if any tile saw both.
 
 :func:`tile_survivors` is steps 1 and 2, done as soon as a tile has been run, so that its raw candidates can be
 forgotten; :func:`merge_survivors` is the rest.
@@ -29,9 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, trace_mask, transform_outline
+from rtmdet_geo.annotations.outlines import Outline, outline_area, trace_mask, transform_outline
 from rtmdet_geo.boxes import boxes_to_hboxes, overlapping_pairs
-from rtmdet_geo.masks import CroppedMask, assemble_detections
+from rtmdet_geo.masks import MASK_STRIDE, CroppedMask, assemble_detections
 from rtmdet_geo.nms import nms_horizontal, nms_rotated, rotated_iou_aligned
 from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, Tile
@@ -45,7 +46,10 @@ BoolArray = NDArray[np.bool_]
 
 #: A box that comes so near (px) to an edge touches it.
 BORDER_MARGIN_PX = 2.0
-#: A box at an inner edge with so much of its own area in a larger box is a fragment of that object.
+#: The same for instances: where a mask ends is known to a cell of the mask features.
+MASK_BORDER_MARGIN_PX = float(MASK_STRIDE)
+#: A box at an inner edge with so much of its own area in a larger box is a fragment of that object. Of two masks that
+#: no tile saw together, one with so much of its area in the other is the same object.
 FRAGMENT_IOF = 0.7
 #: Probability above which a pixel belongs to a mask (``mask_thr_binary`` of the published test configurations).
 MASK_THRESHOLD = 0.5
@@ -82,6 +86,7 @@ def to_scene(
     *,
     mask_threshold: float = MASK_THRESHOLD,
     input_shape: tuple[int, int] | None = None,
+    valid: BoolArray | None = None,
 ) -> Detections:
     """Move detections from tile px to scene px (float64, frame "scene"); masks of kernels become outlines.
 
@@ -91,6 +96,7 @@ def to_scene(
         mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
         input_shape: (height, width) in px of what the engine was given: the tile, perhaps padded at the bottom and the
             right; None: not padded.
+        valid: (tile.height, tile.width) bool, pixels that a mask may cover; None: all.
 
     Raises:
         ValueError: they are in scene px already.
@@ -99,7 +105,7 @@ def to_scene(
     if isinstance(detections.masks, MaskKernels):
         height, width = input_shape if input_shape is not None else (tile.height, tile.width)
         cropped = assemble_detections(detections, height, width, threshold=mask_threshold)
-        masks = as_outlines([_outline(item, tile) for item in cropped])
+        masks = as_outlines([_outline(item, tile, valid) for item in cropped])
     return replace(detections, boxes=_scene_boxes(detections, tile), frame="scene", masks=masks)
 
 
@@ -111,9 +117,11 @@ def _scene_boxes(detections: Detections, tile: Tile) -> FloatArray:
     return boxes
 
 
-def _outline(item: CroppedMask, tile: Tile) -> Outline:
-    """Return a mask's outline in scene px, without what lies in the padding."""
+def _outline(item: CroppedMask, tile: Tile, valid: BoolArray | None) -> Outline:
+    """Return a mask's outline in scene px, without what lies in the padding or on pixels without data."""
     mask = item.mask[: max(tile.height - item.y, 0), : max(tile.width - item.x, 0)]
+    if valid is not None:
+        mask = mask * valid[item.y : item.y + mask.shape[0], item.x : item.x + mask.shape[1]]
     return transform_outline(trace_mask(mask), [[1, 0, tile.x + item.x], [0, 1, tile.y + item.y]])
 
 
@@ -201,11 +209,11 @@ def _keep_by_rank(boxes: FloatArray, labels: IntArray | None, kind: Kind, iou_th
     return np.sort(np.asarray(kept, np.int64))
 
 
-def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, counts: IntArray) -> IntArray:
+def _homes(boxes: FloatArray, labels: IntArray | None, kept: IntArray) -> IntArray:
     """Give each box to the kept box that it overlaps most (the higher score among equals).
 
     Returns:
-        (len(kept),) int64: the sums of ``counts`` per kept box.
+        (N,) index into ``kept``; -1 for a box that overlaps none.
     """
     home = np.full(len(boxes), -1, np.int64)
     home[kept] = np.arange(len(kept))
@@ -220,9 +228,13 @@ def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, co
         order = np.lexsort((i, -iou, j))
         first = order[np.unique(j[order], return_index=True)[1]]
         home[others[j[first]]] = i[first]
-    found = home >= 0
-    sums = np.zeros(len(kept), np.int64)
-    np.add.at(sums, home[found], counts[found])
+    return home
+
+
+def _sum_by_home(home: IntArray, counts: IntArray, number: int) -> IntArray:
+    """Return (number,) sums of ``counts`` by home; what has none does not count."""
+    sums = np.zeros(number, np.int64)
+    np.add.at(sums, home[home >= 0], counts[home >= 0])
     return sums
 
 
@@ -258,9 +270,10 @@ def tile_survivors(
     *,
     iou_threshold: float,
     class_aware: bool = True,
-    margin: float = BORDER_MARGIN_PX,
+    margin: float | None = None,
     mask_threshold: float = MASK_THRESHOLD,
     input_shape: tuple[int, int] | None = None,
+    valid: BoolArray | None = None,
 ) -> Pieces:
     """Apply NMS and the border rule to the raw detections of one tile, and make the survivors' masks.
 
@@ -270,9 +283,10 @@ def tile_survivors(
         grid: the grid of the tile.
         iou_threshold: see :func:`merge_detections`.
         class_aware: likewise.
-        margin: px of the border rule.
+        margin: px of the border rule; None: BORDER_MARGIN_PX, for instances MASK_BORDER_MARGIN_PX.
         mask_threshold: see :func:`to_scene`.
         input_shape: likewise.
+        valid: likewise.
 
     Returns:
         What is left, in scene px; instances whose mask has no pixel are left out.
@@ -280,14 +294,20 @@ def tile_survivors(
     Raises:
         ValueError: the frame is not "tile".
     """
+    if margin is None:
+        margin = MASK_BORDER_MARGIN_PX if detections.kind == "mask" else BORDER_MARGIN_PX
     boxes = _scene_boxes(detections, tile)
     order = np.lexsort((*boxes.T[::-1], detections.labels, -detections.scores))
     boxes, labels = boxes[order], detections.labels[order] if class_aware else None
     kept = _keep_by_rank(boxes, labels, detections.kind, iou_threshold)
-    counts = _count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
+    counts = _sum_by_home(_homes(boxes, labels, kept), np.ones(len(boxes), np.int64), len(kept))
     whole = ~is_seen_whole_elsewhere(boxes[kept], tile, grid, margin=margin)
     survivors = to_scene(
-        detections.select(order[kept[whole]]), tile, mask_threshold=mask_threshold, input_shape=input_shape
+        detections.select(order[kept[whole]]),
+        tile,
+        mask_threshold=mask_threshold,
+        input_shape=input_shape,
+        valid=valid,
     )
     is_cut = touches_inner_edge(survivors.boxes, tile, grid, margin=2 * margin)
     tile_ids = np.full(len(survivors), tile.row * grid.num_cols + tile.col, np.int64)
@@ -302,7 +322,7 @@ def merge_detections(
     *,
     iou_threshold: float,
     class_aware: bool = True,
-    margin: float = BORDER_MARGIN_PX,
+    margin: float | None = None,
     mask_threshold: float = MASK_THRESHOLD,
 ) -> Merged:
     """Merge the raw detections of all tiles of a scene; see the module's text for the rules.
@@ -315,7 +335,7 @@ def merge_detections(
         grid: the grid that the tiles come from.
         iou_threshold: boxes of one class whose IoU reaches it (rotated; horizontal: exceeds it) are one object.
         class_aware: False: boxes of different classes suppress each other too.
-        margin: px of the border rule.
+        margin: see :func:`tile_survivors`.
         mask_threshold: see :func:`to_scene`.
 
     Returns:
@@ -382,7 +402,9 @@ def _merge_pieces(pieces: Pieces, iou_threshold: float, class_aware: bool) -> Pi
     found = pieces.detections
     labels = found.labels if class_aware else None
     kept = _keep_by_rank(found.boxes, labels, found.kind, iou_threshold)
-    counts = _count_merged(found.boxes, labels, kept, pieces.counts)
+    home = _homes(found.boxes, labels, kept)
+    counts = _sum_by_home(home, pieces.counts, len(kept))
+    seen_by = _seen_by(pieces, home, len(kept)) if outlines_of(found) is not None else None
     pieces = pieces.select(kept)._replace(counts=counts)
 
     alive = np.ones(len(counts), bool)
@@ -393,4 +415,40 @@ def _merge_pieces(pieces: Pieces, iou_threshold: float, class_aware: bool) -> Pi
         if alive[fragment_index] and alive[container_index]:
             alive[fragment_index] = False
             counts[container_index] += counts[fragment_index]
+    if seen_by is not None:
+        for better, double in _double_pairs(pieces, seen_by, class_aware):
+            if alive[better] and alive[double]:
+                alive[double] = False
+                counts[better] += counts[double]
     return _ordered(pieces.select(alive))
+
+
+def _seen_by(pieces: Pieces, home: IntArray, number: int) -> list[set[int]]:
+    """Return for each kept piece the tiles that saw it: its own and those of the pieces that it stands for."""
+    seen_by: list[set[int]] = [set() for _ in range(number)]
+    for row in np.flatnonzero(home >= 0).tolist():
+        seen_by[int(home[row])] |= pieces.tiles_of(row)
+    return seen_by
+
+
+def _double_pairs(pieces: Pieces, seen_by: list[set[int]], class_aware: bool) -> list[tuple[int, int]]:
+    """Return pairs (better, worse score) of masks that cover the same place and that no tile saw together."""
+    found, outlines = pieces.detections, outlines_of(pieces.detections)
+    assert outlines is not None
+    areas = [outline_area(outline) for outline in outlines]
+
+    def rank(row: int) -> tuple[float, int]:
+        return -float(found.scores[row]), row
+
+    bounds = boxes_to_hboxes(found.boxes)
+    first, second = overlapping_pairs(bounds, bounds)
+    possible = first < second
+    if class_aware:
+        possible &= found.labels[first] == found.labels[second]
+    pairs = []
+    for pair in zip(first[possible].tolist(), second[possible].tolist(), strict=True):
+        if not seen_by[pair[0]] & seen_by[pair[1]]:
+            small, large = sorted(pair, key=lambda row: (areas[row], row))
+            if contained_share(outlines[small], outlines[large]) >= FRAGMENT_IOF:
+                pairs.append((min(pair, key=rank), max(pair, key=rank)))
+    return sorted(pairs, key=lambda pair: (rank(pair[0]), rank(pair[1])))

@@ -71,3 +71,13 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_not_input(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
+    """Refuse an output that is the very file that is read.
+
+    Raises:
+        OutputError: it is.
+    """
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+        raise OutputError(f"output {os.fspath(path)!r} is the scene itself; give another name")

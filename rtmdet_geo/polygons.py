@@ -6,7 +6,6 @@ no point of it by more than the tolerance, which for 1 px turns the staircases o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,20 +40,24 @@ def outlines_to_polygons(outlines: Iterable[Outline], *, tolerance: float = SIMP
     result[:] = polygons
     if tolerance > 0:
         result = shapely.simplify(result, tolerance, preserve_topology=True)
-    is_invalid = ~shapely.is_valid(result)
-    result[is_invalid] = [_polygonal(shapely.make_valid(polygon)) for polygon in result[is_invalid]]
-    return result
+    return repair(result)
 
 
 def _exact(outline: Outline) -> Any:
-    """Return the polygon of the pixels of an outline: what an odd number of its rings encloses."""
-    rings = [shapely.Polygon(ring) for part in outline for ring in part]
-    if not rings:
+    """Return the polygon of the pixels of an outline: what an odd number of a part's rings encloses, for any part."""
+    parts = [_exact_part(part) for part in outline]
+    if not parts:
         raise ValueError("an empty outline has no polygon; leave instances without a pixel out")
-    if len(rings) == 1 and rings[0].is_valid:
-        return rings[0]
-    valid = shapely.make_valid(rings)  # a ring may touch itself at a corner
-    return _polygonal(functools.reduce(shapely.symmetric_difference, valid))
+    return parts[0] if len(parts) == 1 else keep_polygons(shapely.union_all(parts))
+
+
+def _exact_part(rings: tuple[NDArray[np.float64], ...]) -> Any:
+    if len(rings) == 1:
+        polygon = shapely.Polygon(rings[0])
+        if polygon.is_valid:
+            return polygon
+    together = shapely.MultiPolygon([shapely.Polygon(ring) for ring in rings])
+    return keep_polygons(shapely.make_valid(together, method="linework"))  # odd and even, as rings are meant
 
 
 def _without_specks(polygon: Any, least_area: float) -> Any:
@@ -71,8 +74,16 @@ def _without_specks(polygon: Any, least_area: float) -> Any:
     return kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
 
 
-def _polygonal(geometry: Any) -> Any:
-    """Return the polygons of a geometry: without the lines and points that repairs may leave."""
+def repair(polygons: NDArray[Any]) -> NDArray[Any]:
+    """Return polygons of which the invalid ones are made valid, without the lines and points that this may leave."""
+    repaired = polygons.copy()
+    for index in np.flatnonzero(~shapely.is_valid(polygons)):
+        repaired[index] = keep_polygons(shapely.make_valid(polygons[index]))
+    return repaired
+
+
+def keep_polygons(geometry: Any) -> Any:
+    """Return the polygons of a geometry as one: without the lines and points that repairs may leave."""
     parts = shapely.get_parts(shapely.get_parts(geometry))
     parts = [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
     return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)

@@ -6,12 +6,13 @@ import logging
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rtmdet_geo import __version__
 from rtmdet_geo.catalog import file_sha256
 
 if TYPE_CHECKING:
+    from rtmdet_geo.scene import Scene
     from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -38,4 +39,16 @@ def model_record(spec: ModelSpec, path: Path) -> dict[str, str]:
         "weights_sha256": spec.weights_sha256,
         "licence": spec.licence,
         "attribution": spec.attribution,
+    }
+
+
+def scene_record(source: Scene) -> dict[str, Any]:
+    """Return a scene's size in px, place and stretch, ready for JSON."""
+    return {
+        "width": source.source_width,
+        "height": source.source_height,
+        "crs": source.crs.to_string() if source.crs is not None else None,
+        "gsd_x_m": source.gsd_x_m,
+        "gsd_y_m": source.gsd_y_m,
+        "stretch": source.stretch_record,
     }

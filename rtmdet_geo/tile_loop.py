@@ -91,6 +91,7 @@ class TileSettings:
 def _labels(spec: ModelSpec, classes: Sequence[str] | None) -> tuple[int, ...] | None:
     if classes is None:
         return None
+    classes = [classes] if isinstance(classes, str) else classes
     unknown = [name for name in classes if name not in spec.classes]
     if unknown:
         raise UnknownClassError(
@@ -162,7 +163,7 @@ def run_tiles(
         if images:
             yield np.stack(images)
 
-    def finish(tile: Tile, detections: Detections | None) -> None:
+    def finish(tile: Tile, detections: Detections | None, valid: NDArray[np.bool_] | None = None) -> None:
         if detections is not None and len(detections):
             survivors = tile_survivors(
                 detections,
@@ -171,6 +172,7 @@ def run_tiles(
                 iou_threshold=settings.iou_threshold,
                 mask_threshold=settings.mask_threshold,
                 input_shape=shape,
+                valid=valid,
             )
             results.parts.append(survivors)
         results.num_tiles += 1
@@ -181,7 +183,7 @@ def run_tiles(
     for batch in found:
         for detections in batch:
             tile, valid = in_flight.popleft()
-            finish(tile, _filter(detections, valid, settings.class_ids))
+            finish(tile, _filter(detections, valid, settings.class_ids), valid)
     return results
 
 

@@ -32,6 +32,7 @@ from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.geodesy import geodesic_areas, geodesic_measures, ground_rectangles
 from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.polygons import repair
 from rtmdet_geo.structures import Kind
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,20 @@ def parse_crs(crs: Any) -> pyproj.CRS | None:
         raise ConfigError(f"unknown coordinate reference system {str(crs)!r}; give one such as EPSG:32630") from error
 
 
+def check_target_crs(
+    dst_crs: Any, output: str | os.PathLike[str] | None, driver: str | None = None
+) -> pyproj.CRS | None:
+    """Return ``dst_crs`` as pyproj's, and refuse early what the output cannot hold.
+
+    Raises:
+        ConfigError: it is unknown, or the output is GeoJSON, which is EPSG:4326 (RFC 7946, 4).
+    """
+    target = parse_crs(dst_crs)
+    if target is not None and target != WGS84 and output is not None and driver_of(output, driver) == "GeoJSON":
+        raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
+    return target
+
+
 def project_points(points: FloatArray, source: pyproj.CRS, target: pyproj.CRS | str) -> FloatArray:
     """Project (..., 2) points, x before y on both sides; what cannot be projected becomes NaN."""
     transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
@@ -128,7 +143,7 @@ def project_polygons(polygons: NDArray[Any], source: pyproj.CRS, target: pyproj.
         polygons = map_coordinates(polygons, lambda points: project_points(points, source, target))
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
         raise ConfigError(f"some features lie where {target.name!r} is not defined; choose another --dst-crs")
-    return counter_clockwise(_unwrap_longitudes(polygons) if target.is_geographic else polygons)
+    return counter_clockwise(repair(_unwrap_longitudes(polygons) if target.is_geographic else polygons))
 
 
 def counter_clockwise(polygons: NDArray[Any]) -> NDArray[Any]:
@@ -237,8 +252,7 @@ def build_features(
         if polygons is None:
             lonlat, areas = project_points(pixel_to_world(_pixel_points(boxes), transform), source_crs, WGS84), None
         else:
-            on_globe = project_polygons(shapes, source_crs, WGS84)
-            lonlat, areas = ground_rectangles(on_globe), geodesic_areas(on_globe)
+            lonlat, areas = _measure_polygons(shapes, source_crs)
     measures = geodesic_measures(lonlat)
     if areas is not None:
         measures["area_m2"] = areas
@@ -269,6 +283,18 @@ def build_features(
         "run_id": text_column(run_id, number),
     }
     return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=geometry, crs=target_crs)
+
+
+def _measure_polygons(shapes: NDArray[Any], source: pyproj.CRS) -> tuple[FloatArray, FloatArray]:
+    """Return the nine points of each polygon's rectangle, lon lat, and its area in m^2; NaN where it has no lon lat."""
+    lonlat, areas = np.full((len(shapes), 9, 2), np.nan), np.full(len(shapes), np.nan)
+    points, owner = shapely.get_coordinates(shapes, return_index=True)
+    is_lost = ~np.isfinite(project_points(points, source, WGS84)).all(axis=1)
+    known = np.setdiff1d(np.arange(len(shapes)), owner[is_lost])
+    if len(known):
+        on_globe = project_polygons(shapes[known], source, WGS84)
+        lonlat[known], areas[known] = ground_rectangles(on_globe), geodesic_areas(on_globe)
+    return lonlat, areas
 
 
 def driver_of(path: str | os.PathLike[str], driver: str | None = None) -> str:
@@ -406,7 +432,10 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
         raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg)") from error
     if not np.isfinite(shapely.get_coordinates(shapes)).all():
         raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg) instead")
-    return _feature_texts(frame, map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS)))
+    rounded = map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS))
+    is_invalid = ~shapely.is_valid(rounded)
+    rounded[is_invalid] = counter_clockwise(shapely.set_precision(shapes[is_invalid], 10.0**-_GEOJSON_DECIMALS))
+    return _feature_texts(frame, rounded)
 
 
 def _feature_texts(frame: geopandas.GeoDataFrame, shapes: NDArray[Any]) -> Iterator[str]:

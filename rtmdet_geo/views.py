@@ -6,7 +6,8 @@ raw candidates of all views go into one NMS, where the highest score wins; score
 RTMDet (configs/rtmdet/rtmdet_tta.py) are half, full and one and a half size, each also mirrored left to right. Seen
 from above, objects may be mirrored top to bottom too; sizes vary less here: scenes come at the resolution of the model.
 
-A view is mirrored before it is padded: grey lies at the right and at the bottom, as in training.
+A view is mirrored before it is padded: grey lies at the right and at the bottom, as in training. Tiles at the end of a
+scene come with their padding, which a mirrored view then shows at the other side.
 """
 
 from __future__ import annotations
@@ -242,6 +243,7 @@ class AugmentedBackend:
         check_augmentation(engine, augmentation)
         self.engine, self.augmentation = engine, augmentation
         self.name: str = engine.name
+        self.path, self.device_name = engine.path, engine.device_name
         self.spec: ModelSpec = engine.spec
         self.fixed_tile_size: int | None = engine.fixed_tile_size
         self.num_saturated = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -24,6 +25,8 @@ class Engine:
     """Answers every image with :meth:`find`, and remembers the batches and what else was asked for."""
 
     name = "known"
+    path = Path(__file__)
+    device_name = "cpu"
     fixed_tile_size: int | None = None
 
     def __init__(self, spec: ModelSpec | None = None) -> None:

@@ -93,6 +93,8 @@ class BlobBackend:
     """An engine that calls each bright connected area in the first channel a ship with score .9."""
 
     name = "blobs"
+    path = Path(__file__)
+    device_name = "cpu"
     fixed_tile_size: int | None = None
 
     def __init__(self, spec: ModelSpec | None = None, *, labels: Sequence[int] = (0,)) -> None:

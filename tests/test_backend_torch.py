@@ -134,8 +134,8 @@ def test_one_label_a_prior_ranks_priors(pair):
 def test_whole_scene_by_weights(pair, tmp_path):
     scene = write_scene(tmp_path / "scene.tif", draw_ships(256, 200))
     results = [detect_scene(scene, model=engine.path, score_threshold=0.5) for engine in pair("rotated")]
-    assert [result.summary["parameters"]["backend"] for result in results] == ["onnxruntime", "torch"]
-    one, other = (result.features.sort_values("score") for result in results)
+    assert [result.attrs["summary"]["parameters"]["backend"] for result in results] == ["onnxruntime", "torch"]
+    one, other = (result.sort_values("score") for result in results)
     assert abs(len(one) - len(other)) <= 2 and len(one) > 50  # overlaps next to the threshold of NMS
     np.testing.assert_allclose(one["score"][-30:], other["score"][-30:], atol=1e-3)
 

@@ -70,7 +70,7 @@ def test_image_and_scene_show_the_same_buildings(left_out):
     with rasterio.open(left_out) as scene:
         pixels, transform = scene.read().transpose(1, 2, 0), scene.transform
     result = detect_scene(left_out, model="banepa_ins", simplify_px=0, score_threshold=0.45)
-    layer, gsd = result.features, (result.summary["gsd_x_m"] * result.summary["gsd_y_m"]) ** 0.5
+    layer, gsd = result, (result.attrs["summary"]["gsd_x_m"] * result.attrs["summary"]["gsd_y_m"]) ** 0.5
     found = predict(load_model("banepa_ins"), pixels, gsd=gsd, score_threshold=0.4)
     assert found.masks is not None and len(found) >= len(layer) > 50
     matrix = [transform.a, transform.b, transform.d, transform.e, transform.c, transform.f]

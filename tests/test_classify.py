@@ -36,7 +36,7 @@ from rtmdet_geo import classify as pipeline
 from rtmdet_geo.backends import open_backend
 from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
-from rtmdet_geo.classify import Classification, classify_file, classify_image, classify_scene
+from rtmdet_geo.classify import Classification, classify_file, classify_image, classify_scene, describe_cells
 from rtmdet_geo.errors import (
     BandError,
     BandWarning,
@@ -412,7 +412,7 @@ def test_scene_half_dark_half_bright(greys, tmp_path):
     scene = write_scene(tmp_path / "town.tif", halves(), tags={"TIFFTAG_DATETIME": "2023:04:26 00:00:00"})
     steps = []
     result = classify_scene(scene, model=greys, batch_size=3, progress=lambda done, total: steps.append((done, total)))
-    cells = result.features
+    cells = result
     assert steps == [(0, 16), *[(done, 16) for row in range(4) for done in (4 * row + 3, 4 * row + 4)]]
     assert (
         cells.columns.tolist()
@@ -442,13 +442,13 @@ def test_scene_half_dark_half_bright(greys, tmp_path):
     assert (cells["valid_share"] == 1).all()
     assert cells["gsd_m"].to_numpy() == pytest.approx([10.0] * 16, rel=2e-3)
     assert cells["acquired_at"].dt.strftime("%Y-%m-%d").tolist() == ["2023-04-26"] * 16
-    summary = result.summary
+    summary = result.attrs["summary"]
     assert cells["run_id"].unique().tolist() == [summary["run_id"]]
     assert (summary["num_cells"], summary["num_chips"], summary["num_empty_chips"], len(result)) == (16, 16, 0, 16)
     assert summary["num_by_class"] == {"dark": 8, "bright": 8}
     assert summary["parameters"]["chip_size"] == SIDE and summary["model"]["path"] == str(greys)
     json.dumps(summary)
-    assert str(result).startswith(f"{scene}: 16 cells (8 dark, 8 bright) of 32 px, ")
+    assert describe_cells(result).startswith(f"{scene}: 16 cells (8 dark, 8 bright) of 32 px, ")
 
 
 def test_each_chip_is_seen_whole_and_alone(monkeypatch, greys, tmp_path):
@@ -473,7 +473,7 @@ def test_each_chip_is_seen_whole_and_alone(monkeypatch, greys, tmp_path):
     np.testing.assert_array_equal(chips[5][:, :8, :11], values[:, 32:, 64:])
     np.testing.assert_array_equal(chips[5][:, 8:16, :11], values[:, :31:-1, 64:])
     expected = expected_scores(chips)
-    np.testing.assert_allclose(result.features["score"], expected.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(result["score"], expected.max(axis=1), atol=1e-6)
 
     seen.clear()
     classify_scene(scene, model=greys, chip_size=16)  # enlarged to the model's side
@@ -482,7 +482,7 @@ def test_each_chip_is_seen_whole_and_alone(monkeypatch, greys, tmp_path):
 
     seen.clear()
     result = classify_scene(scene, model=greys, overlap=12, batch_size=1)  # cells of 20 px, 6 px around each
-    assert result.features.geometry.iloc[0].bounds == (500_000, 4_499_800, 500_200, 4_500_000)
+    assert result.geometry.iloc[0].bounds == (500_000, 4_499_800, 500_200, 4_500_000)
     assert len(result) == 4 * 2
     np.testing.assert_array_equal(seen[1][0], values[:, :26, 14:46][:, [*range(26), *range(25, 19, -1)]])
     np.testing.assert_array_equal(seen[0][0][:, :26, :26], values[:, :26, :26])
@@ -495,13 +495,13 @@ def test_nodata_cells_are_left_out(greys, tmp_path):
     grey[:32, :40] = 0
     scene = write_scene(tmp_path / "a.tif", grey, nodata=0)
     result = classify_scene(scene, tmp_path / "a.gpkg", model=greys)
-    cells = result.features
-    assert len(cells) == 5 and result.summary["num_empty_chips"] == 1
+    cells = result
+    assert len(cells) == 5 and result.attrs["summary"]["num_empty_chips"] == 1
     assert cells["valid_share"].tolist() == [0.75, 1, 1, 1, 1]
     assert cells.geometry.iloc[0].bounds == (500_320, 4_499_680, 500_640, 4_500_000)
     mean = 0.75 * DARK + 0.25 * 100
     assert cells["score"].iloc[0] == pytest.approx(1 / (1 + math.exp(2 * (0.06 * mean - 6))), abs=1e-6)
-    assert classify_scene(scene, model=greys, score_threshold=0.999).features["valid_share"].tolist() == [1] * 4
+    assert classify_scene(scene, model=greys, score_threshold=0.999)["valid_share"].tolist() == [1] * 4
     assert len(classify_scene(write_scene(tmp_path / "b.tif", grey), model=greys)) == 6  # control: 0 is a value
 
 
@@ -509,12 +509,12 @@ def test_scene_without_data_or_without_likely_classes(greys, tmp_path):
     scene = write_scene(tmp_path / "empty.tif", np.zeros((50, 50), np.uint8), nodata=0)
     with pytest.warns(NodataWarning, match="no valid pixel"):
         result = classify_scene(scene, tmp_path / "empty.gpkg", model=greys)
-    assert len(result) == 0 and result.summary["num_by_class"] == {}
+    assert len(result) == 0 and result.attrs["summary"]["num_by_class"] == {}
     layer = geopandas.read_file(tmp_path / "empty.gpkg")
     assert len(layer) == 0 and layer.crs == "EPSG:32630" and "top2_name" in layer.columns
     unsure = write_scene(tmp_path / "unsure.tif", np.full((50, 50), 100, np.uint8))
     assert len(classify_scene(unsure, model=greys, score_threshold=0.6)) == 0
-    assert classify_scene(unsure, model=greys, score_threshold=0.5).features["score"].tolist() == [0.5] * 4
+    assert classify_scene(unsure, model=greys, score_threshold=0.5)["score"].tolist() == [0.5] * 4
 
 
 def test_resolution_of_the_model(tmp_path):
@@ -522,10 +522,10 @@ def test_resolution_of_the_model(tmp_path):
     path = write_classifier(tmp_path / "coarse.onnx", classifier_spec(gsd_m=20.0))
     scene = write_scene(tmp_path / "a.tif", halves(130, 130))
     result = classify_scene(scene, model=path, gsd=10.0)
-    assert result.features["class_name"].tolist() == ["dark", "bright", "bright"] * 3
-    assert result.features.total_bounds.tolist() == [500_000, 4_498_700, 501_300, 4_500_000]
-    assert result.features["gsd_m"].tolist() == [10.0] * 9
-    assert result.features.geometry.iloc[0].bounds == (500_000, 4_499_360, 500_640, 4_500_000)
+    assert result["class_name"].tolist() == ["dark", "bright", "bright"] * 3
+    assert result.total_bounds.tolist() == [500_000, 4_498_700, 501_300, 4_500_000]
+    assert result["gsd_m"].tolist() == [10.0] * 9
+    assert result.geometry.iloc[0].bounds == (500_000, 4_499_360, 500_640, 4_500_000)
 
 
 def test_stretch_and_training_resolution_of_the_model(tmp_path):
@@ -539,16 +539,16 @@ def test_stretch_and_training_resolution_of_the_model(tmp_path):
         with pytest.warns(ResolutionWarning) if trained is None else contextlib.nullcontext():
             result = classify_scene(scene, model=path, chip_size=8)
         score = expected_scores(np.full((1, 3, 1, 1), 128, np.uint8))[0, 1]  # .1 of .2 is 127.5, half to even
-        assert result.features["score"].tolist() == pytest.approx([score], abs=0.03)
-        assert result.features["class_name"].tolist() == ["bright"]
-        assert result.summary["stretch"]["kind"] == "fixed"
+        assert result["score"].tolist() == pytest.approx([score], abs=0.03)
+        assert result["class_name"].tolist() == ["bright"]
+        assert result.attrs["summary"]["stretch"]["kind"] == "fixed"
 
 
 def test_without_crs(greys, tmp_path):
     scene = write_scene(tmp_path / "photo.tif", halves(40, 70), crs=None)
     with pytest.warns(NotGeoreferencedWarning):
         result = classify_scene(scene, tmp_path / "a.gpkg", model=greys)
-    cells = result.features
+    cells = result
     assert cells.crs is None and cells[["lon", "lat", "area_m2", "gsd_m"]].isna().all().all()
     assert cells.geometry.bounds.to_numpy().tolist() == [
         [left, top, min(left + 32, 70), min(top + 32, 40)] for top in (0, 32) for left in (0, 32, 64)
@@ -576,7 +576,7 @@ def test_layers(greys, tmp_path):
     degrees = geopandas.read_file(tmp_path / "cells.geojson")
     assert layer["class_name"].tolist() == degrees["class_name"].tolist() == ["dark", "dark", "bright", "bright"] * 4
     assert degrees.crs == "EPSG:4326"
-    other = classify_scene(scene, model=greys, dst_crs="EPSG:4326").features
+    other = classify_scene(scene, model=greys, dst_crs="EPSG:4326")
     np.testing.assert_allclose(degrees.geometry.bounds, other.geometry.bounds, atol=1e-7)
     np.testing.assert_allclose(layer[["lon", "lat", "area_m2"]], other[["lon", "lat", "area_m2"]])
 

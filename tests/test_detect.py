@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from affine import Affine
 from synthetic import GROUND, SHIP, SHIPS, TRANSFORM, BlobBackend, draw_ships, make_spec, write_scene
 
 from rtmdet_geo import detect as pipeline
-from rtmdet_geo.detect import detect_scene
+from rtmdet_geo.detect import describe_run, detect_scene
 from rtmdet_geo.errors import (
     BandWarning,
     Cancelled,
@@ -72,7 +71,7 @@ def test_ships_come_back_at_their_world_coordinates(engine, scene, tmp_path):
 
 
 def test_summary(engine, scene, tmp_path):
-    summary = detect_scene(scene, tmp_path / "ships.gpkg").summary
+    summary = detect_scene(scene, tmp_path / "ships.gpkg").attrs["summary"]
     assert summary["num_detections"] == len(SHIPS)
     assert summary["num_by_class"] == {"ship": len(SHIPS)}
     assert summary["num_tiles"] == 3 * 2 == engine.num_images
@@ -88,7 +87,7 @@ def test_summary(engine, scene, tmp_path):
 def test_result_does_not_depend_on_the_grid(engine, scene, tile_size, overlap):
     result = detect_scene(scene, tile_size=tile_size, overlap=overlap)
     assert len(result) == len(SHIPS)
-    assert match(result.features) < 0.75
+    assert match(result) < 0.75
 
 
 @pytest.mark.parametrize("gsd_m", [6.0, 15.0, 7.3])
@@ -96,18 +95,18 @@ def test_resampling_keeps_the_places(engine, scene, gsd_m):
     engine.spec = make_spec(gsd_m=gsd_m)
     result = detect_scene(scene)
     assert len(result) == len(SHIPS)
-    assert match(result.features) < 1.5
+    assert match(result) < 1.5
 
 
 def test_batches_give_what_single_tiles_give(engine, scene):
-    one, three = detect_scene(scene, batch_size=1).features, detect_scene(scene, batch_size=3).features
+    one, three = detect_scene(scene, batch_size=1), detect_scene(scene, batch_size=3)
     assert one.drop(columns="run_id").equals(three.drop(columns="run_id"))
 
 
 def test_twice_is_the_same_but_for_the_run(engine, scene):
     first, second = detect_scene(scene), detect_scene(scene)
-    assert first.features.drop(columns="run_id").equals(second.features.drop(columns="run_id"))
-    assert first.summary["run_id"] != second.summary["run_id"]
+    assert first.drop(columns="run_id").equals(second.drop(columns="run_id"))
+    assert first.attrs["summary"]["run_id"] != second.attrs["summary"]["run_id"]
 
 
 def test_blank_scene_gives_an_empty_layer(engine, tmp_path):
@@ -123,7 +122,7 @@ def test_all_nodata_scene_is_a_valid_empty_layer_and_runs_nothing(engine, tmp_pa
     with pytest.warns(NodataWarning, match="no valid pixel"):
         result = detect_scene(path, tmp_path / "void.gpkg")
     assert engine.num_images == 0
-    assert result.summary["num_empty_tiles"] == result.summary["num_tiles"] == 4
+    assert result.attrs["summary"]["num_empty_tiles"] == result.attrs["summary"]["num_tiles"] == 4
     assert list(geopandas.read_file(tmp_path / "void.gpkg").columns) == [*SCHEMA, "geometry"]
 
 
@@ -137,7 +136,7 @@ def test_scene_smaller_than_a_tile(engine, tmp_path, size):
 
 def test_one_bright_pixel_scene_is_one_detection(engine, tmp_path):
     path = write_scene(tmp_path / "pixel.tif", np.full((1, 1), SHIP, np.uint8))
-    (geometry,) = detect_scene(path).features.geometry
+    (geometry,) = detect_scene(path).geometry
     assert geometry.bounds == pytest.approx((500_000, 4_499_990, 500_010, 4_500_000))
 
 
@@ -148,16 +147,16 @@ def test_detections_in_the_padding_or_without_data_are_dropped(engine, tmp_path,
     boxes = [[20, 20, 9, 5, 0], [70, 20, 9, 5, 0], [20, 101, 9, 5, 0], [-1, 20, 9, 5, 0], [200, 20, 9, 5, 0]]
     found = Detections(np.array(boxes), np.full(5, 0.9), np.zeros(5))
     monkeypatch.setattr(engine, "_find", lambda image: found)
-    (centroid,) = detect_scene(path).features.geometry.centroid
+    (centroid,) = detect_scene(path).geometry.centroid
     assert (centroid.x, centroid.y) == pytest.approx((500_200, 4_499_800))
 
 
 def test_classes_are_filtered_by_name(engine, scene):
     engine.spec = make_spec(classes=("ship", "buoy"))
     engine.labels = (0, 1)
-    assert detect_scene(scene).summary["num_by_class"] == {"ship": 5, "buoy": 5}
+    assert detect_scene(scene).attrs["summary"]["num_by_class"] == {"ship": 5, "buoy": 5}
     result = detect_scene(scene, classes=["buoy"])
-    assert set(result.features["class_name"]) == {"buoy"} and len(result) == 5
+    assert set(result["class_name"]) == {"buoy"} and len(result) == 5
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_progress_counts_every_tile(engine, tmp_path):
     image[:, 300:] = 0
     path = write_scene(tmp_path / "partly.tif", image, nodata=0)
     calls: list[tuple[int, int]] = []
-    summary = detect_scene(path, tile_size=128, overlap=0, progress=lambda *call: calls.append(call)).summary
+    summary = detect_scene(path, tile_size=128, overlap=0, progress=lambda *call: calls.append(call)).attrs["summary"]
     assert calls[0] == (0, 16) and calls[-1] == (16, 16)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert summary["num_empty_tiles"] > 0
@@ -243,14 +242,14 @@ def test_saturation_is_reported_once(engine, scene, monkeypatch):
 
     monkeypatch.setattr(engine, "_find", saturated)
     with pytest.warns(SaturatedTileWarning, match="6 of 6 tiles") as caught:
-        assert detect_scene(scene).summary["num_saturated_tiles"] == 6
+        assert detect_scene(scene).attrs["summary"]["num_saturated_tiles"] == 6
     assert len(caught) == 1
 
 
 def test_scene_without_crs_gives_pixels(engine, tmp_path):
     path = write_scene(tmp_path / "photo.tif", draw_ships(500, 400), crs=None)
     with pytest.warns(NotGeoreferencedWarning):
-        features = detect_scene(path).features
+        features = detect_scene(path)
     assert features.crs is None and features["length_m"].isna().all()
     assert np.abs(np.sort(features.geometry.centroid.x) - np.sort(SHIPS[:, 0])).max() < 0.75
     with pytest.warns(NotGeoreferencedWarning), pytest.raises(ConfigError, match="dst-crs"):
@@ -268,7 +267,7 @@ def test_output_crs(engine, scene, tmp_path):
 
 def test_preview_is_drawn_and_checked_first(engine, scene, tmp_path):
     picture = tmp_path / "ships.png"
-    assert detect_scene(scene, preview=picture).summary["preview"] == str(picture)
+    assert detect_scene(scene, preview=picture).attrs["summary"]["preview"] == str(picture)
     image = cv2.imread(str(picture))
     assert image.shape[0] >= 400 and image.shape[1] >= 500
     with pytest.raises(OutputError, match="overwrite"):
@@ -285,8 +284,8 @@ def test_one_band_is_repeated_with_a_warning(engine, tmp_path):
 
 def test_result_reads_well(engine, scene):
     result = detect_scene(scene)
-    assert str(result).startswith(f"{scene}: 5 detections (5 ship) in 6 tiles, ")
-    assert dataclasses.is_dataclass(result)
+    assert describe_run(result).startswith(f"{scene}: 5 detections (5 ship) in 6 tiles, ")
+    assert isinstance(result, geopandas.GeoDataFrame)
 
 
 @pytest.mark.parametrize("crs", ["EPSG:3857", "EPSG:4326", "EPSG:32634"])
@@ -310,7 +309,7 @@ def test_a_ship_keeps_its_measures_where_pixels_are_not_square(monkeypatch, tmp_
     backend = BlobBackend(make_spec(gsd_m=3.0))
     monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: backend)
     monkeypatch.setattr(pipeline, "find_model", lambda model: Path(__file__))
-    features = detect_scene(tmp_path / "north.tif").features
+    features = detect_scene(tmp_path / "north.tif")
     assert len(features) == 1
     ship, outline = features.iloc[0], features.geometry.iloc[0]
     assert outline.intersection(truth).area / outline.union(truth).area > 0.85
@@ -336,8 +335,7 @@ def test_augmentation_looks_more_often_and_finds_the_same(engine, scene, tta, nu
     images_before = engine.num_images
     result = detect_scene(scene, tta=tta)
     assert engine.num_images - images_before == num_views * images_before
-    assert len(result) == len(SHIPS) and match(result.features) < 0.75
-    assert (result.features["n_merged"] >= num_views * plain.features["n_merged"].min()).all()
-    assert len(result.summary["parameters"]["tta"]["flips"]) * len(result.summary["parameters"]["tta"]["scales"]) == (
-        num_views
-    )
+    assert len(result) == len(SHIPS) and match(result) < 0.75
+    assert (result["n_merged"] >= num_views * plain["n_merged"].min()).all()
+    views = result.attrs["summary"]["parameters"]["tta"]
+    assert len(views["flips"]) * len(views["scales"]) == num_views

@@ -80,7 +80,7 @@ def test_attributes_come_from_the_mask(engine, tmp_path):
     angle, (w, h) = np.deg2rad(30.0), (120.0, 40.0)
     image = np.full((256, 256), GROUND, np.uint8)
     cv2.fillPoly(image, [np.rint(cv2.boxPoints(((128, 128), (w, h), 30.0)) * 256).astype(np.int32)], SHIP, shift=8)
-    layer = detect_scene(write_scene(tmp_path / "barn.tif", image)).features
+    layer = detect_scene(write_scene(tmp_path / "barn.tif", image))
     assert len(layer) == 1
     row = layer.iloc[0]
     assert row["length_m"] == pytest.approx(w * 10, rel=0.06) and row["width_m"] == pytest.approx(h * 10, rel=0.12)
@@ -94,15 +94,15 @@ def test_attributes_come_from_the_mask(engine, tmp_path):
 def test_simplification_moves_edges_by_no_more_than_it_says(engine, tmp_path):
     image, _ = paint()
     scene = write_scene(tmp_path / "town.tif", image)
-    exact = detect_scene(scene, simplify_px=0).features
+    exact = detect_scene(scene, simplify_px=0)
     on_grid = shapely.get_coordinates(to_pixels(np.asarray(exact.geometry)))
     np.testing.assert_allclose(on_grid, np.rint(on_grid), atol=1e-6)
     for tolerance in (1.0, 3.0):
         simple = detect_scene(scene, simplify_px=tolerance)
-        assert simple.summary["parameters"]["simplify_px"] == tolerance
-        corners = shapely.get_num_coordinates(simple.features.geometry)
+        assert simple.attrs["summary"]["parameters"]["simplify_px"] == tolerance
+        corners = shapely.get_num_coordinates(simple.geometry)
         assert (corners < shapely.get_num_coordinates(exact.geometry)).all()
-        for one, other in zip(exact.geometry, simple.features.geometry, strict=True):
+        for one, other in zip(exact.geometry, simple.geometry, strict=True):
             assert shapely.hausdorff_distance(one.boundary, other.boundary) <= tolerance * 10 + 1e-6
 
 
@@ -118,7 +118,7 @@ def test_geojson_keeps_holes_and_parts(engine, tmp_path):
 def test_without_crs_polygons_are_in_source_pixels(engine, tmp_path):
     image, shapes = paint()
     with pytest.warns(UserWarning):
-        layer = detect_scene(write_scene(tmp_path / "town.tif", image, crs=None)).features
+        layer = detect_scene(write_scene(tmp_path / "town.tif", image, crs=None))
     assert all(max(iou(found, shape) for found in layer.geometry) > 0.8 for shape in shapes)
     assert layer["area_m2"].isna().all()
 
@@ -166,8 +166,28 @@ def test_horizontal_boxes_have_no_azimuth(monkeypatch, tmp_path):
 @pytest.mark.parametrize("tta", ["flips", "all"])
 def test_augmented_masks_lie_on_the_objects(engine, tmp_path, tta):
     image, shapes = paint()
-    layer = detect_scene(write_scene(tmp_path / "town.tif", image), tile_size=256, overlap=64, tta=tta).features
+    layer = detect_scene(write_scene(tmp_path / "town.tif", image), tile_size=256, overlap=64, tta=tta)
     assert len(layer) == len(shapes) and layer.geometry.is_valid.all()
     for shape in shapes:
         overlaps = [iou(to_pixels(geometry), shape) for geometry in layer.geometry]
         assert max(overlaps) > 0.8 and sum(value > 0.05 for value in overlaps) == 1
+
+
+def test_masks_end_where_data_end(engine, tmp_path):
+    image, shapes = paint()
+    image[:, :100] = 0  # no data there; the engine below sees the court whole all the same
+    shown = paint()[0]
+
+    class Extrapolating(BlobMaskBackend):
+        def run(self, batches, *, score_threshold, multi_label=False):
+            for images in batches:
+                yield [self._find(np.pad(shown, ((0, images.shape[2] - 400), (0, 0))))]
+
+    pipeline_engine = Extrapolating(make_spec(kind="mask", architecture="rtmdet_ins_test", tile_size=640))
+    scene = write_scene(tmp_path / "town.tif", image, nodata=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "open_backend", lambda path, **options: pipeline_engine)
+        layer = detect_scene(scene)
+    found = [to_pixels(geometry) for geometry in layer.geometry]
+    assert min(geometry.bounds[0] for geometry in found) >= 100 - 1e-6
+    assert max(iou(geometry, shapes[1]) for geometry in found) > 0.6  # the court lost its western strip only

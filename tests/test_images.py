@@ -272,8 +272,8 @@ def test_results_are_those_of_a_scene(monkeypatch: pytest.MonkeyPatch, tmp_path:
     image = picture(200, 260, boxes)[..., 0]
     result, found = run_both(monkeypatch, tmp_path, image, engines, 6.0)
     assert len(found) == len(result) == len(boxes)
-    np.testing.assert_allclose(found.scores, result.features["score"], atol=1e-3)
-    for ours, theirs in zip(found.polygons(), result.features.geometry, strict=True):
+    np.testing.assert_allclose(found.scores, result["score"], atol=1e-3)
+    for ours, theirs in zip(found.polygons(), result.geometry, strict=True):
         theirs = shapely.transform(theirs, np.abs)  # rows may count downwards from 0
         assert shapely.hausdorff_distance(ours, theirs) < (1e-3 if kind == "rotated" else 1.5)
 

@@ -16,10 +16,12 @@ from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons, overlapping_pai
 from rtmdet_geo.merge import (
     drop_cut_detections,
     merge_detections,
+    merge_survivors,
     to_scene,
     touches_inner_edge,
 )
 from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.stitch import Pieces, as_outlines
 from rtmdet_geo.structures import Detections, Tile
 from rtmdet_geo.tiles import TileGrid
 
@@ -312,3 +314,26 @@ def test_time_grows_about_linearly() -> None:
         bounds = np.concatenate([low, low + rng.uniform(5, 40, (number, 2))], axis=1)
         ratios.append(len(overlapping_pairs(bounds, bounds)[0]) / number)
     assert ratios[1] < 1.2 * ratios[0]
+
+
+def mask_pieces(rows: list[tuple[tuple[float, float, float, float], float, int]]) -> list[Pieces]:
+    """Rows of (x0, y0, x1, y1), score, tile: what NMS in tiles left, nothing cut."""
+    parts = []
+    for (x0, y0, x1, y1), score, tile in rows:
+        ring = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], float)
+        box = np.array([[(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, 0]])
+        found = Detections(box, np.float32([score]), np.zeros(1), "scene", "mask", as_outlines([((ring,),)]))
+        parts.append(Pieces(found, np.ones(1, np.int64), np.zeros(1, bool), np.array([tile])))
+    return parts
+
+
+def test_two_readings_of_one_place_are_one_object():
+    grid = TileGrid(160, 100, tile_size=100, overlap=40)  # tiles at x 0 and 60
+    house, half = (62, 20, 98, 60), (62, 20, 98, 40)  # IoU of the boxes is 1/2: NMS keeps both
+    merged = merge_survivors(mask_pieces([(house, 0.6, 0), (half, 0.7, 1)]), grid, iou_threshold=0.6)
+    assert merged.detections.scores.tolist() == [np.float32(0.7)] and merged.num_merged.tolist() == [2]
+    # one tile saw both, and so did the other: a shed stands inside the yard
+    rows = [(house, 0.6, 0), (half, 0.7, 0), (house, 0.59, 1), (half, 0.69, 1)]
+    assert len(merge_survivors(mask_pieces(rows), grid, iou_threshold=0.6)) == 2
+    apart = [(house, 0.6, 0), ((80, 40, 98, 90), 0.7, 1)]  # less than 0.7 of the smaller
+    assert len(merge_survivors(mask_pieces(apart), grid, iou_threshold=0.6)) == 2

@@ -86,7 +86,14 @@ def test_common_pixels_and_union(first, second, dx, dy):
     window = Window(10, 13, 9, 5)
     assert count_common_pixels(one, other, window) == (canvas[0] & canvas[1])[13:18, 10:19].sum()
     joined = join_outlines([one, (), other])
-    assert outline_area(joined) == (canvas[0] | canvas[1]).sum()
-    assert count_common_pixels(joined, trace_mask(canvas[0] | canvas[1])) == outline_area(joined)
+    both = (canvas[0] | canvas[1]).sum()
+    assert count_common_pixels(joined, joined) == both == outlines_to_polygons([joined], tolerance=0)[0].area
     far = transform_outline(one, [[1, 0, 100], [0, 1, 0]])
     assert count_common_pixels(far, other) == 0 and outline_area(join_outlines([far, other])) == canvas.sum()
+
+
+def test_many_holes_cost_little():
+    mask = np.ones((240, 240), np.uint8)
+    mask[1::3, 1::3] = 0
+    (found,) = outlines_to_polygons([trace_mask(mask)], tolerance=0)  # 6,400 holes; pairwise it would take minutes
+    assert found.is_valid and len(found.interiors) == 80 * 80 and found.area == mask.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rtmdet_geo.annotations.outlines import Outline, outline_area
+from rtmdet_geo.annotations.outlines import Outline, count_common_pixels
 from rtmdet_geo.boxes import hboxes_to_boxes
 from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
 from rtmdet_geo.structures import Detections
@@ -39,9 +39,9 @@ def test_a_long_object_over_three_tiles_becomes_one():
     assert len(joined.detections) == 1
     np.testing.assert_allclose(joined.detections.boxes, [[135, 50, 210, 20, 0]])
     outlines = outlines_of(joined.detections)
-    assert outlines is not None and outline_area(outlines[0]) == 210 * 20
+    assert outlines is not None and count_common_pixels(outlines[0], outlines[0]) == 210 * 20
     assert joined.counts.tolist() == [6] and joined.detections.scores[0] == np.float32(0.9)
-    assert joined.is_cut.tolist() == [False] and (joined.tile_ids < 0).all()
+    assert joined.is_cut.tolist() == [False] and joined.tiles_of(0) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ class Backend(Protocol):
 
     Attributes:
         name: what ``--backend`` calls it.
+        path: file that it opened.
+        device_name: where it runs, such as "cpu" or "cuda:0".
         spec: what the model file says of itself.
         fixed_tile_size: side in px that the file demands, or None when any multiple of ``spec.stride_multiple`` goes.
         num_saturated: images seen so far of which a level returned all its rows above the score threshold, so that
@@ -37,6 +39,8 @@ class Backend(Protocol):
     """
 
     name: str
+    path: Path
+    device_name: str
     spec: ModelSpec
     fixed_tile_size: int | None
     num_saturated: int
@@ -71,7 +75,8 @@ def open_backend(
     """Open a model with the engine of that name.
 
     Args:
-        path: model file (.onnx) or weights: a file (.safetensors, .pth, ...) or the name of published ones.
+        path: name of a bundled model, model file (.onnx), or weights: a file (.safetensors, .pth, ...) or published
+            ones by name.
         name: one of BACKEND_NAMES; ``auto`` is onnxruntime for model files and torch for weights. torch runs a bundled
             model file by the weights beside it.
         threads: CPU threads of the engine; None is one per usable core.
@@ -88,6 +93,10 @@ def open_backend(
     """
     if name not in BACKEND_NAMES:
         raise ConfigError(f"backend {name!r} is unknown; choose one of {', '.join(BACKEND_NAMES)}")
+    from rtmdet_geo.catalog import CATALOG
+
+    if os.fspath(path) in CATALOG:
+        path = CATALOG[os.fspath(path)].path
     weights = _find_weights_of(path)
     if name == "torch" or (name == "auto" and weights is not None and weights == os.fspath(path)):
         return _open_torch(path, weights, threads, device, candidates)

@@ -158,6 +158,7 @@ class RowsBackend(ABC):
     """
 
     name: str
+    device_name: str = "cpu"
 
     def __init__(self, path: Path, spec: ModelSpec, *, fixed_tile_size: int | None = None) -> None:
         """Remember what was opened."""

@@ -56,6 +56,7 @@ class TorchBackend(RowsBackend):
         network, spec = load_network(weights)
         refuse_classifier(spec, weights)
         super().__init__(Path(weights), spec)
+        self.device_name = str(self.device)
         self._threads = threads
         fused = fuse_batch_norm(network).to(self.device)
         self._graphs = {

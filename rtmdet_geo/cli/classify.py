@@ -150,7 +150,7 @@ def _classify_scene(
     progress_mode: str,
     **settings: Any,
 ) -> None:
-    from rtmdet_geo.classify import classify_scene
+    from rtmdet_geo.classify import classify_scene, describe_cells
     from rtmdet_geo.vector import geojson_features
 
     to_stdout = output == Path("-")
@@ -165,14 +165,14 @@ def _classify_scene(
             **settings,
         )
     if to_stdout:
-        for line in geojson_features(result.features):
+        for line in geojson_features(result):
             click.echo(line)
     elif as_json:
-        report.echo_json(result.summary)
+        report.echo_json(result.attrs["summary"])
     elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **result.summary})
+        report.emit_event(ctx, {"event": "done", **result.attrs["summary"]})
     elif report.verbosity(ctx) >= 0:
-        click.echo(str(result))
+        click.echo(describe_cells(result))
 
 
 def _published() -> str:

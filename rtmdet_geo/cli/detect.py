@@ -123,7 +123,7 @@ def detect(
     to_stdout = output == Path("-")
 
     from rtmdet_geo.catalog import find_model, known_spec
-    from rtmdet_geo.detect import detect_scene
+    from rtmdet_geo.detect import describe_run, detect_scene
     from rtmdet_geo.vector import geojson_features
 
     model_path = find_model(model)
@@ -145,11 +145,11 @@ def detect(
             **settings,
         )
     if to_stdout:
-        for line in geojson_features(result.features):
+        for line in geojson_features(result):
             click.echo(line)
     elif as_json:
-        report.echo_json(result.summary)
+        report.echo_json(result.attrs["summary"])
     elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **result.summary})
+        report.emit_event(ctx, {"event": "done", **result.attrs["summary"]})
     elif report.verbosity(ctx) >= 0:
-        click.echo(str(result))
+        click.echo(describe_run(result))

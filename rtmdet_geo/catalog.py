@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from rtmdet_geo.variants import VARIANTS
 
 if TYPE_CHECKING:
     from rtmdet_geo.structures import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 #: Metadata key that holds the ModelSpec as JSON.
@@ -159,8 +162,12 @@ def find_weights(name_or_path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name_or_path)
     if text in CHECKPOINTS:
-        converted = CHECKPOINTS[text].converted_path
-        return converted if converted.is_file() else download_checkpoint(text)
+        checkpoint = CHECKPOINTS[text]
+        if checkpoint.converted_path.is_file():
+            return checkpoint.converted_path
+        if not checkpoint.is_cached:
+            logger.warning("%s is not in the cache: fetching %s", text, checkpoint.url)
+        return download_checkpoint(text)
     path = CATALOG[text].weights_path if text in CATALOG else find_model(text)
     if not path.is_file() or path.suffix.lower() not in WEIGHTS_SUFFIXES:
         raise ModelFileError(

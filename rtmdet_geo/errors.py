@@ -101,7 +101,3 @@ class NodataWarning(RTMDetGeoWarning):
 
 class SaturatedTileWarning(RTMDetGeoWarning):
     """A tile held more candidates above the score threshold than the model file can return."""
-
-
-class ClippedBoxWarning(RTMDetGeoWarning):
-    """Labels reach outside their image and were clipped or dropped."""

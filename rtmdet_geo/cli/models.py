@@ -109,9 +109,10 @@ def download_command(ctx: click.Context, name: str, as_json: bool, progress_mode
 
 def is_model(name_or_path: str) -> bool:
     """Say whether a model is meant: a name of the listing or nearly one, or a path that ends like a model file."""
-    from rtmdet_geo.catalog import MODEL_SUFFIXES
+    from rtmdet_geo.catalog import MODEL_SUFFIXES, WEIGHTS_SUFFIXES
 
-    return name_or_path.lower().endswith(MODEL_SUFFIXES) or bool(_near_names(name_or_path))
+    endings = {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES} - {".bin"}  # rasters end so too
+    return name_or_path.lower().endswith(tuple(endings)) or bool(_near_names(name_or_path))
 
 
 def _near_names(name: str) -> list[str]:
@@ -136,9 +137,9 @@ def show_model(model: str, as_json: bool) -> None:
     Raises:
         UnknownModelError, ModelFileError: see :func:`rtmdet_geo.catalog.find_model`.
     """
-    from rtmdet_geo.catalog import CATALOG, file_sha256, find_model, read_spec
+    from rtmdet_geo.catalog import CATALOG, file_sha256, find_model, known_spec
     from rtmdet_geo.checkpoints import CHECKPOINTS
-    from rtmdet_geo.errors import UnknownModelError
+    from rtmdet_geo.errors import ModelFileError, UnknownModelError
     from rtmdet_geo.variants import VARIANTS
 
     if model in VARIANTS:
@@ -155,7 +156,13 @@ def show_model(model: str, as_json: bool) -> None:
         if near:
             raise UnknownModelError(f"no model is named {model!r}; did you mean {' or '.join(map(repr, near))}?")
         path = find_model(model)
-        spec = read_spec(path)
+        known = known_spec(path)
+        if known is None:
+            raise ModelFileError(
+                f"{model!r} holds weights of another program, which say nothing of themselves; `rtmdet-geo detect -m` "
+                "and `rtmdet-geo export` find out the network by their names and shapes"
+            )
+        spec = known
         facts = {"path": path, "sha256": file_sha256(path), **spec.model_dump(mode="json")}
         card = format_card(spec, f"{path}, {path.stat().st_size / 1e6:.1f} MB")
     if as_json:

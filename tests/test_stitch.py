@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rtmdet_geo.annotations.outlines import Outline, count_common_pixels
+from rtmdet_geo.annotations.outlines import Outline, count_common_pixels, join_outlines
 from rtmdet_geo.boxes import hboxes_to_boxes
 from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
 from rtmdet_geo.structures import Detections
@@ -68,3 +68,19 @@ def test_classes_and_whole_objects():
 def test_shares():
     assert contained_share(rectangle(0, 0, 10, 10), rectangle(5, 0, 20, 10)) == 0.5
     assert contained_share((), rectangle(0, 0, 4, 4)) == 0.0
+
+
+def test_a_long_object_costs_its_pieces_and_not_the_scene():
+    import tracemalloc
+
+    from rtmdet_geo.polygons import outlines_to_polygons
+
+    tracemalloc.start()
+    joined = join_outlines(
+        [rectangle(k * 50, k * 50, k * 50 + 60, k * 50 + 60) for k in range(2000)]
+    )  # 100,000 px long
+    (polygon,) = outlines_to_polygons([joined])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert polygon.geom_type == "Polygon" and polygon.area == pytest.approx(2000 * 3600 - 1999 * 100, rel=1e-3)
+    assert peak < 20e6

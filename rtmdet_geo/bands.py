@@ -274,7 +274,7 @@ def _filled(
     if fills:
         logger.info("%s: channels filled with a constant: %s", where, fills)
         warnings.warn(
-            f"{where} has no {' and no '.join(fills)} band; the model does without, less well",
+            f"no {' and no '.join(fills)} band of {where} is used; the model does without, less well",
             BandWarning,
             stacklevel=5,
         )

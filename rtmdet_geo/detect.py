@@ -31,7 +31,7 @@ from rtmdet_geo.errors import (
     OutputError,
     SaturatedTileWarning,
 )
-from rtmdet_geo.merge import Merged, merge_survivors
+from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
 from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
@@ -73,6 +73,7 @@ def detect_scene(
     threads: int | None = None,
     multi_label: bool = False,
     tta: str | Augmentation | None = None,
+    max_overlap: float = MAX_OVERLAP,
     simplify_px: float = SIMPLIFY_PX,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -103,6 +104,8 @@ def detect_scene(
         multi_label: several classes for one place are several detections (for evaluation).
         tta: test-time augmentation: every tile is also looked at mirrored ("flips"), smaller and larger ("scales"), or
             both ("all"), or as an :class:`rtmdet_geo.views.Augmentation` says; None or "none": as it is.
+        max_overlap: masks of a class that share so much of the smaller one are one object, in (0, 1]; 1 keeps all that
+            NMS by boxes keeps, as the published evaluation does.
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
             sample distance; 0 keeps the pixels' edges.
         progress: called with (tiles done, tiles in all).
@@ -144,6 +147,7 @@ def detect_scene(
         batch_size=batch_size,
         classes=classes,
         multi_label=multi_label,
+        max_overlap=max_overlap,
     )
     spec, run_id = engine.spec, uuid.uuid4().hex
     with open_scene(
@@ -187,6 +191,7 @@ def detect_scene(
                 "batch_size": settings.batch_size,
                 "classes": list(classes) if classes is not None else list(spec.classes),
                 "multi_label": multi_label,
+                "max_overlap": max_overlap,
                 "simplify_px": simplify_px,
                 "tta": asdict(augmentation),
                 "backend": engine.name,

@@ -271,7 +271,13 @@ def _predict_tiles(
     """Return what the engine finds in tiles of the image at the model's resolution, in px of the image."""
     grid = TileGrid(scene.width, scene.height, settings.tile_size, settings.overlap)
     results = run_tiles(scene, grid, augment(model, augmentation), settings)
-    found = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold, kind=model.spec.object_kind)
+    found = merge_survivors(
+        results.parts,
+        grid,
+        iou_threshold=settings.iou_threshold,
+        max_overlap=settings.max_overlap,
+        kind=model.spec.object_kind,
+    )
     detections = found.detections.select(np.arange(len(found))[:max_detections])
     view = View(1 / scene.scale_x, 1 / scene.scale_y)
     in_image = restore(replace(detections, masks=None), view, scene.source_height, scene.source_width)

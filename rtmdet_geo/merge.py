@@ -13,8 +13,10 @@ The order of work, and why:
 
 Instances go the same way by their boxes, with two differences. Masks are made for the survivors of step 2 only, and
 pieces of one object that no tile sees whole are joined before step 3 (:mod:`rtmdet_geo.stitch`). Step 4 then asks
-masks, not boxes, whether one lies inside another, and goes further: where two tiles read the same place differently,
-the better score is believed. An object inside another stays if any tile saw both.
+masks, not boxes, whether one lies inside another, and a step follows:
+
+5. Of two masks of one class that lie mostly in each other, the better score stays. NMS, which goes by boxes, lets many
+   pass. The published evaluation does not take this step.
 
 :func:`tile_survivors` is steps 1 and 2, done as soon as a tile has been run, so that its raw candidates can be
 forgotten; :func:`merge_survivors` is the rest.
@@ -48,9 +50,11 @@ BoolArray = NDArray[np.bool_]
 BORDER_MARGIN_PX = 2.0
 #: The same for instances: where a mask ends is known to a cell of the mask features.
 MASK_BORDER_MARGIN_PX = float(MASK_STRIDE)
-#: A box at an inner edge with so much of its own area in a larger box is a fragment of that object. Of two masks that
-#: no tile saw together, one with so much of its area in the other is the same object.
+#: A box at an inner edge with so much of its own area in a larger box is a fragment of that object.
 FRAGMENT_IOF = 0.7
+#: Two masks of a class of which the smaller shares so much with the other are one object: what is seen of two objects
+#: shares no pixel.
+MAX_OVERLAP = 0.7
 #: Probability above which a pixel belongs to a mask (``mask_thr_binary`` of the published test configurations).
 MASK_THRESHOLD = 0.5
 
@@ -209,11 +213,11 @@ def _keep_by_rank(boxes: FloatArray, labels: IntArray | None, kind: Kind, iou_th
     return np.sort(np.asarray(kept, np.int64))
 
 
-def _homes(boxes: FloatArray, labels: IntArray | None, kept: IntArray) -> IntArray:
+def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, counts: IntArray) -> IntArray:
     """Give each box to the kept box that it overlaps most (the higher score among equals).
 
     Returns:
-        (N,) index into ``kept``; -1 for a box that overlaps none.
+        (len(kept),) int64: the sums of ``counts`` per kept box.
     """
     home = np.full(len(boxes), -1, np.int64)
     home[kept] = np.arange(len(kept))
@@ -228,13 +232,9 @@ def _homes(boxes: FloatArray, labels: IntArray | None, kept: IntArray) -> IntArr
         order = np.lexsort((i, -iou, j))
         first = order[np.unique(j[order], return_index=True)[1]]
         home[others[j[first]]] = i[first]
-    return home
-
-
-def _sum_by_home(home: IntArray, counts: IntArray, number: int) -> IntArray:
-    """Return (number,) sums of ``counts`` by home; what has none does not count."""
-    sums = np.zeros(number, np.int64)
-    np.add.at(sums, home[home >= 0], counts[home >= 0])
+    found = home >= 0
+    sums = np.zeros(len(kept), np.int64)
+    np.add.at(sums, home[found], counts[found])
     return sums
 
 
@@ -300,7 +300,7 @@ def tile_survivors(
     order = np.lexsort((*boxes.T[::-1], detections.labels, -detections.scores))
     boxes, labels = boxes[order], detections.labels[order] if class_aware else None
     kept = _keep_by_rank(boxes, labels, detections.kind, iou_threshold)
-    counts = _sum_by_home(_homes(boxes, labels, kept), np.ones(len(boxes), np.int64), len(kept))
+    counts = _count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
     whole = ~is_seen_whole_elsewhere(boxes[kept], tile, grid, margin=margin)
     survivors = to_scene(
         detections.select(order[kept[whole]]),
@@ -324,6 +324,7 @@ def merge_detections(
     class_aware: bool = True,
     margin: float | None = None,
     mask_threshold: float = MASK_THRESHOLD,
+    max_overlap: float = MAX_OVERLAP,
 ) -> Merged:
     """Merge the raw detections of all tiles of a scene; see the module's text for the rules.
 
@@ -337,6 +338,8 @@ def merge_detections(
         class_aware: False: boxes of different classes suppress each other too.
         margin: see :func:`tile_survivors`.
         mask_threshold: see :func:`to_scene`.
+        max_overlap: share of the smaller of two masks of a class, in [0, 1], from which on they are one object; 1
+            leaves it to NMS by boxes alone.
 
     Returns:
         See :class:`Merged`; N = 0 when nothing was found.
@@ -356,7 +359,9 @@ def merge_detections(
         )
         for tile, detections in parts
     ]
-    return merge_survivors(survivors, grid, iou_threshold=iou_threshold, class_aware=class_aware)
+    return merge_survivors(
+        survivors, grid, iou_threshold=iou_threshold, class_aware=class_aware, max_overlap=max_overlap
+    )
 
 
 def merge_survivors(
@@ -365,6 +370,7 @@ def merge_survivors(
     *,
     iou_threshold: float,
     class_aware: bool = True,
+    max_overlap: float = MAX_OVERLAP,
     kind: Kind = "rotated",
 ) -> Merged:
     """Merge what :func:`tile_survivors` left of each tile.
@@ -381,7 +387,8 @@ def merge_survivors(
         np.concatenate([np.zeros(0, bool), *(part.is_cut for part in parts)]),
         np.concatenate([np.zeros(0, np.int64), *(part.tile_ids for part in parts)]),
     )
-    merged = _merge_pieces(stitch(_ordered(pieces), grid, class_aware=class_aware), iou_threshold, class_aware)
+    stitched = stitch(_ordered(pieces), grid, class_aware=class_aware)
+    merged = _merge_pieces(stitched, iou_threshold, max_overlap, class_aware)
     logger.debug("merged %d survivors of NMS in tiles into %d", len(pieces.detections), len(merged.detections))
     return Merged(merged.detections, merged.counts, touches_scene_edge(merged.detections.boxes, grid))
 
@@ -393,8 +400,8 @@ def _ordered(pieces: Pieces, *first: NDArray[Any]) -> Pieces:
     return pieces.select(np.lexsort(keys))
 
 
-def _merge_pieces(pieces: Pieces, iou_threshold: float, class_aware: bool) -> Pieces:
-    """Return what NMS over the scene and the suppression of fragments leave."""
+def _merge_pieces(pieces: Pieces, iou_threshold: float, max_overlap: float, class_aware: bool) -> Pieces:
+    """Return what NMS over the scene and the suppression of fragments and of doubles leave."""
     fragment, _ = _fragment_pairs(pieces, class_aware)
     is_fragment = np.zeros(len(pieces.detections), bool)
     is_fragment[fragment] = True
@@ -402,53 +409,44 @@ def _merge_pieces(pieces: Pieces, iou_threshold: float, class_aware: bool) -> Pi
     found = pieces.detections
     labels = found.labels if class_aware else None
     kept = _keep_by_rank(found.boxes, labels, found.kind, iou_threshold)
-    home = _homes(found.boxes, labels, kept)
-    counts = _sum_by_home(home, pieces.counts, len(kept))
-    seen_by = _seen_by(pieces, home, len(kept)) if outlines_of(found) is not None else None
+    counts = _count_merged(found.boxes, labels, kept, pieces.counts)
     pieces = pieces.select(kept)._replace(counts=counts)
 
-    alive = np.ones(len(counts), bool)
     areas = pieces.detections.boxes[:, 2] * pieces.detections.boxes[:, 3]
     fragments, containers = _fragment_pairs(pieces, class_aware)
-    for index in np.lexsort((containers, -areas[containers], -areas[fragments])):  # containers are settled before
-        fragment_index, container_index = fragments[index], containers[index]
-        if alive[fragment_index] and alive[container_index]:
-            alive[fragment_index] = False
-            counts[container_index] += counts[fragment_index]
-    if seen_by is not None:
-        for better, double in _double_pairs(pieces, seen_by, class_aware):
-            if alive[better] and alive[double]:
-                alive[double] = False
-                counts[better] += counts[double]
-    return _ordered(pieces.select(alive))
+    order = np.lexsort((containers, -areas[containers], -areas[fragments]))  # containers are settled before
+    pieces = _ordered(_absorb(pieces, containers[order], fragments[order]))
+    if outlines_of(pieces.detections) is not None and max_overlap < 1:
+        pieces = _absorb(pieces, *_double_pairs(pieces, max_overlap, class_aware))
+    return pieces
 
 
-def _seen_by(pieces: Pieces, home: IntArray, number: int) -> list[set[int]]:
-    """Return for each kept piece the tiles that saw it: its own and those of the pieces that it stands for."""
-    seen_by: list[set[int]] = [set() for _ in range(number)]
-    for row in np.flatnonzero(home >= 0).tolist():
-        seen_by[int(home[row])] |= pieces.tiles_of(row)
-    return seen_by
+def _absorb(pieces: Pieces, into: IntArray, gone: IntArray) -> Pieces:
+    """Drop ``gone``, pair by pair, where both are still there; its count goes to ``into``."""
+    alive, counts = np.ones(len(pieces.detections), bool), pieces.counts.copy()
+    for stays, goes in zip(into.tolist(), gone.tolist(), strict=True):
+        if alive[stays] and alive[goes]:
+            alive[goes] = False
+            counts[stays] += counts[goes]
+    return pieces._replace(counts=counts).select(alive)
 
 
-def _double_pairs(pieces: Pieces, seen_by: list[set[int]], class_aware: bool) -> list[tuple[int, int]]:
-    """Return pairs (better, worse score) of masks that cover the same place and that no tile saw together."""
+def _double_pairs(pieces: Pieces, max_overlap: float, class_aware: bool) -> tuple[IntArray, IntArray]:
+    """Return pairs (better, worse) of masks, of which the smaller shares ``max_overlap`` or more with the other.
+
+    Pieces are in the order of their scores, and pairs in that of the better ones.
+    """
     found, outlines = pieces.detections, outlines_of(pieces.detections)
     assert outlines is not None
     areas = [outline_area(outline) for outline in outlines]
-
-    def rank(row: int) -> tuple[float, int]:
-        return -float(found.scores[row]), row
-
     bounds = boxes_to_hboxes(found.boxes)
-    first, second = overlapping_pairs(bounds, bounds)
+    first, second = overlapping_pairs(bounds, bounds)  # sorted by first, then second
     possible = first < second
     if class_aware:
         possible &= found.labels[first] == found.labels[second]
-    pairs = []
-    for pair in zip(first[possible].tolist(), second[possible].tolist(), strict=True):
-        if not seen_by[pair[0]] & seen_by[pair[1]]:
-            small, large = sorted(pair, key=lambda row: (areas[row], row))
-            if contained_share(outlines[small], outlines[large]) >= FRAGMENT_IOF:
-                pairs.append((min(pair, key=rank), max(pair, key=rank)))
-    return sorted(pairs, key=lambda pair: (rank(pair[0]), rank(pair[1])))
+    first, second = first[possible], second[possible]
+    is_double = np.zeros(len(first), bool)
+    for index, (better, worse) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        small, large = (better, worse) if areas[better] < areas[worse] else (worse, better)
+        is_double[index] = contained_share(outlines[small], outlines[large]) >= max_overlap
+    return first[is_double], second[is_double]

@@ -14,9 +14,12 @@ import shapely
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.outlines import Outline
+from rtmdet_geo.masks import MASK_STRIDE
 
 #: Default tolerance of simplification in px of the image that masks were made for.
 SIMPLIFY_PX = 1.0
+#: Parts of a mask that are smaller (px^2) than a cell of the mask features are noise.
+SPECK_PX2 = float(MASK_STRIDE**2)
 
 
 def outlines_to_polygons(outlines: Iterable[Outline], *, tolerance: float = SIMPLIFY_PX) -> NDArray[np.object_]:
@@ -24,8 +27,8 @@ def outlines_to_polygons(outlines: Iterable[Outline], *, tolerance: float = SIMP
 
     Args:
         outlines: N of them, as :func:`rtmdet_geo.annotations.outlines.trace_mask` makes them; none empty.
-        tolerance: px by which an edge may move; 0 keeps the pixels' edges. Parts and holes smaller than a square of
-            twice the tolerance are dropped, the largest part never.
+        tolerance: px by which an edge may move; 0 keeps the pixels' edges, else parts smaller than SPECK_PX2 and holes
+            smaller than a square of twice the tolerance are dropped, the largest part never.
 
     Returns:
         (N,) shapely polygons, or multipolygons where a mask falls apart; valid, with holes.
@@ -60,16 +63,16 @@ def _exact_part(rings: tuple[NDArray[np.float64], ...]) -> Any:
     return keep_polygons(shapely.make_valid(together, method="linework"))  # odd and even, as rings are meant
 
 
-def _without_specks(polygon: Any, least_area: float) -> Any:
-    """Drop holes and parts below an area in px^2, but never the largest part."""
-    if least_area == 0:
+def _without_specks(polygon: Any, least_hole: float) -> Any:
+    """Drop holes below an area in px^2, and specks, but never the largest part; nothing for 0."""
+    if least_hole == 0:
         return polygon
     parts = shapely.get_parts(polygon)
     areas = shapely.area(parts)
     kept = [
-        shapely.Polygon(part.exterior, [hole for hole in part.interiors if shapely.Polygon(hole).area >= least_area])
+        shapely.Polygon(part.exterior, [hole for hole in part.interiors if shapely.Polygon(hole).area >= least_hole])
         for part, area in zip(parts, areas, strict=True)
-        if area >= least_area or area == areas.max()
+        if area >= SPECK_PX2 or area == areas.max()
     ]
     return kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
 

@@ -39,26 +39,17 @@ class Pieces(NamedTuple):
         detections: with outlines as masks.
         counts: (N,) raw detections behind each.
         is_cut: (N,) bool, the box touches an inner edge of its tile.
-        tile_ids: (N,) index into the grid; -1 - k: joined, from the tiles ``joined[k]``.
-        joined: tiles that the joined ones come from.
+        tile_ids: (N,) index into the grid; below 0: joined, from several tiles.
     """
 
     detections: Detections
     counts: IntArray
     is_cut: BoolArray
     tile_ids: IntArray
-    joined: tuple[frozenset[int], ...] = ()
 
     def select(self, index: NDArray[Any]) -> Pieces:
         """Return the rows that ``index`` picks."""
-        return Pieces(
-            self.detections.select(index), self.counts[index], self.is_cut[index], self.tile_ids[index], self.joined
-        )
-
-    def tiles_of(self, row: int) -> frozenset[int]:
-        """Return the tiles that a row comes from."""
-        tile = int(self.tile_ids[row])
-        return frozenset((tile,)) if tile >= 0 else self.joined[-1 - tile]
+        return Pieces(self.detections.select(index), self.counts[index], self.is_cut[index], self.tile_ids[index])
 
 
 def outlines_of(detections: Detections) -> NDArray[np.object_] | None:
@@ -108,7 +99,6 @@ def stitch(pieces: Pieces, grid: TileGrid, *, class_aware: bool = True) -> Piece
         np.append(rest.counts, [pieces.counts[group].sum() for group in joined]),
         np.append(rest.is_cut, np.zeros(len(joined), bool)),
         np.append(rest.tile_ids, -1 - np.arange(len(joined))),
-        tuple(frozenset(pieces.tile_ids[group].tolist()) for group in joined),
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import Backend
 from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
-from rtmdet_geo.merge import MASK_THRESHOLD, tile_survivors
+from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import Pieces
 from rtmdet_geo.structures import Detections, ModelSpec, Tile
@@ -31,6 +31,7 @@ class TileSettings:
         score_threshold: least score, in [0, 1].
         iou_threshold: of NMS, in [0, 1].
         mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
+        max_overlap: share of the smaller of two masks of a class from which on they are one object, in (0, 1].
         class_ids: labels to keep; None: all.
         multi_label: several classes for one place are several detections.
     """
@@ -41,6 +42,7 @@ class TileSettings:
     score_threshold: float
     iou_threshold: float
     mask_threshold: float
+    max_overlap: float
     class_ids: tuple[int, ...] | None
     multi_label: bool
 
@@ -52,6 +54,7 @@ class TileSettings:
         score_threshold: float | None = None,
         iou_threshold: float | None = None,
         mask_threshold: float = MASK_THRESHOLD,
+        max_overlap: float = MAX_OVERLAP,
         tile_size: int | None = None,
         overlap: int | None = None,
         batch_size: int = 1,
@@ -72,6 +75,8 @@ class TileSettings:
                 raise ConfigError(f"{name}={value!r} must be in [0, 1]")
         if not 0 < mask_threshold < 1:
             raise ConfigError(f"mask_threshold={mask_threshold!r} must be in (0, 1)")
+        if not 0 < max_overlap <= 1:
+            raise ConfigError(f"max_overlap={max_overlap!r} must be above 0 and at most 1")
         size = (engine.fixed_tile_size or spec.tile_size) if tile_size is None else tile_size
         if size < spec.stride_multiple or size % spec.stride_multiple:
             raise ConfigError(f"tile_size={size} px must be a multiple of {spec.stride_multiple}")
@@ -85,7 +90,7 @@ class TileSettings:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         labels = _labels(spec, classes)
-        return cls(size, shared, batch_size, score, iou, mask_threshold, labels, multi_label)
+        return cls(size, shared, batch_size, score, iou, mask_threshold, max_overlap, labels, multi_label)
 
 
 def _labels(spec: ModelSpec, classes: Sequence[str] | None) -> tuple[int, ...] | None:

@@ -16,13 +16,14 @@ from synthetic import SMALLEST, draw_ships, make_spec, small_network, write_scen
 
 from rtmdet_geo.backends import BACKEND_NAMES, Backend, open_backend
 from rtmdet_geo.backends.contract import RowsBackend
-from rtmdet_geo.backends.pytorch import TorchBackend, find_device
+from rtmdet_geo.backends.pytorch import TorchBackend
 from rtmdet_geo.catalog import CATALOG, find_model, known_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.detect import detect_scene
 from rtmdet_geo.errors import ConfigError, MissingDependencyError, ModelFileError, SaturatedTileWarning, WeightsError
 from rtmdet_geo.export import export_model, make_check_tiles
 from rtmdet_geo.models import get_classifier, get_model
+from rtmdet_geo.models.devices import find_device
 from rtmdet_geo.models.identify import load_network
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.structures import Detections

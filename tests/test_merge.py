@@ -327,13 +327,14 @@ def mask_pieces(rows: list[tuple[tuple[float, float, float, float], float, int]]
     return parts
 
 
-def test_two_readings_of_one_place_are_one_object():
+def test_masks_mostly_in_each_other_are_one_object():
     grid = TileGrid(160, 100, tile_size=100, overlap=40)  # tiles at x 0 and 60
     house, half = (62, 20, 98, 60), (62, 20, 98, 40)  # IoU of the boxes is 1/2: NMS keeps both
-    merged = merge_survivors(mask_pieces([(house, 0.6, 0), (half, 0.7, 1)]), grid, iou_threshold=0.6)
-    assert merged.detections.scores.tolist() == [np.float32(0.7)] and merged.num_merged.tolist() == [2]
-    # one tile saw both, and so did the other: a shed stands inside the yard
-    rows = [(house, 0.6, 0), (half, 0.7, 0), (house, 0.59, 1), (half, 0.69, 1)]
-    assert len(merge_survivors(mask_pieces(rows), grid, iou_threshold=0.6)) == 2
-    apart = [(house, 0.6, 0), ((80, 40, 98, 90), 0.7, 1)]  # less than 0.7 of the smaller
+    for tiles in ((0, 1), (0, 0)):
+        parts = mask_pieces([(house, 0.6, tiles[0]), (half, 0.7, tiles[1])])
+        merged = merge_survivors(parts, grid, iou_threshold=0.6)
+        assert merged.detections.scores.tolist() == [np.float32(0.7)] and merged.num_merged.tolist() == [2]
+        assert len(merge_survivors(parts, grid, iou_threshold=0.6, max_overlap=1)) == 2  # as the published evaluation
+    apart = [(house, 0.6, 0), ((80, 40, 98, 90), 0.7, 1)]  # 18 x 20 of 18 x 50
     assert len(merge_survivors(mask_pieces(apart), grid, iou_threshold=0.6)) == 2
+    assert len(merge_survivors(mask_pieces(apart), grid, iou_threshold=0.6, max_overlap=0.4)) == 1

@@ -48,8 +48,8 @@ def test_simplified_polygons_are_valid_and_near(mask, tolerance):
 def test_specks_go_and_the_largest_part_stays():
     mask = np.zeros((30, 40), np.uint8)
     mask[2:22, 2:22] = 1
-    mask[10, 10] = 0  # a hole of 1 px, and a part of 1 px, both below (2 * 1)^2
-    mask[25, 30] = 1
+    mask[10, 10] = 0  # a hole of 1 px, below (2 * 1)^2
+    mask[23:30, 26:35] = 1  # a part of 63 px, less than a cell of the mask features
     mask[4:8, 4:8] = 0  # a hole of 16 px
     found = polygon(mask, 1.0)
     assert found.geom_type == "Polygon" and [shapely.Polygon(ring).area for ring in found.interiors] == [16]

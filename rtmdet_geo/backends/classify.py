@@ -138,8 +138,8 @@ class TorchClassifier:
         if text in CHECKPOINTS:
             _refuse_detector(CHECKPOINTS[text].spec(), text)  # before a download
         require_package("torch", extra="train")
-        from rtmdet_geo.backends.pytorch import find_device
         from rtmdet_geo.models.classifier import ClassificationGraph
+        from rtmdet_geo.models.devices import find_device
         from rtmdet_geo.models.identify import load_network
         from rtmdet_geo.models.weights import fuse_batch_norm
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.backends.contract import RowsBackend, refuse_classifier, rows_per_level
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.models.decode import DetectionGraph
+from rtmdet_geo.models.devices import find_device
 from rtmdet_geo.models.identify import load_network
 from rtmdet_geo.models.weights import fuse_batch_norm
 
@@ -83,21 +84,6 @@ class TorchBackend(RowsBackend):
                 f"the memory of {self.device} is too small for {number} tiles of {height} x {width} px at once; lower "
                 "batch_size or tile_size, or choose device 'cpu'"
             ) from error
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of that name: "auto" (cuda when there is one), "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        ConfigError: no such device is here.
-    """
-    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = ["cpu", *(["cuda"] if number else []), *(f"cuda:{index}" for index in range(number))]
-    if name == "auto":
-        return torch.device("cuda" if number else "cpu")
-    if name not in known:
-        raise ConfigError(f"device {name!r} is not here; choose one of auto, {', '.join(known)}")
-    return torch.device(name)
 
 
 @contextmanager

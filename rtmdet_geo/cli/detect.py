@@ -76,6 +76,13 @@ from rtmdet_geo.cli import options, report
 )
 @options.threads_option
 @click.option(
+    "--max-overlap",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.7,
+    show_default=True,
+    help="Masks: two of a class that share this much of the smaller one are one object; 1 goes by boxes (--iou) alone.",
+)
+@click.option(
     "--simplify",
     "simplify_px",
     type=click.FloatRange(min=0),

@@ -8,6 +8,7 @@ the crops that an unbroken run would have seen.
 from __future__ import annotations
 
 import json
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ from rtmdet_geo.config import AugmentSection, ModelSection, Recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RTMDetGeoError
 from rtmdet_geo.structures import Kind, StretchSpec
 from rtmdet_geo.training import augment
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -201,7 +204,13 @@ def split_chips(chips: list[Chip], recipe: Recipe) -> tuple[list[Chip], list[Chi
     named = set().union(*map(set, data.folds.values())) if data.folds else set()
     unknown = sorted(named - scenes)
     if unknown:
-        raise ConfigError(f"data.folds names scenes without chips: {', '.join(unknown)}; chips have {sorted(scenes)}")
+        raise ConfigError(
+            f"data.folds names scenes without chips: {', '.join(unknown)}; chips have {sorted(scenes)}; to leave none "
+            "out, set data.folds={} and data.fold=null"
+        )
+    absent = sorted(set(data.holdout) - scenes)
+    if absent:
+        logger.warning("data.holdout names scenes without chips: %s; chips have %s", ", ".join(absent), sorted(scenes))
     left_out = set(data.folds[data.fold]) if data.fold else set()
     training = [chip for chip in chips if chip.scene not in left_out and chip.scene not in data.holdout]
     if not any((~chip.ignored).any() for chip in training):

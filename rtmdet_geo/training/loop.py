@@ -28,6 +28,7 @@ from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.config import ModelSection, Recipe, load_recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
+from rtmdet_geo.models.devices import find_device
 from rtmdet_geo.models.weights import load_checkpoint, save_weights
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
@@ -40,6 +41,8 @@ from rtmdet_geo.training.validate import find_false_alarms, validate
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "last.pt"
+#: What a run leaves beside its recipe.
+PRODUCTS = (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors")
 #: Columns of log.csv; before ``grad_norm`` come the terms of the loss.
 LOG_COLUMNS = ("iteration", "lr", "loss", "grad_norm", "seconds")
 
@@ -79,10 +82,10 @@ def train_model(
         Cancelled: see ``cancelled``.
     """
     run = Path(out)
-    device = _choose_device(device)
+    device = str(find_device(device))
     chips = load_chips(Path(data if data is not None else recipe.data.chips), recipe.model)
     training, left_out = split_chips(chips, recipe)
-    _open_run(run, recipe, resume=resume, overwrite=overwrite)
+    _check_run(run, recipe, resume=resume, overwrite=overwrite)
     _seed(recipe.loop.seed)
 
     network = get_model(
@@ -99,6 +102,8 @@ def train_model(
     sampler = CropSampler(training, recipe)
     start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
     loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)
+    if not resume:  # nothing of an earlier run is touched before all else is known to work
+        _begin_run(run, recipe)
     logger.info(
         "training %s on %s: %d chips, %d objects, iterations %d to %d",
         *(recipe.model.name, device, len(training), sum(int((~chip.ignored).sum()) for chip in training)),
@@ -221,37 +226,32 @@ def _load_weights(network: nn.Module, model: ModelSection, cancelled: Callable[[
     )
 
 
-def _choose_device(device: str) -> str:
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.startswith("cuda") and not available:
-        raise ConfigError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
-    return device
-
-
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def _open_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    saved = run / "recipe.yaml"
-    products = (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors")
+def _check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that cannot be resumed, or holds a run that is not to be replaced."""
     if resume:
         if not (run / CHECKPOINT).is_file():
             raise OutputError(f"nothing to resume in {str(run)!r}: {CHECKPOINT} is missing")
-        if load_recipe(saved) != recipe:
-            raise ConfigError(f"the recipe differs from {saved}, with which this run began: resume with that file")
-        return
-    if any((run / name).exists() for name in products) and not overwrite:
+        if load_recipe(run / "recipe.yaml") != recipe:
+            raise ConfigError(
+                f"the recipe differs from {run / 'recipe.yaml'}, with which this run began: resume with that file"
+            )
+    elif any((run / name).exists() for name in PRODUCTS) and not overwrite:
         raise OutputError(f"{str(run)!r} already holds a run: --resume goes on with it, --overwrite begins anew")
+
+
+def _begin_run(run: Path, recipe: Recipe) -> None:
+    """Make the run folder, empty it of an earlier run, and write the recipe."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for name in products:
+        for name in PRODUCTS:
             (run / name).unlink(missing_ok=True)
-        saved.write_text(recipe.to_yaml(), encoding="utf-8")
+        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
 

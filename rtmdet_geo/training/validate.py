@@ -99,7 +99,8 @@ def _run(
                 input_shape=shape,
             )
         )
-    return merge_survivors(parts, grid, iou_threshold=section.nms_iou_threshold).detections
+    # average precision as published: nothing but NMS by boxes
+    return merge_survivors(parts, grid, iou_threshold=section.nms_iou_threshold, max_overlap=1).detections
 
 
 def _above(

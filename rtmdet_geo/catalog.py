@@ -129,6 +129,8 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
             )
         return entry.path
     if text in CHECKPOINTS:
+        if CHECKPOINTS[text].spec().kind == "classification":
+            raise ModelFileError(f"{text!r} classifies whole images and finds no objects; use `rtmdet-geo classify -m`")
         if importlib.util.find_spec("torch") is None:  # said before the download
             raise MissingDependencyError(
                 f"published weights such as {text!r} run in PyTorch, which is not installed; run: "

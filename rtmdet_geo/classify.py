@@ -27,7 +27,7 @@ from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
 from rtmdet_geo.errors import BandError, Cancelled, ConfigError, NodataWarning, NotGeoreferencedWarning
 from rtmdet_geo.outputs import check_not_input
-from rtmdet_geo.preprocess import crop_centre, resize_bicubic
+from rtmdet_geo.preprocess import check_array, crop_centre, resize_bicubic
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import library_versions, model_record, scene_record
 from rtmdet_geo.structures import ModelSpec, Tile
@@ -98,7 +98,7 @@ class _Found:
 
 
 def classify_image(
-    classifier: Classifier,
+    classifier: Classifier | str | os.PathLike[str],
     image: NDArray[np.uint8],
     *,
     channels: Sequence[str] = ("red", "green", "blue"),
@@ -107,23 +107,31 @@ def classify_image(
     """Name what an ordinary image shows.
 
     Args:
-        classifier: see :func:`rtmdet_geo.backends.classify.open_classifier`.
+        classifier: see :func:`rtmdet_geo.backends.classify.open_classifier`; a name or path is opened for this call
+            only.
         image: (height, width, C) uint8.
         channels: names of its C channels in order; they are put in the model's.
         top_k: classes to return, at least 1; all if the model has fewer.
 
     Raises:
         BandError: the image lacks a channel of the model, or ``channels`` does not name each of its channels.
-        ConfigError: ``top_k`` is below 1.
-        ValueError: the image is not (height, width, C) uint8, or is empty.
+        ConfigError: ``top_k`` is below 1, the model finds objects, or the image is not (height, width, C) uint8.
+        ValueError: the image is empty.
 
     Example:
         >>> classifier = open_classifier("cspnext_tiny_imagenet")  # doctest: +SKIP
         >>> print(classify_image(classifier, image, top_k=1))  # doctest: +SKIP
     """
     _check_top_k(top_k)
+    if isinstance(classifier, str | os.PathLike):
+        classifier = open_classifier(classifier)
     spec = classifier.spec
-    if image.ndim == 3 and image.shape[2] != len(channels):
+    if spec.kind != "classification":
+        raise ConfigError(f"model {spec.name!r} finds objects and does not classify; use it with rtmdet_geo.predict")
+    image = check_array(image, instead="classify_file")
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ConfigError(f"the image is {image.dtype} {image.shape}; give (height, width, channels) uint8, stretched")
+    if image.shape[2] != len(channels):
         raise BandError(f"the image has {image.shape[2]} channels, channels= names {len(channels)}: {list(channels)}")
     pixels = crop_centre(image, spec.tile_size)
     planes = []

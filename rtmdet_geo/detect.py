@@ -22,7 +22,7 @@ import numpy as np
 from affine import Affine
 from shapely.affinity import affine_transform
 
-from rtmdet_geo.backends import open_backend
+from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import (
     Cancelled,
@@ -54,7 +54,7 @@ def detect_scene(
     scene: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Backend | None = None,
     bands: Sequence[int | str] | None = None,
     score_threshold: float | None = None,
     iou_threshold: float | None = None,
@@ -83,8 +83,8 @@ def detect_scene(
     Args:
         scene: any raster that GDAL opens.
         output: vector file to write (.gpkg, .geojson); None writes none.
-        model: catalogue name, model file, or weights (a file, or published ones by name); None is the bundled model of
-            ships.
+        model: catalogue name, model file, or weights (a file, or published ones by name), or what
+            :func:`rtmdet_geo.load_model` opened; None is the bundled model of ships.
         bands: 1-based numbers or names of the scene's bands, in the order of the model's; None chooses by name.
         score_threshold: keep detections with at least this score, in [0, 1]; None is the model's.
         iou_threshold: detections of a class that overlap by this much are one, in [0, 1]; None is the model's.
@@ -131,13 +131,16 @@ def detect_scene(
         >>> ships[["class_name", "score", "length_m"]]  # doctest: +SKIP
     """
     started = time.perf_counter()
+    if not isinstance(scene, str | os.PathLike):
+        raise ConfigError(f"a scene is a path, not {type(scene).__name__}; images in memory are for rtmdet_geo.predict")
     _check_outputs(scene, output, preview, driver, overwrite)
     target_crs = check_target_crs(dst_crs, output, driver)
     if not (math.isfinite(simplify_px) and simplify_px >= 0):
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
-    model_path = find_model(model)
     augmentation = find_augmentation(tta)
-    engine = augment(open_backend(model_path, name=backend, threads=threads, device=device), augmentation)
+    if not isinstance(model, Backend):
+        model = open_backend(find_model(model), name=backend, threads=threads, device=device)
+    engine = augment(model, augmentation)
     settings = TileSettings.of(
         engine,
         score_threshold=score_threshold,

@@ -28,7 +28,7 @@ from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning
 from rtmdet_geo.masks import CroppedMask, assemble_detections, crop_outline
 from rtmdet_geo.merge import merge_survivors
 from rtmdet_geo.nms import nms_horizontal, nms_rotated
-from rtmdet_geo.preprocess import letterbox
+from rtmdet_geo.preprocess import check_array, letterbox
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import Detections, Kind, ModelSpec
@@ -356,7 +356,7 @@ class _ArraySource:
 
 def _as_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSpec, gsd: float | None) -> Scene:
     """Return the image as the model sees it."""
-    array = np.asarray(image)
+    array = check_array(image, instead="detect_scene")
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         raise ConfigError(f"the image is {array.dtype} {array.shape}; give (height, width, channels) uint8, stretched")
     array = array.reshape(*array.shape[:2], -1)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.structures import PAD_VALUE
 
 #: Statistics of the published models on the uint8 scale, in the order blue, green, red.
@@ -177,3 +178,19 @@ def normalise(
         raise ValueError(f"std {tuple(std)!r} must be positive")
     normalised = (image.astype(np.float32) - means) / deviations
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def check_array(image: Any, *, instead: str) -> NDArray[Any]:
+    """Return the image if it is a numpy array.
+
+    Args:
+        image: what somebody passed as an image.
+        instead: the function that takes files.
+
+    Raises:
+        ConfigError: it is none, such as the None that OpenCV returns for a file it cannot read.
+    """
+    if not isinstance(image, np.ndarray):
+        hint = "was the file read?" if image is None else f"read the file first, or use {instead}"
+        raise ConfigError(f"the image is {type(image).__name__}, not a numpy array: {hint}")
+    return image

@@ -451,6 +451,7 @@ def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, m
     """Write a FeatureCollection, one feature a line."""
     head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
     if frame.crs is None:
+        logger.warning("without a CRS GeoJSON holds pixel coordinates, which readers take for degrees: write a .gpkg")
         head["crs"] = None  # GeoJSON of 2008: unknown; a missing member means longitude and latitude
     lines = geojson_features(frame)
     if metadata:

@@ -339,3 +339,8 @@ def test_augmentation_looks_more_often_and_finds_the_same(engine, scene, tta, nu
     assert (result["n_merged"] >= num_views * plain["n_merged"].min()).all()
     views = result.attrs["summary"]["parameters"]["tta"]
     assert len(views["flips"]) * len(views["scales"]) == num_views
+
+
+def test_an_open_model_is_used_as_it_is(scene):
+    engine = BlobBackend()
+    assert len(detect_scene(scene, model=engine)) == len(SHIPS) and engine.num_images == 6

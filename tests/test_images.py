@@ -24,6 +24,7 @@ from synthetic import make_spec, write_scene
 from test_masks import decode_rle, overlap
 from test_preprocess import check, image_of
 
+import rtmdet_geo
 from rtmdet_geo import detect as pipeline
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.boxes import boxes_to_polygons
@@ -467,3 +468,14 @@ def test_the_bundled_model() -> None:
     with pytest.warns(BandWarning, match="nir"):
         found = predict(model, image, gsd=10.0, tta="flips")
     assert isinstance(found, Prediction) and found.kind == "rotated"
+
+
+def test_what_is_no_image_or_scene(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was the file read"):
+        predict(RectangleEngine(), None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="use detect_scene"):
+        predict(RectangleEngine(), "scene.tif")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"rtmdet_geo\.predict"):
+        rtmdet_geo.detect_scene(np.zeros((8, 8, 3), np.uint8))  # type: ignore[arg-type]
+    with pytest.raises(ModelFileError, match="not there"):
+        predict("nosuch.onnx", np.zeros((8, 8, 3), np.uint8))

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from rtmdet_geo.config import load_recipe, parse_recipe
-from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, RTMDetGeoError, TrainingError, WeightsError
+from rtmdet_geo.errors import (
+    Cancelled,
+    ConfigError,
+    ModelFileError,
+    OutputError,
+    RTMDetGeoError,
+    TrainingError,
+    WeightsError,
+)
 from rtmdet_geo.models import HorizontalOutputs, get_model
 from rtmdet_geo.models.weights import build_from_weights, load_weights
 from rtmdet_geo.training.datasets import load_chips
@@ -205,9 +213,20 @@ def test_a_folder_with_a_run_is_not_written_over(recipe, recipe_values, tmp_path
 def test_cuda_without_a_card_is_one_clear_error(recipe, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    with pytest.raises(ConfigError, match="--device cpu"):
-        train_model(recipe, tmp_path / "run", device="cuda")
+    for device in ("cuda", "gpu"):
+        with pytest.raises(ConfigError, match=f"device '{device}' is not here; choose one of auto, cpu"):
+            train_model(recipe, tmp_path / "run", device=device)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_the_earlier_run_alone(recipe, recipe_values, tmp_path):
+    run = tmp_path / "run"
+    train_model(recipe, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    recipe_values["model"]["weights"] = str(tmp_path / "nosuch.safetensors")
+    with pytest.raises(WeightsError, match="nosuch"):
+        train_model(parse_recipe(recipe_values), run, overwrite=True)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_a_corrupt_checkpoint_is_one_clear_error(recipe, tmp_path):

@@ -18,7 +18,6 @@ from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.errors import (
     Cancelled,
     ConfigError,
-    ModelFileError,
     OutputError,
     RTMDetGeoError,
     TrainingError,

@@ -138,7 +138,12 @@ def detect_scene(
     if not (math.isfinite(simplify_px) and simplify_px >= 0):
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
     augmentation = find_augmentation(tta)
-    if not isinstance(model, Backend):
+    if isinstance(model, Backend):
+        if (backend, device, threads) != ("auto", "auto", None):
+            raise ConfigError("the model is open already: backend, device and threads belong into load_model")
+    elif not (model is None or isinstance(model, str | os.PathLike)):
+        raise ConfigError(f"a model is a name, a path or what load_model opened, not {type(model).__name__}")
+    else:
         model = open_backend(find_model(model), name=backend, threads=threads, device=device)
     engine = augment(model, augmentation)
     settings = TileSettings.of(
@@ -171,7 +176,13 @@ def detect_scene(
         results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
         _warn(source, results, num_saturated, settings)
-        merged = merge_survivors(results.parts, grid, iou_threshold=settings.iou_threshold, kind=spec.object_kind)
+        merged = merge_survivors(
+            results.parts,
+            grid,
+            iou_threshold=settings.iou_threshold,
+            max_overlap=settings.max_overlap,
+            kind=spec.object_kind,
+        )
         features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
         num_by_class = features["class_name"].value_counts()
         summary: dict[str, Any] = {
@@ -192,7 +203,7 @@ def detect_scene(
                 "tile_size": settings.tile_size,
                 "overlap": settings.overlap,
                 "batch_size": settings.batch_size,
-                "classes": list(classes) if classes is not None else list(spec.classes),
+                "classes": settings.class_names(spec),
                 "multi_label": multi_label,
                 "max_overlap": max_overlap,
                 "simplify_px": simplify_px,

@@ -26,7 +26,7 @@ from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning
 from rtmdet_geo.masks import CroppedMask, assemble_detections, crop_outline
-from rtmdet_geo.merge import merge_survivors
+from rtmdet_geo.merge import MAX_OVERLAP, merge_survivors
 from rtmdet_geo.nms import nms_horizontal, nms_rotated
 from rtmdet_geo.preprocess import check_array, letterbox
 from rtmdet_geo.scene import Scene
@@ -125,7 +125,7 @@ def load_model(
 
 
 def predict(
-    model: Backend | str | os.PathLike[str],
+    model: Backend | str | os.PathLike[str] | None,
     image: NDArray[np.uint8],
     *,
     channels: Sequence[str] = ("red", "green", "blue"),
@@ -138,6 +138,7 @@ def predict(
     tta: str | Augmentation | None = None,
     multi_label: bool = False,
     mask_threshold: float = 0.5,
+    max_overlap: float = MAX_OVERLAP,
 ) -> Prediction:
     """Find objects in one image.
 
@@ -158,6 +159,7 @@ def predict(
         tta: test-time augmentation: "none", "flips", "scales", "all" or an :class:`rtmdet_geo.views.Augmentation`.
         multi_label: several classes for one place are several objects (for evaluation).
         mask_threshold: a mask is where the probability is higher, in (0, 1).
+        max_overlap: see :func:`rtmdet_geo.detect.detect_scene`; letterboxed images go by NMS alone, as published.
 
     Raises:
         ConfigError: the image is not uint8 of that shape, a value is outside its range, or the engine cannot do it.
@@ -170,7 +172,7 @@ def predict(
         >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
-    if isinstance(model, str | os.PathLike):
+    if model is None or isinstance(model, str | os.PathLike):
         model = load_model(model)
     spec, augmentation = model.spec, find_augmentation(tta)
     is_letterboxed = _is_letterboxed(spec, resize, gsd)
@@ -181,6 +183,7 @@ def predict(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         mask_threshold=mask_threshold,
+        max_overlap=max_overlap,
         classes=classes,
         multi_label=multi_label,
     )

@@ -15,8 +15,9 @@ Instances go the same way by their boxes, with two differences. Masks are made f
 pieces of one object that no tile sees whole are joined before step 3 (:mod:`rtmdet_geo.stitch`). Step 4 then asks
 masks, not boxes, whether one lies inside another, and a step follows:
 
-5. Of two masks of one class that lie mostly in each other, the better score stays. NMS, which goes by boxes, lets many
-   pass. The published evaluation does not take this step.
+5. Two masks of one class of which the smaller lies mostly in the other are one object: the better score stays, or the
+   larger where the other is but a part of it. NMS, which goes by boxes, lets many such pairs pass. The published
+   evaluation does not take this step.
 
 :func:`tile_survivors` is steps 1 and 2, done as soon as a tile has been run, so that its raw candidates can be
 forgotten; :func:`merge_survivors` is the rest.
@@ -338,7 +339,7 @@ def merge_detections(
         class_aware: False: boxes of different classes suppress each other too.
         margin: see :func:`tile_survivors`.
         mask_threshold: see :func:`to_scene`.
-        max_overlap: share of the smaller of two masks of a class, in [0, 1], from which on they are one object; 1
+        max_overlap: share of the smaller of two masks of a class, in (0, 1], from which on they are one object; 1
             leaves it to NMS by boxes alone.
 
     Returns:
@@ -432,9 +433,10 @@ def _absorb(pieces: Pieces, into: IntArray, gone: IntArray) -> Pieces:
 
 
 def _double_pairs(pieces: Pieces, max_overlap: float, class_aware: bool) -> tuple[IntArray, IntArray]:
-    """Return pairs (better, worse) of masks, of which the smaller shares ``max_overlap`` or more with the other.
+    """Return pairs (stays, goes) of masks, of which the smaller shares ``max_overlap`` or more with the other.
 
-    Pieces are in the order of their scores, and pairs in that of the better ones.
+    The one with the better score stays, unless it is less than half as large: a chimney is no roof. Pieces are in the
+    order of their scores, and pairs in that of the better ones.
     """
     found, outlines = pieces.detections, outlines_of(pieces.detections)
     assert outlines is not None
@@ -445,8 +447,11 @@ def _double_pairs(pieces: Pieces, max_overlap: float, class_aware: bool) -> tupl
     if class_aware:
         possible &= found.labels[first] == found.labels[second]
     first, second = first[possible], second[possible]
-    is_double = np.zeros(len(first), bool)
-    for index, (better, worse) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+    stays, goes = [], []
+    for better, worse in zip(first.tolist(), second.tolist(), strict=True):
         small, large = (better, worse) if areas[better] < areas[worse] else (worse, better)
-        is_double[index] = contained_share(outlines[small], outlines[large]) >= max_overlap
-    return first[is_double], second[is_double]
+        if contained_share(outlines[small], outlines[large]) >= max_overlap:
+            is_part = areas[small] < 0.5 * areas[large]
+            stays.append(large if is_part else better)
+            goes.append(small if is_part else worse)
+    return np.array(stays, np.int64), np.array(goes, np.int64)

@@ -46,6 +46,14 @@ def outlines_to_polygons(outlines: Iterable[Outline], *, tolerance: float = SIMP
     return repair(result)
 
 
+def outline_rings(outline: Outline) -> list[NDArray[np.float64]]:
+    """Return the rings (M, 2) around the pixels of an outline; edges between its parts are gone."""
+    if len(outline) == 1:
+        return list(outline[0])
+    polygons = shapely.get_parts(_exact(outline))
+    return [np.asarray(ring.coords) for polygon in polygons for ring in (polygon.exterior, *polygon.interiors)]
+
+
 def _exact(outline: Outline) -> Any:
     """Return the polygon of the pixels of an outline: what an odd number of a part's rings encloses, for any part."""
     parts = [_exact_part(part) for part in outline]
@@ -74,7 +82,7 @@ def _without_specks(polygon: Any, least_hole: float) -> Any:
         for part, area in zip(parts, areas, strict=True)
         if area >= SPECK_PX2 or area == areas.max()
     ]
-    return kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
+    return keep_polygons(shapely.union_all(kept))  # an island may lie in a hole that is gone
 
 
 def repair(polygons: NDArray[Any]) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.polygons import outline_rings
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import Detections
 
@@ -140,7 +141,7 @@ def _draw_boxes(image: Image, detections: Detections, scale: tuple[float, float]
         colour = class_colour(int(detections.labels[index]))
         rings = [corners[index]]
         if outlines is not None:
-            rings = [ring * scale for part in outlines[index] for ring in part]
+            rings = [ring * scale for ring in outline_rings(outlines[index])]
         # OpenCV counts from the centre of the first pixel, boxes from its corner
         lines = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
         if outlines is None and np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:

@@ -92,6 +92,10 @@ class TileSettings:
         labels = _labels(spec, classes)
         return cls(size, shared, batch_size, score, iou, mask_threshold, max_overlap, labels, multi_label)
 
+    def class_names(self, spec: ModelSpec) -> list[str]:
+        """Return the names of the classes that are kept."""
+        return [spec.classes[label] for label in self.class_ids] if self.class_ids is not None else list(spec.classes)
+
 
 def _labels(spec: ModelSpec, classes: Sequence[str] | None) -> tuple[int, ...] | None:
     if classes is None:

@@ -434,7 +434,9 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
         raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg) instead")
     rounded = map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS))
     is_invalid = ~shapely.is_valid(rounded)
-    rounded[is_invalid] = counter_clockwise(shapely.set_precision(shapes[is_invalid], 10.0**-_GEOJSON_DECIMALS))
+    precise = shapely.set_precision(shapes[is_invalid], 10.0**-_GEOJSON_DECIMALS)
+    kept = np.where(shapely.is_empty(precise), shapes[is_invalid], precise)  # smaller than the last decimal
+    rounded[is_invalid] = counter_clockwise(kept)
     return _feature_texts(frame, rounded)
 
 

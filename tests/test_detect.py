@@ -344,3 +344,7 @@ def test_augmentation_looks_more_often_and_finds_the_same(engine, scene, tta, nu
 def test_an_open_model_is_used_as_it_is(scene):
     engine = BlobBackend()
     assert len(detect_scene(scene, model=engine)) == len(SHIPS) and engine.num_images == 6
+    with pytest.raises(ConfigError, match="open already"):
+        detect_scene(scene, model=engine, threads=2)
+    with pytest.raises(ConfigError, match="not int"):
+        detect_scene(scene, model=3)

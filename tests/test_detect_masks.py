@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from synthetic import GROUND, SHIP, TRANSFORM, make_spec, write_scene
 
 from rtmdet_geo import detect as pipeline
 from rtmdet_geo.detect import detect_scene
+from rtmdet_geo.structures import Detections
 
 
 @pytest.fixture
@@ -133,15 +135,18 @@ def test_objects_without_a_mask_are_left_out_and_nothing_is_fine(engine, tmp_pat
     assert len(geopandas.read_file(output)) == 0
 
 
-def test_preview_draws_outlines_not_boxes(engine, tmp_path):
+@pytest.mark.parametrize(("tile_size", "overlap"), [(640, 64), (192, 64)])
+def test_preview_draws_outlines_not_boxes_and_no_tiles(engine, tmp_path, tile_size, overlap):
     image, _ = paint()
     picture = tmp_path / "town.png"
-    detect_scene(write_scene(tmp_path / "town.tif", image), preview=picture)
+    scene = write_scene(tmp_path / "town.tif", image)
+    detect_scene(scene, preview=picture, tile_size=tile_size, overlap=overlap)
     drawn = cv2.imread(str(picture))[:400].astype(int)
     coloured = np.ptp(drawn, axis=2) > 60
     assert coloured[245:256, 90:190].any()  # the court's wall
     assert coloured[275:286, 120:160].any()  # and its hole's
     assert not coloured[300:320, 130:150].any()
+    assert not coloured[200:320, 260:280].any() and not coloured[130:145, 60:160].any()  # inside the road
 
 
 def test_horizontal_boxes_have_no_azimuth(monkeypatch, tmp_path):
@@ -191,3 +196,21 @@ def test_masks_end_where_data_end(engine, tmp_path):
     found = [to_pixels(geometry) for geometry in layer.geometry]
     assert min(geometry.bounds[0] for geometry in found) >= 100 - 1e-6
     assert max(iou(geometry, shapes[1]) for geometry in found) > 0.6  # the court lost its western strip only
+
+
+def test_max_overlap_decides_what_lies_in_another(engine, monkeypatch, tmp_path):
+    image, shapes = paint()
+    scene = write_scene(tmp_path / "town.tif", image)
+    whole = engine._find
+
+    def with_parts(picture):
+        found = whole(picture)
+        parts = dataclasses.replace(found, boxes=found.boxes * [1, 1, 0.5, 1, 1], scores=found.scores - 0.1)
+        return Detections.concatenate([found, parts], "tile", "mask")
+
+    monkeypatch.setattr(engine, "_find", with_parts)
+    both = detect_scene(scene, tile_size=640, max_overlap=1)
+    one = detect_scene(scene, tile_size=640, classes="ship")
+    assert len(one) == len(shapes) < len(both)
+    assert one.attrs["summary"]["parameters"]["max_overlap"] == 0.7
+    assert one.attrs["summary"]["parameters"]["classes"] == ["ship"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import numpy as np
 import pytest
 import shapely
@@ -239,7 +240,7 @@ def test_letterbox_views_are_mirrored_before_they_are_padded() -> None:
 
 def run_both(
     monkeypatch: pytest.MonkeyPatch, folder: Path, image: np.ndarray, engines: tuple[Engine, Engine], gsd: float | None
-) -> tuple[pipeline.DetectResult, Prediction]:
+) -> tuple[geopandas.GeoDataFrame, Prediction]:
     """Run detect_scene on a file of a grey image (H, W), and predict on the image with an equal engine."""
     scene = write_scene(folder / "port.tif", image, crs=None)
     monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: engines[0])

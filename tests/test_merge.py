@@ -338,3 +338,11 @@ def test_masks_mostly_in_each_other_are_one_object():
     apart = [(house, 0.6, 0), ((80, 40, 98, 90), 0.7, 1)]  # 18 x 20 of 18 x 50
     assert len(merge_survivors(mask_pieces(apart), grid, iou_threshold=0.6)) == 2
     assert len(merge_survivors(mask_pieces(apart), grid, iou_threshold=0.6, max_overlap=0.4)) == 1
+
+
+def test_a_part_does_not_replace_the_whole():
+    grid = TileGrid(160, 100, tile_size=100, overlap=40)
+    roof, chimney = (5, 5, 95, 95), (40, 40, 50, 50)
+    merged = merge_survivors(mask_pieces([(roof, 0.6, 0), (chimney, 0.61, 0)]), grid, iou_threshold=0.6)
+    np.testing.assert_allclose(merged.detections.boxes, [[50, 50, 90, 90, 0]])
+    assert merged.num_merged.tolist() == [2]

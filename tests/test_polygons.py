@@ -65,6 +65,8 @@ def test_an_island_in_a_hole_is_a_part():
     mask[10:20, 10:20] = 1
     found = polygon(mask, 1.0)
     assert found.area == 900 - 400 + 100 and len(found.geoms) == 2
+    filled = polygon(mask, 11.0)  # the hole is below (2 * 11)^2: gone, and the island with it
+    assert filled.geom_type == "Polygon" and not filled.interiors and filled.is_valid
 
 
 def test_wrong_arguments():

@@ -68,6 +68,8 @@ def test_classes_and_whole_objects():
 def test_shares():
     assert contained_share(rectangle(0, 0, 10, 10), rectangle(5, 0, 20, 10)) == 0.5
     assert contained_share((), rectangle(0, 0, 4, 4)) == 0.0
+    joined = join_outlines([rectangle(0, 0, 10, 10), rectangle(5, 0, 15, 10)])
+    assert contained_share(joined, joined) == 1.0
 
 
 def test_a_long_object_costs_its_pieces_and_not_the_scene():

@@ -165,8 +165,10 @@ def mask_bounds(mask: NDArray[Any]) -> FloatArray | None:
 
 
 def outline_area(outline: Outline) -> float:
-    """Return the area in px^2 of an outline as :func:`trace_mask` makes it; parts that overlap count twice."""
-    return float(sum(_signed_area(ring) for part in outline for ring in part))
+    """Return the area in px^2 of the pixels of an outline, as :func:`trace_mask` and :func:`join_outlines` make it."""
+    if len(outline) > 1:  # parts may overlap
+        return float(count_common_pixels(outline, outline))
+    return float(sum(_signed_area(ring) for part in outline for ring in part))  # holes run the other way
 
 
 def count_common_pixels(first: Outline, second: Outline, window: Window | None = None) -> int:

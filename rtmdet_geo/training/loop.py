@@ -102,7 +102,7 @@ def train_model(
     sampler = CropSampler(training, recipe)
     start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
     loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)
-    if not resume:  # nothing of an earlier run is touched before all else is known to work
+    if not resume:  # an earlier run is not touched before weights, chips and device are known to be there
         _begin_run(run, recipe)
     logger.info(
         "training %s on %s: %d chips, %d objects, iterations %d to %d",

@@ -363,6 +363,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":  # of our own validators: the message says all, the input is a whole section
         message = first["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
+    if first["type"] == "missing":  # its input is the whole section
+        return f"{where} is missing"
     return f"{where}: {first['msg']} (got {first.get('input')!r})"
 
 

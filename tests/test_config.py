@@ -58,7 +58,7 @@ def test_malformed_override(tmp_path, override):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not YAML"), ("- 1", "mapping"), ("base: no.yaml", "not a file"), ("name: x\n", "model: Field required")],
+    [("a: [", "not YAML"), ("- 1", "mapping"), ("base: no.yaml", "not a file"), ("name: x\n", "model is missing")],
 )
 def test_malformed_file(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -179,3 +179,8 @@ def test_weights_that_cannot_be_loaded_so(values, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_model(**values)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_value_is_named_and_nothing_else():
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: name is missing$"):
+        parse_recipe({"model": {"classes": ["ship"]}, "data": {"chips": "chips"}}, source="mine.yaml")

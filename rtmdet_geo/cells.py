@@ -21,12 +21,11 @@ from rtmdet_geo.vector import (
     WGS84,
     counter_clockwise,
     map_coordinates,
+    origin_columns,
     parse_crs,
-    parse_time,
     pixel_to_world,
     project_points,
     project_polygons,
-    text_column,
 )
 
 
@@ -134,12 +133,15 @@ def build_cells(
         "lat": lonlat[:, 1],
         "area_m2": areas,
         "valid_share": np.asarray(valid_shares, np.float64),
-        "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
-        "scene_id": text_column(scene_id, number),
-        "acquired_at": pd.Series([parse_time(acquired_at)] * number, dtype="datetime64[ms, UTC]"),
-        "sensor": text_column(sensor, number),
-        "model": text_column(model, number),
-        "model_sha": text_column(model_sha, number),
-        "run_id": text_column(run_id, number),
+        **origin_columns(
+            number,
+            gsd_m=gsd_m,
+            scene_id=scene_id,
+            acquired_at=acquired_at,
+            sensor=sensor,
+            model=model,
+            model_sha=model_sha,
+            run_id=run_id,
+        ),
     }
     return geopandas.GeoDataFrame(columns, geometry=geometry, crs=target_crs)

@@ -426,9 +426,6 @@ def _make_features(
     spec, number = plan.spec, len(found.cells)
     edges = np.array([(cell.x, cell.y, cell.x + cell.width, cell.y + cell.height) for cell in found.cells], np.float64)
     edges = edges.reshape(-1, 2, 2) * (source.source_width, source.source_height) / (source.width, source.height)
-    measured = None
-    if source.gsd_x_m is not None and source.gsd_y_m is not None:
-        measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
     return build_cells(
         edges.reshape(-1, 4),
         np.stack(found.labels) if number else np.zeros((0, plan.top_k)),
@@ -437,7 +434,7 @@ def _make_features(
         transform=source.transform,
         crs=source.crs,
         classes=spec.classes,
-        gsd_m=gsd if gsd is not None else measured,
+        gsd_m=gsd if gsd is not None else source.mean_gsd_m,
         scene_id=source.scene_id,
         acquired_at=source.acquired_at,
         sensor=source.sensor,

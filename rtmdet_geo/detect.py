@@ -288,9 +288,6 @@ def _make_features(
     run_id: str,
 ) -> geopandas.GeoDataFrame:
     """Resampled px -> geometries in the scene's CRS (source px without one) and attributes."""
-    measured = None
-    if source.gsd_x_m is not None and source.gsd_y_m is not None:
-        measured = math.sqrt(source.gsd_x_m * source.gsd_y_m)
     boxes, transform = merged.detections.boxes, source.transform
     outlines = outlines_of(merged.detections)
     polygons = outlines_to_polygons(outlines, tolerance=simplify_px) if outlines is not None else None
@@ -313,7 +310,7 @@ def _make_features(
         transform=transform,
         crs=source.crs,
         classes=spec.classes,
-        gsd_m=gsd if gsd is not None else measured,
+        gsd_m=gsd if gsd is not None else source.mean_gsd_m,
         scene_id=source.scene_id,
         acquired_at=source.acquired_at,
         sensor=source.sensor,

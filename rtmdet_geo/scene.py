@@ -157,6 +157,13 @@ class Scene:
         """Whether results can be given in world coordinates."""
         return self.crs is not None
 
+    @property
+    def mean_gsd_m(self) -> float | None:
+        """Metres per pixel on the ground of the file, the geometric mean of both axes; None if it is not known."""
+        if self.gsd_x_m is None or self.gsd_y_m is None:
+            return None
+        return math.sqrt(self.gsd_x_m * self.gsd_y_m)
+
     def read(self, x: int, y: int, width: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Read a window, in resampled px; parts outside the scene are 0 and invalid.
 

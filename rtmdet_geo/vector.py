@@ -168,6 +168,29 @@ def text_column(value: str | None, number: int) -> pd.Series:
     return pd.Series([value or None] * number, dtype="str")
 
 
+def origin_columns(
+    number: int,
+    *,
+    gsd_m: float | None,
+    scene_id: str,
+    acquired_at: str | None,
+    sensor: str | None,
+    model: str,
+    model_sha: str,
+    run_id: str,
+) -> dict[str, Any]:
+    """Return the columns of N rows that say where they come from; arguments as :func:`build_features` has them."""
+    return {
+        "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
+        "scene_id": text_column(scene_id, number),
+        "acquired_at": pd.Series([parse_time(acquired_at)] * number, dtype="datetime64[ms, UTC]"),
+        "sensor": text_column(sensor, number),
+        "model": text_column(model, number),
+        "model_sha": text_column(model_sha, number),
+        "run_id": text_column(run_id, number),
+    }
+
+
 def build_features(
     boxes: NDArray[Any],
     scores: NDArray[Any],
@@ -259,7 +282,6 @@ def build_features(
     if kind == "horizontal":
         measures["azimuth_deg"][:] = np.nan
 
-    stamp = parse_time(acquired_at)
     names = np.asarray(classes, object)
     columns = {
         "id": np.arange(1, number + 1, dtype=np.int64),
@@ -272,15 +294,18 @@ def build_features(
         "length_m": measures["length_m"],
         "width_m": measures["width_m"],
         "area_m2": measures["area_m2"],
-        "gsd_m": np.full(number, np.nan if gsd_m is None else gsd_m, np.float64),
-        "scene_id": text_column(scene_id, number),
-        "acquired_at": pd.Series([stamp] * number, dtype="datetime64[ms, UTC]"),
-        "sensor": text_column(sensor, number),
         "on_edge": on_edge,
         "n_merged": num_merged,
-        "model": text_column(model, number),
-        "model_sha": text_column(model_sha, number),
-        "run_id": text_column(run_id, number),
+        **origin_columns(
+            number,
+            gsd_m=gsd_m,
+            scene_id=scene_id,
+            acquired_at=acquired_at,
+            sensor=sensor,
+            model=model,
+            model_sha=model_sha,
+            run_id=run_id,
+        ),
     }
     return geopandas.GeoDataFrame({name: columns[name] for name in SCHEMA}, geometry=geometry, crs=target_crs)
 

@@ -151,7 +151,6 @@ def _classify_scene(
     **settings: Any,
 ) -> None:
     from rtmdet_geo.classify import classify_scene, describe_cells
-    from rtmdet_geo.vector import geojson_features
 
     to_stdout = output == Path("-")
     start = {"scene": scene, "output": str(output), "model": model}
@@ -164,15 +163,8 @@ def _classify_scene(
             cancelled=report.cancel_requested.is_set,
             **settings,
         )
-    if to_stdout:
-        for line in geojson_features(result):
-            click.echo(line)
-    elif as_json:
-        report.echo_json(result.attrs["summary"])
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **result.attrs["summary"]})
-    elif report.verbosity(ctx) >= 0:
-        click.echo(describe_cells(result))
+    text = describe_cells(result)
+    report.echo_layer(ctx, result, text, to_stdout=to_stdout, as_json=as_json, progress_mode=progress_mode)
 
 
 def _published() -> str:

@@ -131,7 +131,6 @@ def detect(
 
     from rtmdet_geo.catalog import find_model, known_spec
     from rtmdet_geo.detect import describe_run, detect_scene
-    from rtmdet_geo.vector import geojson_features
 
     model_path = find_model(model)
     start: dict[str, Any] = {"scene": scene, "output": str(output) if output else None, "model": str(model_path)}
@@ -151,12 +150,5 @@ def detect(
             cancelled=report.cancel_requested.is_set,
             **settings,
         )
-    if to_stdout:
-        for line in geojson_features(result):
-            click.echo(line)
-    elif as_json:
-        report.echo_json(result.attrs["summary"])
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **result.attrs["summary"]})
-    elif report.verbosity(ctx) >= 0:
-        click.echo(describe_run(result))
+    text = describe_run(result)
+    report.echo_layer(ctx, result, text, to_stdout=to_stdout, as_json=as_json, progress_mode=progress_mode)

@@ -130,6 +130,32 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
 
 
+def echo_layer(
+    ctx: click.Context, layer: Any, text: str, *, to_stdout: bool, as_json: bool, progress_mode: str
+) -> None:
+    """Write what a verb that makes a layer owes to stdout: GeoJSON features, its summary as JSON or event, or a line.
+
+    Args:
+        ctx: of the command.
+        layer: GeoDataFrame with its summary in ``attrs["summary"]``.
+        text: the summary in one line.
+        to_stdout: ``-o -`` was given.
+        as_json: ``--json`` was given.
+        progress_mode: value of ``--progress``.
+    """
+    if to_stdout:
+        from rtmdet_geo.vector import geojson_features
+
+        for line in geojson_features(layer):
+            click.echo(line)
+    elif as_json:
+        echo_json(layer.attrs["summary"])
+    elif progress_mode == "jsonl":
+        emit_event(ctx, {"event": "done", **layer.attrs["summary"]})
+    elif verbosity(ctx) >= 0:
+        click.echo(text)
+
+
 def choose_progress(ctx: click.Context, mode: str) -> None:
     """Let ``--progress jsonl`` own stdout from the first moment on, so that early failures are events too."""
     ctx.meta[_EVENTS] = mode == "jsonl"

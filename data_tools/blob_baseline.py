@@ -17,13 +17,14 @@ from rtmdet_geo.boxes import minimum_area_rectangle, regularize_le90
 from rtmdet_geo.config import load_recipe
 from rtmdet_geo.evaluation.rotated import Truth, precision_recall
 from rtmdet_geo.structures import Detections
-from rtmdet_geo.training.datasets import Chip, load_chips
+from rtmdet_geo.training.chips import load_chips
+from rtmdet_geo.training.labelled import LabelledImage
 
 MIN_WATER_M2, MIN_SHIP_M2, MAX_SHIP_M2 = 2e5, 800.0, 40_000.0
 MAX_WIDTH_M, MIN_FILL, CLOSING_M = 80.0, 0.45, 120.0
 
 
-def detect_blobs(chip: Chip, bands: tuple[str, ...], gsd_m: float) -> Detections:
+def detect_blobs(chip: LabelledImage, bands: tuple[str, ...], gsd_m: float) -> Detections:
     """Find bright blobs inside closed water.
 
     Water: green above near infrared (NDWI, McFeeters 1996), Otsu's threshold, large areas only. Candidates: what is not

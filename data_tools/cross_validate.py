@@ -23,7 +23,7 @@ from rtmdet_geo.config import Recipe, load_recipe
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.evaluation.rotated import precision_recall
 from rtmdet_geo.models.weights import build_from_weights
-from rtmdet_geo.training.datasets import load_chips, split_chips
+from rtmdet_geo.training.chips import load_chips, split_chips
 from rtmdet_geo.training.loop import CHECKPOINT, train_model
 from rtmdet_geo.training.validate import chip_truths, find_objects, mask_overlaps
 

@@ -13,7 +13,7 @@ import click
 from rtmdet_geo.catalog import find_weights
 from rtmdet_geo.config import load_recipe
 from rtmdet_geo.models.weights import build_from_weights
-from rtmdet_geo.training.datasets import load_chips
+from rtmdet_geo.training.chips import load_chips
 from rtmdet_geo.training.validate import validate
 
 COLUMNS = ("weights_sha256", "scenes", "class", "bands", "iou", "ap", "best_f1", "best_score", "num_objects")

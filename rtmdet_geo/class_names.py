@@ -130,3 +130,17 @@ sandbar; seashore; valley; volcano; ballplayer; groom; scuba diver; rapeseed; da
 acorn; hip; buckeye; coral fungus; agaric; gyromitra; stinkhorn; earthstar; hen-of-the-woods; bolete; ear; toilet
 tissue
 """)
+
+#: DOTA-v1.5 and v2.0 add to the classes before them.
+DOTA_V1_5 = (*DOTA_V1, "container-crane")
+DOTA_V2 = (*DOTA_V1_5, "airport", "helipad")
+
+#: Lists that recipes call by name.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "coco": COCO,
+    "dota_v1.0": DOTA_V1,
+    "dota_v1.5": DOTA_V1_5,
+    "dota_v2.0": DOTA_V2,
+    "hrsc": HRSC,
+    "imagenet": IMAGENET,
+}

@@ -15,7 +15,7 @@ MAX_LINES = 500
 # Rooms from the bottom up. A new module gets its place here, deliberately.
 BASE = {
     *("__init__", "errors", "structures", "config"),
-    *("cache", "catalog", "checkpoints", "class_names", "variants"),
+    *("cache", "catalog", "checkpoints", "class_names", "recipe_sections", "variants"),
 }
 STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),

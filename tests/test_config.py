@@ -6,8 +6,11 @@ import pytest
 
 from rtmdet_geo.config import load_recipe, parse_recipe, recipe_names
 from rtmdet_geo.errors import ConfigError
+from rtmdet_geo.recipe_sections import ModelSection
 
 MINIMAL = {"name": "t", "model": {"classes": ["ship"]}, "data": {"chips": "chips"}}
+FOLDERS = {"format": "folders", "train_images": "train"}
+CLASSIFIER = {**MINIMAL, "data": FOLDERS, "augment": {"sampling": "classification"}}
 
 
 def write(path, text):
@@ -93,12 +96,12 @@ def test_the_kind_is_that_of_the_builder():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("rtmdet_inz_tiny", "no detector; did you mean rtmdet_ins_tiny"), ("cspnext_s", "is no detector")],
+    [("rtmdet_inz_tiny", "no network; did you mean rtmdet_ins_tiny"), ("cspnext_s", "is no detector")],
 )
-def test_a_name_that_is_no_detector_has_no_kind(name, message):
-    model = parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "name": name}}).model
+def test_a_name_that_is_no_detector_finds_no_objects(name, message):
+    model = ModelSection(classes=("ship",), name=name)
     with pytest.raises(ConfigError, match=message):
-        _ = model.kind
+        _ = model.object_kind
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,12 @@ def test_values_that_contradict_each_other():
 
 
 def parse_model(**values):
-    return parse_recipe({**MINIMAL, "model": {"classes": ["ship"], **values}}).model
+    return parse_recipe(
+        {
+            **(CLASSIFIER if str(values.get("name")).startswith("cspnext") else MINIMAL),
+            "model": {"classes": ["ship"], **values},
+        }
+    ).model
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,8 @@ def parse_model(**values):
 )
 def test_weights_to_start_from(values, tmp_path):
     model = parse_model(**values)
-    again = load_recipe(write(tmp_path / "a.yaml", parse_recipe({**MINIMAL, "model": model.model_dump()}).to_yaml()))
+    sections = CLASSIFIER if model.kind == "classification" else MINIMAL
+    again = load_recipe(write(tmp_path / "a.yaml", parse_recipe({**sections, "model": model.model_dump()}).to_yaml()))
     assert again.model == model
     for key, value in values.items():
         assert getattr(model, key) == (tuple(value) if isinstance(value, list) else value)

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.outlines import Outline, Window, fill_outline, transform_outline, visible_bounds
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
-from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.recipe_sections import CropAugment
 from rtmdet_geo.structures import PAD_VALUE
 
 Array = NDArray[Any]
 
 
 def random_similarity(
-    rng: np.random.Generator, section: AugmentSection, centre: tuple[float, float], size: tuple[int, int]
+    rng: np.random.Generator, section: CropAugment, centre: tuple[float, float], size: tuple[int, int]
 ) -> Array:
     """Draw a transform that puts ``centre`` (x, y in source px) into the middle of a crop.
 
@@ -146,7 +146,7 @@ def crop_masks(outlines: Sequence[Outline], matrix: Array, size: tuple[int, int]
     return masks
 
 
-def random_tones(rng: np.random.Generator, section: AugmentSection, image: Array) -> Array:
+def random_tones(rng: np.random.Generator, section: CropAugment, image: Array) -> Array:
     """Change gain, offset and gamma (per crop, gain also per band), blur and noise.
 
     Args:

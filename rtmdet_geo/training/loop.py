@@ -25,16 +25,20 @@ from torch import nn
 
 import rtmdet_geo
 from rtmdet_geo.checkpoints import CHECKPOINTS
-from rtmdet_geo.config import ModelSection, Recipe, load_recipe
+from rtmdet_geo.config import Recipe, load_recipe
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
 from rtmdet_geo.models import get_model
 from rtmdet_geo.models.devices import find_device
 from rtmdet_geo.models.weights import load_checkpoint, save_weights
 from rtmdet_geo.outputs import staged_output
+from rtmdet_geo.recipe_sections import ModelSection
 from rtmdet_geo.structures import ModelSpec
+from rtmdet_geo.training.chips import load_chips, split_chips
 from rtmdet_geo.training.criterion import Target, make_criterion
-from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, Sample, load_chips, split_chips
+from rtmdet_geo.training.crops import CropSampler
 from rtmdet_geo.training.ema import ModelEMA
+from rtmdet_geo.training.labelled import LabelledImage, Sample
+from rtmdet_geo.training.loader import BatchLoader
 from rtmdet_geo.training.schedule import learning_rate, param_groups
 from rtmdet_geo.training.validate import find_false_alarms, validate
 
@@ -256,7 +260,9 @@ def _begin_run(run: Path, recipe: Recipe) -> None:
         raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
 
 
-def _mine(ema: ModelEMA, chips: list[Chip], recipe: Recipe, iteration: int, device: str) -> NDArray[np.float64]:
+def _mine(
+    ema: ModelEMA, chips: list[LabelledImage], recipe: Recipe, iteration: int, device: str
+) -> NDArray[np.float64]:
     """False alarms of the averaged network on the training chips, in turn with all bands and with bands missing."""
     sets = recipe.validation.drop_bands
     dropped = sets[iteration // recipe.loop.mine_interval % len(sets)]

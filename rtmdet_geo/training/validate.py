@@ -22,7 +22,7 @@ from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, MaskKernels, MaskView
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.training.datasets import Chip
+from rtmdet_geo.training.labelled import LabelledImage
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Found:
 
 
 def detect_chip(
-    network: torch.nn.Module, chip: Chip, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
+    network: torch.nn.Module, chip: LabelledImage, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
 ) -> Detections:
     """Run the network over one chip in tiles and merge; see :func:`find_objects`, masks are not assembled."""
     return _run(network, chip, recipe, dropped, device)
 
 
 def find_objects(
-    network: torch.nn.Module, chip: Chip, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
+    network: torch.nn.Module, chip: LabelledImage, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
 ) -> Found:
     """Run the network over one chip in tiles and merge.
 
@@ -66,7 +66,7 @@ def find_objects(
 
 def _run(
     network: torch.nn.Module,
-    chip: Chip,
+    chip: LabelledImage,
     recipe: Recipe,
     dropped: Sequence[str],
     device: str,
@@ -119,18 +119,18 @@ def _above(
     return Detections(boxes, scores, labels, kind=kind, masks=masks)
 
 
-def chip_masks(chip: Chip) -> list[CroppedMask]:
+def chip_masks(chip: LabelledImage) -> list[CroppedMask]:
     """Return the labelled masks of a chip in its px, one per object (a box's own pixels where there is no outline)."""
     _, height, width = chip.pixels.shape
     return [crop_outline(shape, width, height) for shape in chip.shapes]
 
 
-def chip_truths(chips: Sequence[Chip], kind: Kind) -> list[Truth]:
+def chip_truths(chips: Sequence[LabelledImage], kind: Kind) -> list[Truth]:
     """Return the labels of chips, boxes as a model of some kind should find them."""
     return [Truth(chip.boxes_of(kind), chip.labels, chip.ignored) for chip in chips]
 
 
-def mask_overlaps(found: Sequence[Found], chips: Sequence[Chip]) -> list[NDArray[Any]]:
+def mask_overlaps(found: Sequence[Found], chips: Sequence[LabelledImage]) -> list[NDArray[Any]]:
     """Return per chip the mask IoU (D, G) of what was found with what is labelled.
 
     Raises:
@@ -146,7 +146,7 @@ def mask_overlaps(found: Sequence[Found], chips: Sequence[Chip]) -> list[NDArray
 
 def validate(
     network: torch.nn.Module,
-    chips: Sequence[Chip],
+    chips: Sequence[LabelledImage],
     recipe: Recipe,
     *,
     device: str = "cpu",
@@ -185,7 +185,7 @@ def validate(
 
 def find_false_alarms(
     network: torch.nn.Module,
-    chips: Sequence[Chip],
+    chips: Sequence[LabelledImage],
     recipe: Recipe,
     *,
     dropped: Sequence[str] = (),

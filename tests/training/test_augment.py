@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rtmdet_geo.annotations.outlines import Window, as_outline, fill_outline, mask_bounds, transform_outline
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
-from rtmdet_geo.config import AugmentSection
 from rtmdet_geo.nms import rotated_iou_aligned
+from rtmdet_geo.recipe_sections import CropAugment
 from rtmdet_geo.structures import PAD_VALUE
 from rtmdet_geo.training.augment import (
     crop_bounds,
@@ -39,7 +39,7 @@ def painted(box, size=200, factor=16):
 def test_boxes_follow_painted_pixels(seed, angle, flip):
     rng = np.random.default_rng(seed)
     box = np.array([100.0, 95.0, 60.0, 24.0, angle])
-    section = AugmentSection(flip_prob=float(flip))
+    section = CropAugment(flip_prob=float(flip))
     matrix = random_similarity(rng, section, (101.0, 96.0), (160, 128))
     crop = warp_crop(painted(box), matrix, (160, 128))
     moved = transform_boxes(box[None], matrix)[0]
@@ -80,7 +80,7 @@ def grown(mask):
 def test_masks_follow_painted_pixels_to_one_pixel(seed, angle, flip, centre):
     rng = np.random.default_rng(seed)
     outline, size = house(100, 95, angle), (120, 104)
-    matrix = random_similarity(rng, AugmentSection(flip_prob=float(flip)), centre, size)  # may cut the house
+    matrix = random_similarity(rng, CropAugment(flip_prob=float(flip)), centre, size)  # may cut the house
     (mask,) = crop_masks([outline], matrix, size)
     picture = warp_crop(painted_outline(outline), matrix, size)[0]
     inside = warp_crop(np.full((1, 200, 200), 255, np.uint8), matrix, size)[0] == 255  # beyond it is grey, not dark
@@ -127,9 +127,9 @@ def test_visible_share_by_hand():
 
 def test_tones_change_pixels_within_their_ranges_and_can_be_off():
     image = np.full((3, 16, 16), 100, np.uint8)
-    off = AugmentSection(gain=0, band_gain=0, offset=0, gamma=0, noise=0, blur_prob=0)
+    off = CropAugment(gain=0, band_gain=0, offset=0, gamma=0, noise=0, blur_prob=0)
     assert np.array_equal(random_tones(np.random.default_rng(1), off, image), image)
-    changed = random_tones(np.random.default_rng(1), AugmentSection(), image)
+    changed = random_tones(np.random.default_rng(1), CropAugment(), image)
     assert changed.dtype == np.uint8 and not np.array_equal(changed, image)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from data_tools import blob_baseline, cross_validate, score_weights
 from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.training.datasets import Chip
+from rtmdet_geo.training.labelled import LabelledImage
 from rtmdet_geo.training.loop import train_model
 
 
@@ -48,7 +48,7 @@ def test_baseline_finds_a_bright_ship_in_water_and_nothing_on_land():
     pixels[:, :, 220:] = 90  # land
     pixels[3, :, 220:] = 180
     pixels[:, 50:60, 250:280] = 220  # a building
-    chip = Chip("toy", pixels, np.zeros((0, 5)), np.zeros(0, np.int64), np.zeros(0, bool))
+    chip = LabelledImage("toy.npy", "toy", pixels, np.zeros((0, 5)), np.zeros(0, np.int64), np.zeros(0, bool))
     found = blob_baseline.detect_blobs(chip, ("red", "green", "blue", "nir"), 4.0)
     assert len(found) == 1
     assert rotated_iou(found.boxes, np.array([[125.0, 127.0, 50.0, 14.0, 0.0]]))[0, 0] > 0.99

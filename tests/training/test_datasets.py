@@ -12,7 +12,10 @@ import pytest
 from rtmdet_geo.annotations.outlines import mask_bounds, outline_points
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
-from rtmdet_geo.training.datasets import BatchLoader, Chip, CropSampler, load_chips, split_chips
+from rtmdet_geo.training.chips import load_chips, split_chips
+from rtmdet_geo.training.crops import CropSampler
+from rtmdet_geo.training.labelled import LabelledImage
+from rtmdet_geo.training.loader import BatchLoader
 
 
 def same(first, second):
@@ -170,7 +173,9 @@ def test_boxes_without_outlines(broken, recipe_values):
     assert CropSampler(chips, horizontal).draw(0, 0).boxes.shape[1] == 4
     with pytest.raises(ConfigError, match="4 objects of scene 'alpha' have a box but no outline"):
         CropSampler(chips, plain(recipe_values, "rtmdet_ins_test"))
-    nothing = Chip("empty", np.zeros((4, 9, 9), np.uint8), np.zeros((0, 5)), np.zeros(0, int), np.zeros(0, bool))
+    nothing = LabelledImage(
+        "empty.npy", "empty", np.zeros((4, 9, 9), np.uint8), np.zeros((0, 5)), np.zeros(0, int), np.zeros(0, bool)
+    )
     assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == ()
 
 

@@ -25,7 +25,7 @@ from rtmdet_geo.errors import (
 )
 from rtmdet_geo.models import HorizontalOutputs, get_model
 from rtmdet_geo.models.weights import build_from_weights, load_weights
-from rtmdet_geo.training.datasets import load_chips
+from rtmdet_geo.training.chips import load_chips
 from rtmdet_geo.training.loop import train_model
 from rtmdet_geo.training.validate import find_false_alarms, find_objects, mask_overlaps, validate
 

@@ -1,0 +1,131 @@
+"""An image with its labels, and what training makes of it: what datasets, samplers and the loop share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.annotations.outlines import Outline, clip_outline, outline_points
+from rtmdet_geo.boxes import boxes_to_polygons, hboxes_to_boxes
+from rtmdet_geo.structures import Kind
+
+Array = NDArray[Any]
+
+
+class PixelSource(Protocol):
+    """Pixels that are decoded when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), known without decoding."""
+
+    def read(self) -> Array:
+        """Return (C, H, W) uint8, not to be written to.
+
+        Raises:
+            AnnotationError: the file is gone or does not decode.
+        """
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image with its labels.
+
+    Attributes:
+        name: of its file, for messages.
+        scene: name of the scene that it was cut from; images that are no chips are scenes of their own.
+        source: (C, H, W) uint8, perhaps a memory map, or what decodes to it.
+        boxes: (N, 5) float64 px, le90.
+        labels: (N,) int64.
+        ignored: (N,) bool: neither object nor background.
+        outlines: N outlines in px, () for an object that has none; or nothing where no object has one.
+    """
+
+    name: str
+    scene: str
+    source: Array | PixelSource
+    boxes: Array
+    labels: Array
+    ignored: Array
+    outlines: tuple[Outline, ...] = ()
+
+    @property
+    def pixels(self) -> Array:
+        """(C, H, W) uint8, not to be written to; decoded now if need be.
+
+        Raises:
+            AnnotationError: see :meth:`PixelSource.read`.
+        """
+        return self.source if isinstance(self.source, np.ndarray) else self.source.read()
+
+    @property
+    def height(self) -> int:
+        """In px."""
+        return int(self.source.shape[1])
+
+    @property
+    def width(self) -> int:
+        """In px."""
+        return int(self.source.shape[2])
+
+    @cached_property
+    def shapes(self) -> tuple[Outline, ...]:
+        """N outlines cut off at the image's edges, beyond which nothing is known; of the box where there is none."""
+        corners = boxes_to_polygons(self.boxes)
+        outlines = self.outlines or ((),) * len(corners)
+        whole = [outline or ((box,),) for outline, box in zip(outlines, corners, strict=True)]
+        return tuple(clip_outline(outline, self.width, self.height) or outline for outline in whole)
+
+    def boxes_of(self, kind: Kind) -> Array:
+        """Return the boxes that a model of some kind should find, (N, 5): rotated, or with angle 0 and w along x."""
+        if kind == "rotated":
+            return self.boxes
+        points = [outline_points(shape) for shape in self.shapes]
+        corners = [np.concatenate((part.min(axis=0), part.max(axis=0))) for part in points]
+        return hboxes_to_boxes(np.array(corners).reshape(-1, 4))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image.
+
+    Attributes:
+        image: (C, H, W) uint8.
+        names: of the images that it shows, for messages.
+        boxes: (N, 5) float32 px le90 for rotated models, else (N, 4) x1, y1, x2, y2 within the image.
+        labels: (N,) int64.
+        ignored: (M, 5) or (M, 4) likewise: regions in which nothing is known.
+        masks: (N, H, W) uint8, 0 or 1, for models of instances; else None.
+    """
+
+    image: Array
+    names: tuple[str, ...]
+    boxes: Array
+    labels: Array
+    ignored: Array
+    masks: Array | None = None
+
+
+class Sampler(Protocol):
+    """Makes the samples of a training; a sample is a pure function of seed, iteration and position.
+
+    Attributes:
+        epoch_length: samples of an epoch; None where there is no such thing.
+    """
+
+    epoch_length: int | None
+
+    def draw(self, iteration: int, position: int) -> Sample:
+        """Return the sample at a position of an iteration's batch; the same arguments give the same sample.
+
+        Args:
+            iteration: step of the optimiser, from 0.
+            position: in [0, samples of a step over all processes).
+
+        Raises:
+            AnnotationError: an image does not decode and the recipe says to stop.
+        """

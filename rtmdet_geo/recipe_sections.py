@@ -338,9 +338,10 @@ class OptimSection(Section):
     and one step of ``accumulate``: the optimiser sees batch_size x accumulate x processes samples. ``lr`` is for
     ``lr_for_batch`` samples and scaled linearly to the batch there is; null takes it as it stands. ``schedule``:
     "flat_cosine" falls from half of the training on, "cosine" from the end of the warm-up; both end at
-    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long. ``freeze``: parts whose
-    parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch norms too. ``layer_decay``: factor
-    on the rate for every stage further from the head. ``norm_eval``: batch norms keep their averages.
+    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long and begins at ``warmup_factor``
+    x lr. ``freeze``: parts whose parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch
+    norms too. ``layer_decay``: factor on the rate for every stage further from the head. ``norm_eval``: batch norms
+    keep their averages.
     """
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
@@ -351,6 +352,7 @@ class OptimSection(Section):
     schedule: Literal["flat_cosine", "cosine"] = "flat_cosine"
     warmup_iterations: int = Field(100, ge=0)
     warmup_epochs: int | None = Field(None, ge=0)
+    warmup_factor: float = Field(1e-5, gt=0, le=1)
     iterations: int | None = Field(None, gt=0)
     epochs: int | None = Field(None, gt=0)
     batch_size: int = Field(8, gt=0)

@@ -294,7 +294,8 @@ class ClassificationAugment(Section):
     (``randaugment_num`` operations of ``randaugment_magnitude``, spread ``randaugment_std``), then Mixup or CutMix of
     the batch, each with its own beta distribution (0: never). ``label_smoothing`` moves that share of the target to all
     classes. Each image appears ``repeats`` times in a row, differently augmented (repeated augmentation, arXiv
-    1902.05509). Validation resizes the short side to ``eval_size`` and cuts out the centre.
+    1902.05509); an epoch is as long as without, and shows that part of the images. Validation resizes the short side to
+    ``eval_size`` and cuts ``image_size`` out of the centre. Files of weights have ``image_size`` for their tile size.
     """
 
     sampling: Literal["classification"] = "classification"
@@ -309,6 +310,12 @@ class ClassificationAugment(Section):
     cutmix_alpha: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     repeats: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ClassificationAugment:
+        if self.image_size > self.eval_size:
+            raise ValueError(f"eval_size {self.eval_size} px is below image_size {self.image_size} px, cut out of it")
+        return self
 
 
 def _sampling(value: Any) -> str:

@@ -164,9 +164,10 @@ class DataSection(Section):
     each folder below ``train_images`` is a class. ``train_ids``: text file with one image name a line, to take a part.
     ``repeat``: an epoch shows every image so often. ``difficult``: objects so marked teach like others ("keep"), are
     neither object nor background ("ignore"), or do not exist ("drop"). ``unknown_classes``: "error" refuses labels
-    whose class is not in ``model.classes``, "drop" leaves them out. ``hrsc_level``: 1 takes every ship as one class, 2
-    and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or is counted and
-    replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
+    whose class is not in ``model.classes``, "drop" leaves them out. ``empty_images``: images without objects teach what
+    is background ("keep"), or are not trained on ("drop"), as in OpenMMLab's recipes. ``hrsc_level``: 1 takes every
+    ship as one class, 2 and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or
+    is counted and replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
     """
 
     format: DataFormat = "chips"
@@ -184,6 +185,7 @@ class DataSection(Section):
     repeat: int = Field(1, ge=1)
     difficult: Literal["keep", "ignore", "drop"] = "keep"
     unknown_classes: Literal["error", "drop"] = "error"
+    empty_images: Literal["keep", "drop"] = "keep"
     hrsc_level: Literal[1, 2, 3] = 1
     on_bad_image: Literal["stop", "skip"] = "stop"
     cache_mb: int = Field(2048, ge=0)

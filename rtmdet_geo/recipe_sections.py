@@ -241,13 +241,14 @@ class ImageAugment(Section):
     """Whole images as OpenMMLab's recipes take them (``sampling: images``).
 
     Strong stage: mosaic of four images, each fitted into ``image_size``; resize by a factor between ``scale_min`` and
-    ``scale_max``; crop to ``image_size``; HSV jitter; flip; rotation; mixup with an earlier sample. Images smaller than
+    ``scale_max``; rotation; crop to ``image_size``; HSV jitter; flip; mixup with an earlier sample. Images smaller than
     ``image_size`` are padded. In the last ``weak_epochs`` epochs mosaic and mixup rest. ``mosaic_cache`` and
     ``mixup_cache``: partners come from so many of the last samples; with ``random_pop`` a sample leaves that cache at
-    random, without it the oldest leaves. ``axis_aligned_classes``: round or square classes whose boxes do not turn with
-    the image. ``image_sizes``: each batch takes one of these sizes instead of ``image_size``, drawn anew every
-    ``image_sizes_interval`` iterations. An object is kept if at least ``min_visible`` of it is in the crop and its
-    sides are at least ``min_size_px``.
+    random, without it the oldest leaves. ``axis_aligned_classes``: classes whose boxes have to stay parallel to the
+    image's edges; images that show one turn by 90, 180 or 270 degrees only. ``image_sizes``: each batch takes one of
+    these sizes instead of ``image_size``, drawn anew every ``image_sizes_interval`` iterations. An object is kept if at
+    least ``min_visible`` of it is in the crop (0: if any is; of a rotated box the centre) and its sides are at least
+    ``min_size_px``.
     """
 
     sampling: Literal["images"] = "images"

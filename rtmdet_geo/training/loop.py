@@ -150,7 +150,7 @@ def train_model(
     finally:
         loader.close()
 
-    rows = validate(ema.module, left_out, recipe, device=device) if left_out else []
+    rows = validate(ema.module, left_out, recipe, device=device).rows if left_out else []
     weights = run / "model.safetensors"
     save_weights(ema.module, weights, make_spec(recipe, rows), half=False)
     _write_validation(run, rows)

@@ -62,7 +62,7 @@ class ClassSampler:
 
     Attributes:
         epoch_length: samples of an epoch.
-        bad_images: images that did not decode and were replaced by the next one, with the reason.
+        bad_images: names of images that did not decode and were replaced by the next one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ClassSampler:
         self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
         self.epoch_length: int | None = len(images) * recipe.data.repeat
         self.skips_bad = recipe.data.on_bad_image == "skip"
-        self.bad_images: dict[str, str] = {}
+        self.bad_images: set[str] = set()
 
     def draw(self, iteration: int, position: int) -> ClassSample:
         """Return the sample at a position of an iteration's batch; the same arguments give the same sample.
@@ -113,7 +113,7 @@ class ClassSampler:
                 reason = str(error)
                 if image.name not in self.bad_images:
                     logger.warning("%s; the next image takes its place", reason)
-                self.bad_images[image.name] = reason
+                self.bad_images.add(image.name)
         raise AnnotationError(f"none of {len(self.images)} images decodes; the last: {reason}")
 
 
@@ -127,7 +127,7 @@ class CentreSampler:
 
     Attributes:
         epoch_length: number of images.
-        bad_images: images that did not decode, with the reason.
+        bad_images: names of images that did not decode.
     """
 
     def __init__(self, images: Sequence[ClassImage], recipe: Recipe, *, batch_size: int) -> None:
@@ -136,7 +136,7 @@ class CentreSampler:
         self.images, self.section, self.batch_size = images, recipe.augment, batch_size
         self.epoch_length: int | None = len(images)
         self.skips_bad = recipe.data.on_bad_image == "skip"
-        self.bad_images: dict[str, str] = {}
+        self.bad_images: set[str] = set()
 
     def draw(self, iteration: int, position: int) -> ClassSample | None:
         """Return the sample at a position of an iteration's batch; None past the end, or of an image that is skipped.
@@ -153,7 +153,8 @@ class CentreSampler:
         except AnnotationError as error:
             if not self.skips_bad:
                 raise
-            self.bad_images[image.name] = str(error)
+            logger.warning("%s; it is left out", error)
+            self.bad_images.add(image.name)
             return None
         crop = cut_centre(np.moveaxis(pixels, 0, -1), self.section.eval_size, self.section.image_size)
         return ClassSample(np.ascontiguousarray(np.moveaxis(crop, -1, 0)), (image.name,), image.label, number)

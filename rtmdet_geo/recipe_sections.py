@@ -164,9 +164,10 @@ class DataSection(Section):
     each folder below ``train_images`` is a class. ``train_ids``: text file with one image name a line, to take a part.
     ``repeat``: an epoch shows every image so often. ``difficult``: objects so marked teach like others ("keep"), are
     neither object nor background ("ignore"), or do not exist ("drop"). ``unknown_classes``: "error" refuses labels
-    whose class is not in ``model.classes``, "drop" leaves them out. ``hrsc_level``: 1 takes every ship as one class, 2
-    and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or is counted and
-    replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
+    whose class is not in ``model.classes``, "drop" leaves them out. ``empty_images``: images without objects teach what
+    is background ("keep"), or are not trained on ("drop"), as in OpenMMLab's recipes. ``hrsc_level``: 1 takes every
+    ship as one class, 2 and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or
+    is counted and replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
     """
 
     format: DataFormat = "chips"
@@ -184,6 +185,7 @@ class DataSection(Section):
     repeat: int = Field(1, ge=1)
     difficult: Literal["keep", "ignore", "drop"] = "keep"
     unknown_classes: Literal["error", "drop"] = "error"
+    empty_images: Literal["keep", "drop"] = "keep"
     hrsc_level: Literal[1, 2, 3] = 1
     on_bad_image: Literal["stop", "skip"] = "stop"
     cache_mb: int = Field(2048, ge=0)
@@ -239,13 +241,14 @@ class ImageAugment(Section):
     """Whole images as OpenMMLab's recipes take them (``sampling: images``).
 
     Strong stage: mosaic of four images, each fitted into ``image_size``; resize by a factor between ``scale_min`` and
-    ``scale_max``; crop to ``image_size``; HSV jitter; flip; rotation; mixup with an earlier sample. Images smaller than
+    ``scale_max``; rotation; crop to ``image_size``; HSV jitter; flip; mixup with an earlier sample. Images smaller than
     ``image_size`` are padded. In the last ``weak_epochs`` epochs mosaic and mixup rest. ``mosaic_cache`` and
     ``mixup_cache``: partners come from so many of the last samples; with ``random_pop`` a sample leaves that cache at
-    random, without it the oldest leaves. ``axis_aligned_classes``: round or square classes whose boxes do not turn with
-    the image. ``image_sizes``: each batch takes one of these sizes instead of ``image_size``, drawn anew every
-    ``image_sizes_interval`` iterations. An object is kept if at least ``min_visible`` of it is in the crop and its
-    sides are at least ``min_size_px``.
+    random, without it the oldest leaves. ``axis_aligned_classes``: classes whose boxes have to stay parallel to the
+    image's edges; images that show one turn by 90, 180 or 270 degrees only. ``image_sizes``: each batch takes one of
+    these sizes instead of ``image_size``, drawn anew every ``image_sizes_interval`` iterations. An object is kept if at
+    least ``min_visible`` of it is in the crop (0: if any is; of a rotated box the centre) and its sides are at least
+    ``min_size_px``.
     """
 
     sampling: Literal["images"] = "images"

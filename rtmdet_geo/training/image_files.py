@@ -1,7 +1,6 @@
 """Image files as training reads them: decoded when asked for, kept in memory within a budget.
 
-Files are JPEG, PNG, BMP, TIFF and what else Pillow reads, with 8 bits a channel. Pixels are taken as they are stored:
-an EXIF orientation is ignored, because labels count stored pixels.
+:mod:`rtmdet_geo.pictures` decodes; an EXIF orientation is ignored, because labels count stored pixels.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.pictures import decode_image
 from rtmdet_geo.recipe_sections import IMAGE_BANDS
 
 Array = NDArray[Any]
-
-#: What Pillow and its codecs raise over a file that is broken, huge or no image.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 
 
 class ImageCache:
@@ -97,7 +93,7 @@ class ImageFile:
 
     Attributes:
         path: of the file.
-        width: in px, as :func:`image_size` tells it.
+        width: in px, as :func:`rtmdet_geo.pictures.image_size` tells it.
         height: in px.
         bands: channels in order, some of red, green, blue; a grey image gives the same plane for each.
         cache: keeps decoded images.
@@ -139,67 +135,3 @@ class ImageFile:
             image = ordered
         image.flags.writeable = False
         return image
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return width and height in px as a file's header has them, without decoding.
-
-    Raises:
-        AnnotationError: the file is missing, no image, or has more than 8 bits a channel.
-    """
-    with _open(path) as image:
-        return image.size
-
-
-def decode_image(path: Path) -> Array:
-    """Decode an image file.
-
-    Returns:
-        (H, W) uint8 of a grey image, else (H, W, 3) uint8 in the order red, green, blue; transparency is dropped.
-
-    Raises:
-        AnnotationError: the file is missing, no image, cut off or corrupt, or has more than 8 bits a channel.
-    """
-    with _open(path) as image:
-        try:
-            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-            return np.array(image if image.mode == mode else image.convert(mode))
-        except _DECODE_ERRORS as error:
-            raise _broken(path, error) from error
-
-
-def _open(path: Path) -> Image.Image:
-    """Open an image and look at its header.
-
-    Raises:
-        AnnotationError: see :func:`image_size`.
-    """
-    try:
-        image = Image.open(path)
-    except FileNotFoundError as error:
-        raise AnnotationError(f"image {str(path)!r} is missing") from error
-    except UnidentifiedImageError as error:
-        raise AnnotationError(
-            f"{str(path)!r} is no image that can be read here (JPEG, PNG, BMP, 8-bit TIFF): repair or remove it; "
-            "scenes of other kinds are cut into chips (rtmdet-geo data chips)"
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise _broken(path, error) from error
-    if image.mode in ("I", "F") or image.mode.startswith("I;16") or ";16" in _stored_mode(image):
-        image.close()
-        raise AnnotationError(
-            f"image {str(path)!r} has more than 8 bits a channel, and how to stretch them is not known: cut chips "
-            "from it (rtmdet-geo data chips), which are stretched as the recipe says"
-        )
-    return image
-
-
-def _stored_mode(image: Image.Image) -> str:
-    """Return how pixels lie in the file ("RGB;16B"); Pillow's own mode hides colours of 16 bits."""
-    tiles = getattr(image, "tile", None) or [(None, None, None, "")]
-    arguments = tiles[0][3]
-    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
-
-
-def _broken(path: Path, error: Exception) -> AnnotationError:
-    return AnnotationError(f"image {str(path)!r} does not decode ({error}): replace it, or remove it with its labels")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rtmdet_geo.errors import AnnotationError
-from rtmdet_geo.training.image_files import ImageCache, ImageFile, decode_image, image_size
+from rtmdet_geo.pictures import decode_image, image_size, is_turned
+from rtmdet_geo.training.image_files import ImageCache, ImageFile
 
 RGB = ("red", "green", "blue")
 
@@ -33,7 +34,7 @@ def test_pixels_come_as_stored_in_the_order_of_the_bands(tmp_path, colours, suff
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(colours).save(path)
     source = opened(path)
-    assert source.shape == (3, 5, 7) and (source.width, source.height) == (7, 5)
+    assert not is_turned(path) and source.shape == (3, 5, 7) and (source.width, source.height) == (7, 5)
     assert source.read().dtype == np.uint8
     assert np.array_equal(source.read(), colours.transpose(2, 0, 1))
     swapped = opened(path, ("blue", "red"))
@@ -78,7 +79,7 @@ def test_exif_orientation_is_ignored(tmp_path):
     path = tmp_path / "turned.jpg"
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
     source = opened(path)
-    assert source.shape == (3, 16, 32)
+    assert is_turned(path) and source.shape == (3, 16, 32)
     assert source.read()[0, 8, 4] > 150 and source.read()[0, 8, 28] < 50
 
 

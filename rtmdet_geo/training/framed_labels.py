@@ -180,4 +180,4 @@ def _cut_mask(outline: Outline, mask: Array) -> Array:
     part = fill_outline(outline, window)
     mask[window.y : window.y + window.height, window.x : window.x + window.width] = part
     bounds = mask_bounds(part)
-    return np.zeros(4) if bounds is None else bounds + (window.x, window.y, window.x, window.y)
+    return np.zeros(4) if bounds is None else bounds + np.tile((window.x, window.y), 2)

@@ -12,7 +12,7 @@ import numpy as np
 from rtmdet_geo.annotations.findings import MEANINGS, Findings
 from rtmdet_geo.annotations.parts import LabelledFile, PartSource, read_part
 from rtmdet_geo.annotations.usable import Usable, sift
-from rtmdet_geo.config import Recipe
+from rtmdet_geo.config import Recipe, recipe_folder
 from rtmdet_geo.errors import AnnotationError, ConfigError
 from rtmdet_geo.recipe_sections import DataSection, ModelSection
 from rtmdet_geo.training.chips import load_chips, split_chips
@@ -123,11 +123,17 @@ def part_source(data: DataSection, model: ModelSection, part: Part) -> PartSourc
         data.format,
         root / images,
         root / labels,
-        None if ids is None else root / ids,
+        None if ids is None else find_ids(ids, root),
         model.classes,
         model.object_kind,
         data.hrsc_level,
     )
+
+
+def find_ids(ids: str, root: Path) -> Path:
+    """Return the list of images of that name: below the data's root, or one that comes with the recipes."""
+    packaged = recipe_folder() / ids
+    return packaged if packaged.is_file() and not (root / ids).is_file() else root / ids
 
 
 def _refuse(data: DataSection, files: list[LabelledFile], usable: Usable, findings: Findings) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rtmdet_geo.annotations.coco import image_labels, read_coco
 from rtmdet_geo.annotations.dota import read_dota
@@ -20,11 +20,18 @@ from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
 from rtmdet_geo.annotations.rbox import read_rbox
 from rtmdet_geo.annotations.yolo import read_yolo
-from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
+from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
 from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size
 from rtmdet_geo.structures import Kind
 
+if TYPE_CHECKING:
+    from rtmdet_geo.recipe_sections import DataSection, ModelSection
+
 LabelFormat = Literal["coco", "dota", "hrsc", "yolo_obb", "rbox"]
+Part = Literal["train", "val"]
+
+#: Names of classes, which labelling programs put beside the label files.
+_CLASS_LIST = "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,33 @@ class LabelledFile:
     width: int
     height: int
     labels: ImageLabels
+
+
+def part_source(data: DataSection, model: ModelSection, part: Part) -> PartSource:
+    """Return where a part of a recipe's data lies; paths are below ``data.root``.
+
+    Raises:
+        ConfigError: the format has no label files, or the section does not name the part.
+    """
+    if data.format == "chips" or data.format == "folders":
+        raise ConfigError(f"data.format {data.format} has no label files of images")
+    images, labels, ids = (
+        (data.train_images, data.train_labels, data.train_ids)
+        if part == "train"
+        else (data.val_images, data.val_labels, data.val_ids)
+    )
+    if images is None or labels is None:
+        raise ConfigError(f"data.{part}_images or data.{part}_labels is missing")
+    root = Path(data.root)
+    return PartSource(
+        data.format,
+        root / images,
+        root / labels,
+        None if ids is None else root / ids,
+        model.classes,
+        model.object_kind,
+        data.hrsc_level,
+    )
 
 
 def read_part(source: PartSource, findings: Findings) -> list[LabelledFile]:
@@ -147,7 +181,7 @@ def _by_stem(folder: Path, suffixes: frozenset[str] | set[str], findings: Findin
     found: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes or name.startswith("."):
+        if suffix.lower() not in suffixes or name.startswith(".") or name == _CLASS_LIST:
             continue
         if stem in found:
             findings.add("ambiguous image", str(folder / name), f"it shares its labels with {found[stem].name}")

@@ -127,7 +127,7 @@ def read_part(source: PartSource, findings: Findings) -> list[LabelledFile]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Return the names of images in a list, one a line, each once.
+    """Return the names of images in a list, one a line.
 
     Raises:
         DatasetNotFoundError: there is no such file, or no name in it.
@@ -137,7 +137,7 @@ def read_ids(path: Path) -> list[str]:
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not names:
         raise DatasetNotFoundError(f"list of images {str(path)!r} is empty")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> Iterator[LabelledFile]:
@@ -162,7 +162,7 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
         for stem in sorted(set(labels) - set(images)):
             findings.add("labels without image", str(labels[stem]), f"{str(source.images)!r} has no image of that name")
     else:
-        stems = [_stem(name) for name in wanted]
+        stems = list(dict.fromkeys(_stem(name) for name in wanted))
     for stem in stems:
         if stem not in images:
             findings.add("labels without image", str(source.ids), f"{stem!r} is not in {str(source.images)!r}")

@@ -241,13 +241,14 @@ class ImageAugment(Section):
     """Whole images as OpenMMLab's recipes take them (``sampling: images``).
 
     Strong stage: mosaic of four images, each fitted into ``image_size``; resize by a factor between ``scale_min`` and
-    ``scale_max``; crop to ``image_size``; HSV jitter; flip; rotation; mixup with an earlier sample. Images smaller than
+    ``scale_max``; rotation; crop to ``image_size``; HSV jitter; flip; mixup with an earlier sample. Images smaller than
     ``image_size`` are padded. In the last ``weak_epochs`` epochs mosaic and mixup rest. ``mosaic_cache`` and
     ``mixup_cache``: partners come from so many of the last samples; with ``random_pop`` a sample leaves that cache at
-    random, without it the oldest leaves. ``axis_aligned_classes``: round or square classes whose boxes do not turn with
-    the image. ``image_sizes``: each batch takes one of these sizes instead of ``image_size``, drawn anew every
-    ``image_sizes_interval`` iterations. An object is kept if at least ``min_visible`` of it is in the crop and its
-    sides are at least ``min_size_px``.
+    random, without it the oldest leaves. ``axis_aligned_classes``: classes whose boxes have to stay parallel to the
+    image's edges; images that show one turn by 90, 180 or 270 degrees only. ``image_sizes``: each batch takes one of
+    these sizes instead of ``image_size``, drawn anew every ``image_sizes_interval`` iterations. An object is kept if at
+    least ``min_visible`` of it is in the crop (0: if any is; of a rotated box the centre) and its sides are at least
+    ``min_size_px``.
     """
 
     sampling: Literal["images"] = "images"
@@ -296,7 +297,8 @@ class ClassificationAugment(Section):
     (``randaugment_num`` operations of ``randaugment_magnitude``, spread ``randaugment_std``), then Mixup or CutMix of
     the batch, each with its own beta distribution (0: never). ``label_smoothing`` moves that share of the target to all
     classes. Each image appears ``repeats`` times in a row, differently augmented (repeated augmentation, arXiv
-    1902.05509). Validation resizes the short side to ``eval_size`` and cuts out the centre.
+    1902.05509); an epoch is as long as without, and shows that part of the images. Validation resizes the short side to
+    ``eval_size`` and cuts ``image_size`` out of the centre. Files of weights have ``image_size`` for their tile size.
     """
 
     sampling: Literal["classification"] = "classification"
@@ -311,6 +313,12 @@ class ClassificationAugment(Section):
     cutmix_alpha: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     repeats: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ClassificationAugment:
+        if self.image_size > self.eval_size:
+            raise ValueError(f"eval_size {self.eval_size} px is below image_size {self.image_size} px, cut out of it")
+        return self
 
 
 def _sampling(value: Any) -> str:
@@ -340,9 +348,10 @@ class OptimSection(Section):
     and one step of ``accumulate``: the optimiser sees batch_size x accumulate x processes samples. ``lr`` is for
     ``lr_for_batch`` samples and scaled linearly to the batch there is; null takes it as it stands. ``schedule``:
     "flat_cosine" falls from half of the training on, "cosine" from the end of the warm-up; both end at
-    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long. ``freeze``: parts whose
-    parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch norms too. ``layer_decay``: factor
-    on the rate for every stage further from the head. ``norm_eval``: batch norms keep their averages.
+    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long and begins at ``warmup_factor``
+    x lr. ``freeze``: parts whose parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch
+    norms too. ``layer_decay``: factor on the rate for every stage further from the head. ``norm_eval``: batch norms
+    keep their averages.
     """
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
@@ -353,6 +362,7 @@ class OptimSection(Section):
     schedule: Literal["flat_cosine", "cosine"] = "flat_cosine"
     warmup_iterations: int = Field(100, ge=0)
     warmup_epochs: int | None = Field(None, ge=0)
+    warmup_factor: float = Field(1e-5, gt=0, le=1)
     iterations: int | None = Field(None, gt=0)
     epochs: int | None = Field(None, gt=0)
     batch_size: int = Field(8, gt=0)

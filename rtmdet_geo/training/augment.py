@@ -15,10 +15,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, Window, fill_outline, transform_outline, visible_bounds
+from rtmdet_geo.annotations.outlines import (
+    Outline,
+    fill_outline,
+    pixel_window,
+    transform_outline,
+    visible_bounds,
+)
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.recipe_sections import CropAugment
+from rtmdet_geo.recipe_sections import CropAugment, ImageAugment
 from rtmdet_geo.structures import PAD_VALUE
 
 Array = NDArray[Any]
@@ -97,7 +103,7 @@ def transform_boxes(boxes: Array, matrix: Array) -> Array:
     return regularize_le90(moved)
 
 
-def visible_share(boxes: Array, size: tuple[int, int]) -> Array:
+def visible_share(boxes: Array, size: tuple[float, float]) -> Array:
     """Return the share of each box's area that lies inside a (width, height) crop: (N,) float64 in [0, 1]."""
     width, height = size
     inside = np.array([[width / 2, height / 2, width, height, 0.0]])
@@ -142,7 +148,9 @@ def crop_masks(outlines: Sequence[Outline], matrix: Array, size: tuple[int, int]
     width, height = size
     masks = np.zeros((len(outlines), height, width), np.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
-        mask[:] = fill_outline(transform_outline(outline, matrix), Window(0, 0, width, height))
+        moved = transform_outline(outline, matrix)
+        window = pixel_window(moved, width, height)
+        mask[window.y : window.y + window.height, window.x : window.x + window.width] = fill_outline(moved, window)
     return masks
 
 
@@ -173,6 +181,36 @@ def random_tones(rng: np.random.Generator, section: CropAugment, image: Array) -
         noise = rng.standard_normal(image.shape, dtype=np.float32) * (section.noise * rng.random())
         result = np.clip(np.rint(result + noise), 0, 255).astype(np.uint8)
     return result
+
+
+def jitter_hsv(
+    rng: np.random.Generator, section: ImageAugment, image: Array, colours: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    """Shift hue, saturation and value, each with probability one half (YOLOX; mmdet YOLOXHSVRandomAug).
+
+    Args:
+        rng: source of randomness.
+        section: greatest shifts: hue in steps of 2 degrees, saturation and value of 255.
+        image: (H, W, 3) uint8.
+        colours: index of red, green and blue in the last axis.
+
+    Returns:
+        (H, W, 3) uint8; saturation and value stop at 0 and 255, hue goes round.
+    """
+    deltas = np.array([section.hue_delta, section.saturation_delta, section.value_delta])
+    shifts = (rng.uniform(-1, 1, 3) * deltas * rng.integers(0, 2, 3)).astype(int)
+    if not shifts.any():
+        return image
+    there, back = (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB)
+    if colours == (2, 1, 0):
+        there, back = (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
+    is_known = colours in ((0, 1, 2), (2, 1, 0))
+    levels = np.arange(256)[:, None] + shifts
+    table = np.clip(levels, 0, 255).astype(np.uint8)
+    table[:, 0] = levels[:, 0] % 180
+    hsv = cv2.LUT(cv2.cvtColor(image if is_known else image[..., list(colours)], there), table[None])
+    shifted = np.asarray(cv2.cvtColor(hsv, back), np.uint8)
+    return shifted if is_known else shifted[..., np.argsort(colours)]
 
 
 def drop_bands(rng: np.random.Generator, image: Array, probabilities: dict[int, float], fill: dict[int, int]) -> Array:

@@ -20,6 +20,7 @@ from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
 from rtmdet_geo.annotations.rbox import read_rbox
 from rtmdet_geo.annotations.yolo import read_yolo
+from rtmdet_geo.config import recipe_folder
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
 from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size
 from rtmdet_geo.structures import Kind
@@ -96,11 +97,17 @@ def part_source(data: DataSection, model: ModelSection, part: Part) -> PartSourc
         data.format,
         root / images,
         root / labels,
-        None if ids is None else root / ids,
+        None if ids is None else find_ids(ids, root),
         model.classes,
         model.object_kind,
         data.hrsc_level,
     )
+
+
+def find_ids(ids: str, root: Path) -> Path:
+    """Return the list of images of that name: below the data's root, or else one that comes with the recipes."""
+    packaged = recipe_folder() / ids
+    return packaged if packaged.is_file() and not (root / ids).is_file() else root / ids
 
 
 def read_part(source: PartSource, findings: Findings) -> list[LabelledFile]:

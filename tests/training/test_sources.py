@@ -149,6 +149,15 @@ def test_ids_take_a_part(tmp_path):
         load(tmp_path / "coco", train_ids="ids.txt", **coco)
 
 
+def test_lists_may_come_with_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rtmdet_geo.annotations.parts.recipe_folder", lambda: tmp_path / "configs")
+    root = dota_folder(tmp_path / "data", a=SHIP, b=SHIP)
+    write_text(tmp_path / "configs" / "splits" / "few.txt", "b\n")
+    assert [image.name for image in load(root, train_ids="splits/few.txt")] == ["b.png"]
+    write_text(root / "splits" / "few.txt", "a\n")  # the data's own goes before it
+    assert [image.name for image in load(root, train_ids="splits/few.txt")] == ["a.png"]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -567,7 +567,7 @@ def test_padding_keeps_its_value_and_other_bands_are_refused():
     four = {"bands": ["red", "green", "blue", "nir"], "mean": [0] * 4, "std": [1] * 4}
     image = one_image(np.full((4, 32, 32), 9, np.uint8), [[16, 16, 20, 8, 0]])
     values = {"model": four, "data": {"format": "chips", "chips": "folder"}, "image_size": 32}
-    with pytest.raises(ConfigError, match="need bands red, green, blue, model.bands are red, green, blue, nir"):
+    with pytest.raises(ConfigError, match=r"need bands red, green, blue, model\.bands are red, green, blue, nir"):
         sampler_of("rotated", [image], hue_delta=5, **values)
     sample = sampler_of("rotated", [image], mosaic_prob=1.0, rotate_prob=1.0, mixup_prob=1.0, **values).draw(0, 0)
     assert sample.image.shape == (4, 32, 32) and len(np.unique(sample.image)) <= 4

@@ -25,7 +25,7 @@ from rtmdet_geo.evaluation.rotated import precision_recall
 from rtmdet_geo.models.weights import build_from_weights
 from rtmdet_geo.training.chips import load_chips, split_chips
 from rtmdet_geo.training.loop import CHECKPOINT, train_model
-from rtmdet_geo.training.validate import chip_truths, find_objects, mask_overlaps
+from rtmdet_geo.training.validate import average_of, chip_truths, find_objects, mask_overlaps
 
 COLUMNS = (
     "recipe", "model", "parameters", "iterations", "scene", "class", "bands", "iou", "ap", "best_f1", "best_score",
@@ -53,15 +53,21 @@ def train_folds(recipe_path: str, overrides: tuple[str, ...], out: Path, data: s
 
 def _what_trains(recipe: Recipe) -> dict[str, Any]:
     """Everything of a recipe that its weights depend on."""
-    values = recipe.model_dump(exclude={"card": True, "validation": {"score_threshold", "iou_thresholds"}})
+    values = recipe.model_dump(exclude={"card": True, "validation": {"score_threshold", "iou_thresholds", "protocol"}})
     for name in ("score_threshold", "trained_gsd_m"):
         del values["model"][name]
     return values
 
 
 def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list[dict[str, object]]:
-    """Score every left-out scene with the network that never saw it: rows per scene and for all scenes together."""
+    """Score every left-out scene with the network that never saw it: rows per scene and for all scenes together.
+
+    Raises:
+        ConfigError: the protocol is COCO's, which has no scenes.
+    """
     first = next(iter(recipes.values()))
+    if first.validation.protocol == "coco":
+        raise ConfigError("scenes are scored by validation.protocol area or voc07, not coco")
     chips = load_chips(Path(data or first.data.chips), first.model)
     facts = {
         "recipe": first.name,
@@ -103,7 +109,7 @@ def pooled_rows(recipes: dict[str, Recipe], out: Path, data: str | None) -> list
                         "class": class_name,
                         "bands": bands,
                         "iou": iou,
-                        "ap": round(curve.average_precision, 4),
+                        "ap": round(average_of(curve, first.validation.protocol), 4),
                     }
                     | {"best_f1": round(f1, 4), "best_score": round(score, 3), "objects": curve.num_objects}
                 )

@@ -33,16 +33,14 @@ def main(weights: str, recipe: str | None, scenes: tuple[str, ...], data: str | 
     missing = set(scenes) - {chip.scene for chip in chips}
     if missing:
         raise click.ClickException(f"no chips of {', '.join(sorted(missing))}")
-    rows = validate(network, chips, settings)
+    rows = validate(network, chips, settings).rows
     with table.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
             numbers = {name: round(row[name], 4) for name in ("ap", "best_f1", "best_score")}
             writer.writerow(row | numbers | {"weights_sha256": spec.weights_sha256[:16], "scenes": "+".join(scenes)})
-            click.echo(
-                f"{row['class']}, {row['bands']}: IoU {row['iou']:.2f}  AP {row['ap']:.4f}  F1 {row['best_f1']:.4f}"
-            )
+            click.echo(f"{row['class']}, {row['bands']}: {row['measure']} {row['ap']:.4f}  F1 {row['best_f1']:.4f}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,17 @@ basketball-court; storage-tank; soccer-ball-field; roundabout; harbor; swimming-
 #: HRSC2016 as published checkpoints take it: every kind of ship is one class.
 HRSC = ("ship",)
 
+#: HRSC2016 at level 2: categories, and ships of no known one.
+HRSC_LEVEL2 = ("ship", "aircraft carrier", "warcraft", "merchant ship", "submarine")
+
+#: HRSC2016 at level 3: types, and the categories of ships of no known one; in the order of their ids (MMRotate's too).
+HRSC_LEVEL3 = _names("""
+ship; aircraft carrier; warcraft; merchant ship; Nimitz; Enterprise; Arleigh Burke; WhidbeyIsland; Perry; Sanantonio;
+Ticonderoga; Kitty Hawk; Kuznetsov; Abukuma; Austen; Tarawa; Blue Ridge; Container; OXo|--); Car carrier([]==[]);
+Hovercraft; yacht; CntShip(_|.--.--|_]=; Cruise; submarine; lute; Medical; Car carrier(======|; Ford-class;
+Midway-class; Invincible-class
+""")
+
 #: ImageNet (ILSVRC 2012), sorted by WordNet id. Each is the first word of its WordNet synset; four that would appear
 #: twice say which they are.
 IMAGENET = _names("""
@@ -142,5 +153,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "dota_v1.5": DOTA_V1_5,
     "dota_v2.0": DOTA_V2,
     "hrsc": HRSC,
+    "hrsc_level2": HRSC_LEVEL2,
+    "hrsc_level3": HRSC_LEVEL3,
     "imagenet": IMAGENET,
 }

@@ -164,9 +164,10 @@ class DataSection(Section):
     each folder below ``train_images`` is a class. ``train_ids``: text file with one image name a line, to take a part.
     ``repeat``: an epoch shows every image so often. ``difficult``: objects so marked teach like others ("keep"), are
     neither object nor background ("ignore"), or do not exist ("drop"). ``unknown_classes``: "error" refuses labels
-    whose class is not in ``model.classes``, "drop" leaves them out. ``hrsc_level``: 1 takes every ship as one class, 2
-    and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or is counted and
-    replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
+    whose class is not in ``model.classes``, "drop" leaves them out. ``empty_images``: images without objects teach what
+    is background ("keep"), or are not trained on ("drop"), as in OpenMMLab's recipes. ``hrsc_level``: 1 takes every
+    ship as one class, 2 and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or
+    is counted and replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
     """
 
     format: DataFormat = "chips"
@@ -184,6 +185,7 @@ class DataSection(Section):
     repeat: int = Field(1, ge=1)
     difficult: Literal["keep", "ignore", "drop"] = "keep"
     unknown_classes: Literal["error", "drop"] = "error"
+    empty_images: Literal["keep", "drop"] = "keep"
     hrsc_level: Literal[1, 2, 3] = 1
     on_bad_image: Literal["stop", "skip"] = "stop"
     cache_mb: int = Field(2048, ge=0)
@@ -295,7 +297,8 @@ class ClassificationAugment(Section):
     (``randaugment_num`` operations of ``randaugment_magnitude``, spread ``randaugment_std``), then Mixup or CutMix of
     the batch, each with its own beta distribution (0: never). ``label_smoothing`` moves that share of the target to all
     classes. Each image appears ``repeats`` times in a row, differently augmented (repeated augmentation, arXiv
-    1902.05509). Validation resizes the short side to ``eval_size`` and cuts out the centre.
+    1902.05509); an epoch is as long as without, and shows that part of the images. Validation resizes the short side to
+    ``eval_size`` and cuts ``image_size`` out of the centre. Files of weights have ``image_size`` for their tile size.
     """
 
     sampling: Literal["classification"] = "classification"
@@ -310,6 +313,12 @@ class ClassificationAugment(Section):
     cutmix_alpha: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     repeats: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ClassificationAugment:
+        if self.image_size > self.eval_size:
+            raise ValueError(f"eval_size {self.eval_size} px is below image_size {self.image_size} px, cut out of it")
+        return self
 
 
 def _sampling(value: Any) -> str:
@@ -339,9 +348,10 @@ class OptimSection(Section):
     and one step of ``accumulate``: the optimiser sees batch_size x accumulate x processes samples. ``lr`` is for
     ``lr_for_batch`` samples and scaled linearly to the batch there is; null takes it as it stands. ``schedule``:
     "flat_cosine" falls from half of the training on, "cosine" from the end of the warm-up; both end at
-    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long. ``freeze``: parts whose
-    parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch norms too. ``layer_decay``: factor
-    on the rate for every stage further from the head. ``norm_eval``: batch norms keep their averages.
+    ``lr_min_factor`` x lr. Warm-up is ``warmup_iterations`` or ``warmup_epochs`` long and begins at ``warmup_factor``
+    x lr. ``freeze``: parts whose parameters stay as they are, by name ("backbone", "backbone.stage1"), their batch
+    norms too. ``layer_decay``: factor on the rate for every stage further from the head. ``norm_eval``: batch norms
+    keep their averages.
     """
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
@@ -352,6 +362,7 @@ class OptimSection(Section):
     schedule: Literal["flat_cosine", "cosine"] = "flat_cosine"
     warmup_iterations: int = Field(100, ge=0)
     warmup_epochs: int | None = Field(None, ge=0)
+    warmup_factor: float = Field(1e-5, gt=0, le=1)
     iterations: int | None = Field(None, gt=0)
     epochs: int | None = Field(None, gt=0)
     batch_size: int = Field(8, gt=0)

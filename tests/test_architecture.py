@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *("masks", "polygons", "preprocess", "run_record", "stitch", "views"),
+    *("dataset_check", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

@@ -193,3 +193,125 @@ def test_weights_that_cannot_be_loaded_so(values, message):
 def test_a_missing_value_is_named_and_nothing_else():
     with pytest.raises(ConfigError, match=r"^mine\.yaml: name is missing$"):
         parse_recipe({"model": {"classes": ["ship"]}, "data": {"chips": "chips"}}, source="mine.yaml")
+
+
+# Sizes, lists of classes, and sections that must agree.
+
+
+@pytest.mark.parametrize(
+    "task", ["coco_det", "coco_ins", "dota_r", "dota_r_ms", "dota_r_100e", "hrsc_r", "hrsc_r_strong"]
+)
+def test_every_published_size_of_a_recipe_resolves(task):
+    family = {"coco_det": "rtmdet", "coco_ins": "rtmdet_ins"}.get(task, "rtmdet_r")
+    sizes = ("tiny", "s", "m", "l") if family == "rtmdet_r" else ("tiny", "s", "m", "l", "x")
+    for size in sizes:
+        recipe = load_recipe(task, [f"model.name={family}_{size}"])
+        assert (recipe.model.name, recipe.model.size) == (f"{family}_{size}", size)
+
+
+def test_sizes_change_what_is_published_for_them():
+    """RECIPES: tiny has smaller caches that drop the oldest, tiny and s a narrower range, ins x half the batch."""
+    tiny, small, large = (load_recipe("coco_det", [f"model.name=rtmdet_{size}"]) for size in ("tiny", "s", "l"))
+    assert [recipe.augment.scale_min for recipe in (tiny, small, large)] == [0.5, 0.5, 0.1]
+    assert [recipe.augment.mosaic_cache for recipe in (tiny, small, large)] == [20, 40, 40]
+    assert [recipe.augment.mixup_random_pop for recipe in (tiny, small, large)] == [False, True, True]
+    assert [recipe.augment.mixup_prob for recipe in (tiny, small, large)] == [0.5, 1.0, 1.0]
+    assert (tiny.model.weights, large.model.weights) == ("cspnext_tiny_imagenet", None)
+    assert load_recipe("coco_ins", ["model.name=rtmdet_ins_x"]).optim.batch_size == 16
+    assert load_recipe("coco_ins").augment == load_recipe("coco_det").augment
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "batch", "epochs", "repeat", "weak"),
+    [
+        ("coco_det", 0.004, 256, 300, 1, 20),
+        ("dota_r", 0.004 / 16, 8, 36, 1, 0),
+        ("dota_r_ms", 0.004 / 16, 8, 36, 1, 0),
+        ("dota_r_ms_coco", 0.004 / 16, 8, 36, 1, 0),
+        ("dota_r_100e", 0.004 / 16, 8, 100, 1, 10),
+        ("hrsc_r", 0.004 / 16, 8, 36, 3, 0),
+        ("hrsc_r_strong", 0.004 / 2, 8, 100, 3, 10),
+    ],
+)
+def test_recipes_have_the_published_schedule(name, lr, batch, epochs, repeat, weak):
+    recipe = load_recipe(name)
+    optim = recipe.optim
+    assert (optim.lr, optim.lr_for_batch, optim.epochs) == (pytest.approx(lr), batch, epochs)
+    assert (optim.weight_decay, optim.lr_min_factor, optim.warmup_iterations, optim.ema_momentum) == (
+        0.05,
+        0.05,
+        1000,
+        2e-4,
+    )
+    assert (recipe.data.repeat, recipe.augment.weak_epochs) == (repeat, weak)
+
+
+def test_the_row_of_a_size_goes_before_an_override(tmp_path):
+    text = parse_recipe({**MINIMAL, "model": {"classes": ["ship"], "name": "rtmdet_r_s"}}).to_yaml()
+    path = write(tmp_path / "a.yaml", text + "by_size:\n  s: {optim: {lr: 0.5}}\n  tiny: {optim: {lr: 0.25}}\n")
+    assert load_recipe(path).optim.lr == 0.5
+    assert load_recipe(path, ["model.name=rtmdet_r_tiny"]).optim.lr == 0.25
+    assert load_recipe(path, ["model.name=rtmdet_r_m"]).optim.lr == 1e-3
+    assert load_recipe(path, ["optim.lr=3"]).optim.lr == 3
+    assert "by_size" not in load_recipe(path).to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("by_size: 3\n", "by_size must map sizes"),
+        ("by_size: {s: 3}\n", "by_size must map sizes"),
+        ("by_size: {huge: {}}\n", "by_size names huge; sizes are l, m, nano"),
+        ("by_size: {tiny: {optim: {lrr: 1}}}\n", "unknown key 'optim.lrr'; did you mean 'lr'"),
+    ],
+)
+def test_malformed_rows_of_sizes(tmp_path, row, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path / "a.yaml", parse_recipe(MINIMAL).to_yaml() + row))
+
+
+def test_classes_by_the_name_of_a_public_list():
+    assert len(parse_model(classes="coco").classes) == 80
+    assert parse_model(classes="dota_v2.0").classes[15:] == ("container-crane", "airport", "helipad")
+    with pytest.raises(ConfigError, match="no list of classes 'coko'"):
+        parse_model(classes="coko")
+
+
+IMAGES = {"format": "coco", "train_images": "train", "train_labels": "train.json"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"augment": {"sampling": "images", "hue": 1}}, "unknown key 'augment.hue'"),
+        (
+            {"augment": {"sampling": "images", "hue_dleta": 1}},
+            "unknown key 'augment.hue_dleta'; did you mean 'hue_delta'",
+        ),
+        ({"augment": {"sampling": "image"}}, "does not match any of the expected tags"),
+        ({"augment": {"sampling": "images", "image_sizes": [100]}}, "multiples of 32 px"),
+        ({"augment": {"sampling": "images", "scale_min": 2}}, "scale_min 2.0 is above scale_max 1.0"),
+        ({"augment": {"sampling": "images", "axis_aligned_classes": ["tank"]}}, "names tank, not among model.classes"),
+        ({"augment": {"sampling": "classification"}}, "do not go together"),
+        ({"optim": {"epochs": 3}}, "random crops know no epoch"),
+        ({"optim": {"epochs": 3, "iterations": 5}}, "iterations and epochs are both given"),
+        ({"data": {"format": "coco"}}, "train_images is missing"),
+        ({"data": {"format": "dota", "train_images": "a"}}, "train_labels or val_labels is missing"),
+        ({"data": {"format": "chips"}}, "chips is missing"),
+        (
+            {"data": IMAGES, "model": {"classes": ["s"], "bands": ["nir"], "mean": [1], "std": [1]}},
+            "images have red, green",
+        ),
+        ({"validation": {"protocol": "coco"}}, "protocol coco is for axis-aligned boxes and masks"),
+        ({"model": {"classes": ["s"], "name": "cspnext_s"}}, "do not go together"),
+    ],
+)
+def test_sections_that_contradict_each_other(values, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe({**MINIMAL, **values})
+
+
+def test_a_recipe_without_a_length_has_the_default_one():
+    assert parse_recipe(MINIMAL).optim.iterations == 2000
+    images = {"augment": {"sampling": "images"}, "optim": {"epochs": 3}}
+    assert parse_recipe({**MINIMAL, **images}).optim.iterations is None

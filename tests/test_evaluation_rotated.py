@@ -1,7 +1,8 @@
-"""Average precision worked out by hand."""
+"""Average precision worked out by hand, and as mmrotate counts it."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -64,3 +65,61 @@ def test_nothing_found_and_nothing_there():
     )
     empty = precision_recall([], [], label=0, iou_threshold=0.5)
     assert math.isnan(empty.average_precision) and empty.best_f1 == (0.0, 1.0)
+
+
+def test_eleven_points_by_hand():
+    """Hit, miss, hit: precision 1 up to recall 0.5 (6 points), then 2/3 (5 points)."""
+    curve = precision_recall([found((100, 0.9), (300, 0.8), (200, 0.7))], [truth(100, 200)], label=0, iou_threshold=0.5)
+    assert curve.average_precision_11 == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    three_of_five = precision_recall(
+        [found((100, 0.9), (200, 0.8), (300, 0.7))], [truth(100, 200, 300, 400, 500)], label=0, iou_threshold=0.5
+    )
+    assert three_of_five.average_precision_11 == pytest.approx(7 / 11)  # recalls 0 to 0.6, that one included
+    nothing = precision_recall([Detections.empty("scene")], [truth(100)], label=0, iou_threshold=0.5)
+    assert nothing.average_precision_11 == 0
+    assert math.isnan(precision_recall([], [], label=0, iou_threshold=0.5).average_precision_11)
+
+
+def _images(path, *, ignores):
+    content = json.loads(path.read_text())
+    truths, detections = [], []
+    for image in content["images"]:
+        objects, seen = image["gts"], image["dets"]
+        truths.append(
+            Truth(
+                np.array([entry["rbox"] for entry in objects]).reshape(-1, 5),
+                np.array([entry["label"] for entry in objects], np.int64),
+                np.array([bool(entry["difficult"]) and ignores for entry in objects], bool),
+            )
+        )
+        boxes, scores, labels = ([entry[key] for entry in seen] for key in ("rbox", "score", "label"))
+        detections.append(Detections(np.array(boxes), np.array(scores), np.array(labels), frame="scene"))
+    return content, detections, truths
+
+
+@pytest.mark.parametrize("part", ["mmrotate_no_ignore", "mmrotate_difficult_ignored"])
+def test_oracle_dota(oracle_dir, part):
+    """Both averages of every class at ten IoU thresholds, with difficult objects like others and ignored."""
+    content, detections, truths = _images(oracle_dir / "dota_eval.json", ignores=part.endswith("ignored"))
+    assert any(truth.ignored.any() for truth in truths) == part.endswith("ignored")
+    areas = {key: value for key, value in content[part]["area"].items() if key != "mAP_50_95"}
+    assert len(areas) == 10
+    for threshold, expected in areas.items():
+        eleven = content[part]["11points"][threshold]
+        for label in range(len(content["classes"])):
+            curve = precision_recall(detections, truths, label=label, iou_threshold=float(threshold))
+            assert curve.num_objects == expected["num_gts"][label]
+            if curve.num_objects == 0:
+                assert math.isnan(curve.average_precision) and math.isnan(curve.average_precision_11)
+                continue
+            assert curve.average_precision == pytest.approx(expected["ap"][label], abs=2e-6)
+            assert curve.average_precision_11 == pytest.approx(eleven["ap"][label], abs=2e-6)
+            assert curve.recall[-1] == pytest.approx(expected["final_recall"][label], abs=1e-6)
+
+
+def test_oracle_hrsc(oracle_dir):
+    content, detections, truths = _images(oracle_dir / "hrsc_eval.json", ignores=False)
+    for threshold in content["dota_ap07"]["per_thr"]:
+        curve = precision_recall(detections, truths, label=0, iou_threshold=float(threshold))
+        assert curve.average_precision_11 == pytest.approx(content["dota_ap07"]["per_thr"][threshold], abs=2e-6)
+        assert curve.average_precision == pytest.approx(content["dota_ap12"]["per_thr"][threshold], abs=2e-6)

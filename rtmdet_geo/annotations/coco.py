@@ -10,7 +10,7 @@ count two before.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.labels import ImageLabels, hboxes_to_le90, make_labels
 from rtmdet_geo.annotations.outlines import Outline, Window, as_outline, fill_outline, trace_mask
+from rtmdet_geo.boxes import minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.structures import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class CocoObject:
         annotation_id: id of the annotation, for messages.
         segmentation: polygons or run lengths as the file has them; None where it has a box only. See
             :func:`object_outline` and :func:`object_mask`.
+        hbox: x1, y1, x2, y2 in px, the annotation's ``bbox``; None where it has a segmentation only.
     """
 
     image_id: int
@@ -43,6 +47,7 @@ class CocoObject:
     is_crowd: bool
     annotation_id: int
     segmentation: Mapping[str, Any] | Sequence[Sequence[float]] | None = None
+    hbox: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +215,61 @@ def mask_corner_points(segmentation: Mapping[str, Any]) -> NDArray[np.float64]:
     )
 
 
-def read_coco(path: str | Path) -> CocoLabels:
+def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObject], kind: Kind) -> ImageLabels:
+    """Return the objects of an image as arrays.
+
+    Args:
+        path: label file, for messages.
+        image: its entry among :attr:`CocoLabels.images`.
+        objects: of the image.
+        kind: of the model that the labels are for. Rotated boxes are least rectangles around the points; others get the
+            annotations' own ``bbox``, or the bounds of the points. Only models of masks get outlines.
+
+    Raises:
+        AnnotationError: a segmentation is malformed; the message names the annotation.
+    """
+    boxes = np.concatenate([np.zeros((0, 5)), *(_box(entry, kind) for entry in objects)])
+    outlines = []
+    for entry in objects if kind == "mask" else ():
+        try:
+            outlines.append(object_outline(entry))
+        except AnnotationError as error:
+            raise AnnotationError(f"label file {str(path)!r}: {error}") from error
+    return make_labels(
+        path,
+        boxes,
+        [entry.class_name for entry in objects],
+        [entry.annotation_id for entry in objects],
+        crowd=[entry.is_crowd for entry in objects],
+        outlines=outlines,
+        unit="annotation",
+        size=_stated_size(image),
+    )
+
+
+def _box(entry: CocoObject, kind: Kind) -> NDArray[np.float64]:
+    """Return an object's le90 box (1, 5); sides of 0 where it has no points."""
+    if kind != "rotated" and entry.hbox is not None:
+        return hboxes_to_le90([entry.hbox])
+    if len(entry.points) == 0:
+        return np.zeros((1, 5))
+    if kind == "rotated":
+        return minimum_area_rectangle(entry.points)[None]
+    return hboxes_to_le90([[*entry.points.min(axis=0), *entry.points.max(axis=0)]])
+
+
+def _stated_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return an image's width and height in px; None where the file leaves them open."""
+    width, height = image.get("width"), image.get("height")
+    return (int(width), int(height)) if width and height else None
+
+
+def read_coco(path: str | Path, on_error: Callable[[AnnotationError], None] | None = None) -> CocoLabels:
     """Read a COCO label file.
+
+    Args:
+        path: of the file.
+        on_error: takes the error of a malformed annotation, which is left out then; None raises it.
 
     Raises:
         AnnotationError: not json, not COCO, or an annotation that points nowhere; the message names the annotation.
@@ -238,10 +296,13 @@ def read_coco(path: str | Path) -> CocoLabels:
         label = annotation.get("id", number) if isinstance(annotation, dict) else number
         try:
             entry = _object(annotation, categories, images)
-        except KeyError as error:
-            raise AnnotationError(f"label file {str(path)!r}, annotation {label!r}: it has no {error}") from error
-        except (AnnotationError, TypeError, ValueError) as error:
-            raise AnnotationError(f"label file {str(path)!r}, annotation {label!r}: {error}") from error
+        except (AnnotationError, KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            malformed = AnnotationError(f"label file {str(path)!r}, annotation {label!r}: {reason}")
+            if on_error is None:
+                raise malformed from error
+            on_error(malformed)
+            continue
         objects[entry.image_id].append(entry)
     return CocoLabels(images, tuple(categories.values()), objects)
 
@@ -261,7 +322,18 @@ def _object(
         bool(annotation.get("iscrowd", 0)),
         int(annotation.get("id", -1)),
         annotation.get("segmentation") or None,
+        _hbox(annotation) if annotation.get("bbox") else None,
     )
+
+
+def _hbox(annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """Return an annotation's ``bbox`` as x1, y1, x2, y2."""
+    x, y, width, height = (float(value) for value in annotation["bbox"])
+    if not np.isfinite((x, y, width, height)).all():
+        raise AnnotationError("its bbox is not finite")
+    if width < 0 or height < 0:
+        raise AnnotationError(f"its bbox has sides of {width:g} x {height:g} px")
+    return x, y, x + width, y + height
 
 
 def _points(annotation: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -271,8 +343,8 @@ def _points(annotation: Mapping[str, Any]) -> NDArray[np.float64]:
     if segmentation:
         points = np.concatenate([np.asarray(ring, np.float64).reshape(-1, 2) for ring in segmentation])
     elif "bbox" in annotation:
-        x, y, width, height = (float(value) for value in annotation["bbox"])
-        points = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
+        x1, y1, x2, y2 = _hbox(annotation)
+        points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
     else:
         raise AnnotationError("it has neither segmentation nor bbox")
     if not np.isfinite(points).all():

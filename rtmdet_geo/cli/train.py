@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -16,7 +17,11 @@ from rtmdet_geo.cli import options, report
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value, such as optim.lr=1e-3; repeat."
 )
 @click.option("--show-config", is_flag=True, help="Print the whole recipe as YAML and stop.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of chips.  [default: the recipe's data.chips]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder of chips, or of the data set.  [default: the recipe's data.chips or data.root]",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto: cuda if there is one.")
 @click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Begin anew in a folder that already holds a run.")
@@ -47,7 +52,11 @@ def train(
     They must fit exactly; model.weights_parts=[backbone] takes a part of them, model.transfer=true fits them to other
     classes and bands.
 
-    Ctrl-C saves a checkpoint; --resume goes on from it.
+    
+    Several GPUs or processes, each with a batch of its own:
+      torchrun --nproc-per-node 8 -m rtmdet_geo.cli train coco_det --set model.name=rtmdet_m
+
+    Ctrl-C and SIGTERM save a checkpoint; --resume goes on from it. The run folder gets report.html at the end.
     """
     options.check_stdout_owner(as_json, progress_mode)
     if resume and overwrite:
@@ -66,7 +75,10 @@ def train(
     require_package("torch", extra="train")
     from rtmdet_geo.training.loop import train_model
 
-    start = {"recipe": loaded.name, "out": str(folder), "iterations": loaded.optim.iterations}
+    start = {"recipe": loaded.name, "out": str(folder)}
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if not is_first:
+        as_json, progress_mode = False, "none"
     with (
         report.signals_are_polled(),
         report.progress(ctx, progress_mode, "train", start) as advance,
@@ -81,9 +93,12 @@ def train(
             progress=advance,
             cancelled=report.cancel_requested.is_set,
         )
+    if not is_first:
+        return
     if as_json:
         report.echo_json(summary)
     elif progress_mode == "jsonl":
         report.emit_event(ctx, {"event": "done", **summary})
     elif report.verbosity(ctx) >= 0:
-        click.echo(f"{summary['weights']}: {summary['iterations']} iterations in {summary['seconds']:.0f} s")
+        figures = "".join(f", {name} {value:.3f}" for name, value in summary["figures"].items())
+        click.echo(f"{summary['weights']}: {summary['iterations']} iterations in {summary['seconds']:.0f} s{figures}")

@@ -1,4 +1,4 @@
-"""Average precision, pooled over images, all points of the curve (VOC 2010 and later).
+"""Average precision, pooled over images: the area under the curve (VOC 2010 and later) and 11 points of it (VOC 2007).
 
 Boxes are compared by their rotated IoU; whoever compares something else, such as masks
 (:func:`rtmdet_geo.evaluation.masks.mask_iou`), brings the overlaps along.
@@ -43,6 +43,19 @@ class Curve:
     recall: Array
     scores: Array
     num_objects: int
+
+    @property
+    def average_precision_11(self) -> float:
+        """Return the mean, over recalls 0, 0.1, ..., 1, of the best precision from that recall on.
+
+        That precision is 0 where a recall is not reached; the mean is nan when nothing is labelled. Source: Everingham
+        et al. 2010, The PASCAL Visual Object Classes (VOC) Challenge.
+        """
+        if self.num_objects == 0:
+            return float("nan")
+        # recalls are ratios of whole numbers: the slack makes 3 of 5 reach 0.6
+        best = [self.precision[self.recall >= point / 10 - 1e-9].max(initial=0.0) for point in range(11)]
+        return float(np.mean(best))
 
     @property
     def best_f1(self) -> tuple[float, float]:

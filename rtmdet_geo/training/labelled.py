@@ -119,8 +119,10 @@ class Sampler(Protocol):
 
     epoch_length: int | None
 
-    def draw(self, iteration: int, position: int) -> Sample:
+    def draw(self, iteration: int, position: int) -> Any:
         """Return the sample at a position of an iteration's batch; the same arguments give the same sample.
+
+        Of detectors a :class:`Sample`; in any case something with an ``image`` and ``names``.
 
         Args:
             iteration: step of the optimiser, from 0.

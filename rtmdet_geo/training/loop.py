@@ -1,54 +1,55 @@
 """The training loop, visible on one page.
 
 Follows the recipe of RTMDet (arXiv 2212.07784, section 4.1): AdamW without decay on norms and biases, linear warm-up,
-flat then cosine learning rate, exponential moving average of weights and buffers. Random crops are a pure function of
-(seed, iteration), so a run that is stopped and resumed on CPU gives the very numbers of an unbroken one.
+flat then cosine learning rate, exponential moving average of weights and buffers. Samples are a pure function of
+(seed, iteration, position), so a run that is stopped and resumed on CPU gives the very numbers of an unbroken one.
+What is learnt is a task's business (:mod:`rtmdet_geo.training.task`).
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
-import pickle
-import platform
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-import rtmdet_geo
-from rtmdet_geo.checkpoints import CHECKPOINTS
-from rtmdet_geo.config import Recipe, load_recipe
-from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, TrainingError
-from rtmdet_geo.models import get_model
-from rtmdet_geo.models.devices import find_device
-from rtmdet_geo.models.weights import load_checkpoint, save_weights
-from rtmdet_geo.outputs import staged_output
-from rtmdet_geo.recipe_sections import ModelSection
-from rtmdet_geo.structures import ModelSpec
-from rtmdet_geo.training.chips import load_chips, split_chips
-from rtmdet_geo.training.criterion import Target, make_criterion
-from rtmdet_geo.training.crops import CropSampler
+from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import Cancelled, TrainingError
+from rtmdet_geo.models.weights import save_weights
+from rtmdet_geo.training.classification import ClassificationTask
 from rtmdet_geo.training.ema import ModelEMA
-from rtmdet_geo.training.labelled import LabelledImage, Sample
+from rtmdet_geo.training.lamb import Lamb
 from rtmdet_geo.training.loader import BatchLoader
-from rtmdet_geo.training.schedule import learning_rate, param_groups
-from rtmdet_geo.training.validate import find_false_alarms, validate
+from rtmdet_geo.training.processes import Processes, join_processes
+from rtmdet_geo.training.report import write_report, write_validation
+from rtmdet_geo.training.run_folder import (
+    BEST_WEIGHTS,
+    CHECKPOINT,
+    WEIGHTS,
+    TrainingState,
+    begin_run,
+    check_run,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rtmdet_geo.training.run_log import RunLog
+from rtmdet_geo.training.schedule import freeze_parts, keep_norms_frozen, param_groups, scheduled_rate
+from rtmdet_geo.training.task import DetectionTask, Task, samples_per_process
+from rtmdet_geo.training.validate import Validation
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "last.pt"
-#: What a run leaves beside its recipe.
-PRODUCTS = (CHECKPOINT, "log.csv", "validation.csv", "model.safetensors")
-#: Columns of log.csv; before ``grad_norm`` come the terms of the loss.
-LOG_COLUMNS = ("iteration", "lr", "loss", "grad_norm", "seconds")
+#: Names of images in the message of a loss that is not finite; all of them are written to this file.
+_NAMES_SHOWN, BAD_BATCH = 8, "bad_batch.txt"
 
 
 def train_model(
@@ -62,341 +63,309 @@ def train_model(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Train a network by a recipe; its ``model.name`` decides what is learnt: rotated or horizontal boxes, or masks.
+    """Train a network by a recipe; its ``model.name`` decides what is learnt: boxes, masks, or classes of images.
+
+    Under ``torchrun`` every process calls this function and trains on its part of each batch; the first one writes.
 
     Args:
         recipe: see :mod:`rtmdet_geo.config`.
-        out: run folder; gets ``recipe.yaml``, ``log.csv``, ``last.pt`` (to resume from), ``model.safetensors`` (EMA
-            weights with their ModelSpec) and, when the recipe leaves a fold out, ``validation.csv``.
-        data: folder of chips; ``recipe.data.chips`` when None.
-        device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one). On cuda the forward pass runs in bf16.
+        out: run folder; gets ``recipe.yaml``, ``log.csv``, ``history.csv`` (figures of validations), ``last.pt`` (to
+            resume from), ``model.safetensors`` (EMA weights of the end with their ModelSpec), ``best.safetensors``
+            (those of the best validation), ``validation.csv`` (the last validation, by class), plots and
+            ``report.html``.
+        data: where the data lie: the folder of chips, or what ``recipe.data`` calls root.
+        device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one).
         resume: go on from ``out/last.pt``.
         overwrite: begin anew in a folder that already holds a run.
         progress: called with (iterations done, iterations in all).
         cancelled: asked after every iteration; True saves a checkpoint and raises Cancelled.
 
     Returns:
-        ``weights`` (path), ``iterations``, ``seconds``, ``loss`` (of the last iteration), ``validation`` rows.
+        ``weights``, ``best`` (paths; ``best`` is None without validation), ``iterations``, ``seconds``, ``loss`` (of the
+        last iteration), ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples),
+        ``bad_images`` (names), ``figures`` and ``validation`` rows.
 
     Raises:
-        DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or cut for another recipe.
-        OutputError: the run folder holds another run.
-        TrainingError: a loss is not finite; the message names iteration and the checkpoint to go back to.
+        DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or made for another recipe.
+        OutputError: the run folder holds another run, or cannot be written.
+        TrainingError: a loss is not finite; the message names the iteration and its images.
         UnknownModelError, WeightsError, DownloadError: ``recipe.model.weights`` cannot be found or do not fit.
         Cancelled: see ``cancelled``.
     """
-    run = Path(out)
-    device = str(find_device(device))
-    chips = load_chips(Path(data if data is not None else recipe.data.chips), recipe.model)
-    training, left_out = split_chips(chips, recipe)
-    _check_run(run, recipe, resume=resume, overwrite=overwrite)
-    _seed(recipe.loop.seed)
-
-    network = get_model(
-        recipe.model.name,
-        num_classes=len(recipe.model.classes),
-        in_channels=len(recipe.model.bands),
-    )
-    if recipe.model.weights is not None and not resume:  # a checkpoint to resume from holds what became of them
-        _load_weights(network, recipe.model, cancelled)
-    network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
-    ema = ModelEMA(network, momentum=recipe.optim.ema_momentum, gamma=recipe.optim.ema_gamma)
-    optimizer = torch.optim.AdamW(param_groups(network, recipe.optim.weight_decay), lr=recipe.optim.lr)
-    criterion = make_criterion(network.kind, len(recipe.model.classes))
-    sampler = CropSampler(training, recipe)
-    start = _load_checkpoint(run, network, ema, optimizer, sampler, device) if resume else 0
-    loader = BatchLoader(sampler, batch_size=recipe.optim.batch_size, workers=recipe.loop.workers)
-    if not resume:  # an earlier run is not touched before weights, chips and device are known to be there
-        _begin_run(run, recipe)
-    logger.info(
-        "training %s on %s: %d chips, %d objects, iterations %d to %d",
-        *(recipe.model.name, device, len(training), sum(int((~chip.ignored).sum()) for chip in training)),
-        *(start, recipe.optim.iterations),
-    )
-
-    began, row = time.perf_counter(), {"loss": math.nan}
-    try:
-        for iteration in range(start, recipe.optim.iterations):
-            tick = time.perf_counter()
-            if recipe.loop.mine_interval and iteration and iteration % recipe.loop.mine_interval == 0:
-                sampler.false_alarms = _mine(ema, training, recipe, iteration, device)
-                loader.forget()
-            rate = _set_rate(optimizer, recipe, iteration)
-            samples = loader.batch(iteration)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-                outputs = network(_to_input(samples, recipe, device))
-            losses = criterion(outputs, _to_targets(samples, device))
-            loss = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optim.clip_grad_norm)
-            values = {"loss": loss, **losses, "grad_norm": grad_norm}
-            row = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-            _check_finite(row, iteration, run)
-            optimizer.step()
-            ema.update(network)
-
-            done = iteration + 1
-            row |= {"iteration": done, "lr": rate, "seconds": time.perf_counter() - tick}
-            if done % recipe.loop.log_interval == 0 or done == recipe.optim.iterations:
-                _log(run, row, done, start, recipe.optim.iterations, time.perf_counter() - began)
-            if progress is not None:
-                progress(done, recipe.optim.iterations)
-            stop = cancelled is not None and cancelled()
-            if stop or done % recipe.loop.checkpoint_interval == 0 or done == recipe.optim.iterations:
-                _save_checkpoint(run, done, network, ema, optimizer, sampler)
-            if stop and done < recipe.optim.iterations:
-                raise Cancelled(f"training stopped at iteration {done}; go on with --resume -o {run}")
-    finally:
-        loader.close()
-
-    rows = validate(ema.module, left_out, recipe, device=device) if left_out else []
-    weights = run / "model.safetensors"
-    save_weights(ema.module, weights, make_spec(recipe, rows), half=False)
-    _write_validation(run, rows)
-    return {
-        "weights": str(weights),
-        "iterations": recipe.optim.iterations,
-        "seconds": time.perf_counter() - began,
-        "loss": row["loss"],
-        "validation": [{key: value for key, value in item.items() if key != "detections"} for item in rows],
-    }
+    with join_processes(device) as processes, _numbers(recipe):
+        run = Path(out)
+        make_task = ClassificationTask if recipe.model.kind == "classification" else DetectionTask
+        check_run(run, recipe, resume=resume, overwrite=overwrite)
+        processes.barrier()  # nobody begins the folder while others still look at it
+        task: Task = make_task(
+            recipe,
+            folder=None if data is None else Path(data),
+            processes=processes,
+            load_weights=not resume,
+            cancelled=cancelled,
+        )
+        return _Training(recipe, run, task, processes, resume=resume).run_to_end(progress, cancelled)
 
 
-def make_spec(recipe: Recipe, validation: list[dict[str, Any]] | None = None) -> ModelSpec:
-    """Return the ModelSpec of a network trained by a recipe; its metrics are those of the validation rows.
+class _Training:
+    """One run: its state, and the steps that change it."""
 
-    The card's metrics are left out: they were measured on other weights.
+    def __init__(self, recipe: Recipe, run: Path, task: Task, processes: Processes, *, resume: bool) -> None:
+        """Put everything on the device and take up a checkpoint, or begin the run folder."""
+        self.recipe, self.run, self.task, self.processes = recipe, run, task, processes
+        optim, device = recipe.optim, processes.device
+        network = task.network
+        freeze_parts(network, optim.freeze)
+        network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
+        ema = ModelEMA(network, momentum=optim.ema_momentum, gamma=optim.ema_gamma)
+        if recipe.loop.sync_bn and processes.world > 1 and device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        groups = param_groups(network, optim.weight_decay, layer_decay=optim.layer_decay)
+        make_optimizer = {"adamw": torch.optim.AdamW, "lamb": Lamb}[optim.optimizer]
+        dtypes = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+        dtypes["auto"] = torch.bfloat16 if device.type == "cuda" else None
+        self.dtype = dtypes[recipe.loop.precision]
+        scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.state = TrainingState(network, ema, make_optimizer(groups, lr=optim.lr), scaler, samples={})
+        self.start = load_checkpoint(run, processes.world, self.state, device) if resume else 0
+        task.take_state(self.state.samples)
+        if processes.is_first and not resume:  # an earlier run is untouched until weights, data and device are there
+            begin_run(run, recipe)
+        processes.barrier()
+        network.train()
+        keep_norms_frozen(network, optim.freeze, norm_eval=optim.norm_eval)
+        self.forward = self._wrap(network)
+        share = optim.batch_size * optim.accumulate * processes.world
+        self.base_lr = optim.lr * share / (optim.lr_for_batch or share)
 
-    Raises:
-        ConfigError: the recipe's model is no detector.
-    """
-    model, card = recipe.model, recipe.card
-    measure = "mask AP" if model.kind == "mask" else "AP"
-    metrics = {
-        f"{row['class']} {measure}{round(row['iou'] * 100)} left-out {row['bands']}": round(row["ap"], 4)
-        for row in validation or []
-    }
-    return ModelSpec(
-        name=recipe.name,
-        architecture=model.name,
-        kind=model.kind,
-        classes=model.classes,
-        bands=model.bands,
-        optional_bands=model.optional_bands,
-        mean=model.mean,
-        std=model.std,
-        gsd_m=model.gsd_m,
-        trained_gsd_m=model.trained_gsd_m,
-        stretch=model.stretch,
-        tile_size=model.tile_size,
-        overlap=model.overlap,
-        score_threshold=model.score_threshold,
-        iou_threshold=recipe.validation.nms_iou_threshold,
-        metrics=metrics,
-        training_data=_training_data(recipe),
-        limits=card.limits,
-        licence=card.licence,
-        attribution=card.attribution,
-        exporter=f"rtmdet-geo {rtmdet_geo.__version__}",
-    )
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """Return what is called for a forward pass: the network, over all processes, perhaps compiled."""
+        wrapped = network
+        if self.processes.world > 1:
+            device = self.processes.device
+            ids = [device.index] if device.type == "cuda" else None
+            wrapped = nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        return torch.compile(wrapped) if self.recipe.loop.compile else wrapped
+
+    def run_to_end(
+        self, progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None
+    ) -> dict[str, Any]:
+        """Train; see :func:`train_model`."""
+        recipe, task, state, processes, run = self.recipe, self.task, self.state, self.processes, self.run
+        total, loop, own = task.iterations, recipe.loop, samples_per_process(recipe)
+        positions = range(processes.rank * own, (processes.rank + 1) * own)
+        loader = BatchLoader(task.sampler, positions=positions, iterations=total, workers=loop.workers)
+        log = RunLog(run, tensorboard=loop.tensorboard, resume_at=self.start) if processes.is_first else None
+        self._announce()
+        began, done, waited, row, validation = time.perf_counter(), self.start, 0.0, {"loss": math.nan}, None
+        since, waited_since = began, 0.0
+        try:
+            for iteration in range(self.start, total):
+                tick = time.perf_counter()
+                seen = task.look_again(state.ema.module, iteration, processes)
+                if seen is not None:
+                    task.take_state(seen)
+                    state.samples = seen
+                    loader.forget()
+                rate = self._set_rate(iteration)
+                asked = time.perf_counter()
+                samples = loader.batch(iteration)
+                waited += time.perf_counter() - asked
+                row, stop = self._step(iteration, samples, cancelled is not None and cancelled())
+
+                done, now = iteration + 1, time.perf_counter()
+                row |= {"iteration": done, "lr": rate, "seconds": now - tick}
+                if log is not None and (done % loop.log_interval == 0 or done == total):
+                    steps = done - max(self.start, (iteration // loop.log_interval) * loop.log_interval)
+                    row["images_per_second"] = steps * own * processes.world / (now - since)
+                    row["data_wait"] = (waited - waited_since) / (now - since)
+                    log.step(done, row)
+                    self._say(row, done, now - began)
+                    since, waited_since = now, waited
+                if progress is not None:
+                    progress(done, total)
+                is_due = self._is_validation_due(done)
+                if is_due:
+                    validation = self._validate(done, log)
+                if stop or is_due or done % loop.checkpoint_interval == 0 or done == total:
+                    if processes.is_first:
+                        save_checkpoint(run, done, processes.world, state)
+                    since, waited_since = time.perf_counter(), waited  # speed is that of training alone
+                if stop and done < total:
+                    raise Cancelled(f"training stopped at iteration {done}; go on with --resume -o {run}")
+                if is_due and loop.early_stop and state.stale >= loop.early_stop:
+                    logger.info("no better figure in %d validations: training ends early", state.stale)
+                    break
+        finally:
+            loader.close()
+            if log is not None:
+                log.close()
+
+        if validation is None and task.can_validate:
+            validation = task.validate(state.ema.module, processes)
+        seconds = time.perf_counter() - began
+        summary = self._summary(done, seconds, waited, row, validation)
+        if processes.is_first:
+            save_weights(state.ema.module, run / WEIGHTS, task.spec(validation), half=False)
+            if validation is not None:
+                write_validation(run, validation)
+            write_report(run, recipe, validation=validation, summary=summary)
+        processes.barrier()
+        return summary
+
+    def _set_rate(self, iteration: int) -> float:
+        rate = scheduled_rate(
+            self.recipe.optim,
+            iteration,
+            total_iterations=self.task.iterations,
+            iterations_per_epoch=self.task.epoch,
+            base_lr=self.base_lr,
+        )
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        return rate
+
+    def _step(self, iteration: int, samples: list[Any], wants_stop: bool) -> tuple[dict[str, float], bool]:
+        """One step of the optimiser; returns its numbers, and whether any process wants to stop."""
+        state, optim = self.state, self.recipe.optim
+        state.optimizer.zero_grad(set_to_none=True)
+        losses = self._gradients(iteration, samples)
+        state.scaler.unscale_(state.optimizer)
+        limit = math.inf if optim.clip_grad_norm is None else optim.clip_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), limit)
+        values = {"loss": torch.stack(list(losses.values())).sum(), **losses, "grad_norm": grad_norm}
+        flag = torch.tensor(float(wants_stop), device=grad_norm.device)
+        mean = self.processes.mean(torch.stack([*(value.detach() for value in values.values()), flag])).tolist()
+        row = dict(zip(values, mean[:-1], strict=True))
+        self._check_finite(row, values, iteration, samples)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.ema.update(state.network)
+        return row, mean[-1] > 0
+
+    def _gradients(self, iteration: int, samples: Sequence[Any]) -> dict[str, Tensor]:
+        """Add up the gradients of the parts of a batch; returns the mean terms of the loss."""
+        parts, size = self.recipe.optim.accumulate, self.recipe.optim.batch_size
+        device, total = self.processes.device, {}
+        for number in range(parts):
+            is_last = number == parts - 1
+            inputs, targets = self.task.batch(samples[number * size : (number + 1) * size], iteration, device)
+            with nullcontext() if is_last or self.processes.world == 1 else self.forward.no_sync():
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
+                    outputs = self.forward(inputs)
+                losses = {name: value / parts for name, value in self.task.losses(outputs, targets).items()}
+                self.state.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            total = {name: value.detach() + total.get(name, 0) for name, value in losses.items()}
+        return total
+
+    def _check_finite(
+        self, row: dict[str, float], values: dict[str, Tensor], iteration: int, samples: list[Any]
+    ) -> None:
+        """Stop before a broken step reaches the weights, and name the images that broke it.
+
+        A gradient that overflows in fp16 is no error: the scaler skips that step.
+        """
+        checked = [name for name in row if name != "grad_norm" or self.dtype is not torch.float16]
+        bad = [name for name in checked if not math.isfinite(row[name])]
+        if not bad:
+            return
+        is_own = not all(bool(torch.isfinite(values[name])) for name in bad)
+        names = [name for part in self.processes.gather(_names(samples) if is_own else []) for name in part]
+        if self.processes.is_first:
+            (self.run / BAD_BATCH).write_text("\n".join(names) + "\n", encoding="utf-8")
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        raise TrainingError(
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {', '.join(names[:_NAMES_SHOWN])}{more} "
+            f"(all in {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
+            f"{self.run / CHECKPOINT} with --resume"
+        )
+
+    def _is_validation_due(self, done: int) -> bool:
+        """Say whether the recipe asks for a validation after so many iterations."""
+        section, epoch, total = self.recipe.validation, self.task.epoch, self.task.iterations
+        if not self.task.can_validate:
+            return False
+        if done == total:
+            return True
+        if section.interval and done % section.interval == 0:
+            return True
+        if not epoch or not section.interval_epochs or done % epoch:
+            return False
+        number, epochs = done // epoch, -(-total // epoch)
+        late = number > epochs - section.late_epochs
+        return number % (section.late_interval_epochs if late else section.interval_epochs) == 0
+
+    def _validate(self, done: int, log: RunLog | None) -> Validation:
+        """Score the averaged weights, and keep them if they are the best so far."""
+        state = self.state
+        validation = self.task.validate(state.ema.module, self.processes)
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in validation.figures.items())
+        logger.info("iteration %d, left-out images: %s", done, figures)
+        is_best = state.judge(next(iter(validation.figures.values()), math.nan))
+        if log is not None:
+            log.validation(done, validation.figures)
+            if is_best:
+                save_weights(state.ema.module, self.run / BEST_WEIGHTS, self.task.spec(validation), half=False)
+        return validation
+
+    def _announce(self) -> None:
+        optim, processes = self.recipe.optim, self.processes
+        logger.info(
+            "training %s on %s%s: %s, iterations %d to %d, %d samples each, lr %.3g",
+            *(self.recipe.model.name, processes.device, f" x {processes.world}" if processes.world > 1 else ""),
+            *(self.task.describe(), self.start, self.task.iterations),
+            *(optim.batch_size * optim.accumulate * processes.world, self.base_lr),
+        )
+
+    def _say(self, row: dict[str, float], done: int, elapsed: float) -> None:
+        remaining = elapsed / (done - self.start) * (self.task.iterations - done)
+        terms = ", ".join(f"{name.removeprefix('loss_')} {row[name]:.4f}" for name in row if name.startswith("loss_"))
+        logger.info(
+            "iteration %d/%d  loss %.4f (%s)  lr %.2e  %.2f s/it  waits for data %.0f %%  %d min left",
+            *(done, self.task.iterations, row["loss"], terms, row["lr"], row["seconds"], 100 * row["data_wait"]),
+            remaining // 60,
+        )
+
+    def _summary(
+        self, done: int, seconds: float, waited: float, row: dict[str, float], validation: Validation | None
+    ) -> dict[str, Any]:
+        bad = sorted(set().union(*self.processes.gather(set(getattr(self.task.sampler, "bad_images", ())))))
+        if bad:
+            logger.warning("%d images did not decode and were left out: %s", len(bad), ", ".join(bad[:_NAMES_SHOWN]))
+        best = self.run / BEST_WEIGHTS
+        samples = (done - self.start) * samples_per_process(self.recipe) * self.processes.world
+        return {
+            "weights": str(self.run / WEIGHTS),
+            "best": str(best) if best.exists() else None,
+            "iterations": done,
+            "seconds": seconds,
+            "loss": row["loss"],
+            "images_per_second": samples / seconds,
+            "data_wait": waited / seconds,
+            "data": self.task.describe(),
+            "device": f"{self.processes.device} x {self.processes.world}",
+            "bad_images": bad,
+            "figures": {} if validation is None else dict(validation.figures),
+            "validation": [] if validation is None else validation.rows,
+        }
 
 
-def _training_data(recipe: Recipe) -> str:
-    """Return what the card says, and which weights the training started from: what they saw, these weights saw too."""
-    model = recipe.model
-    if model.weights is None:
-        return recipe.card.training_data
-    parts = f" ({', '.join(model.weights_parts)})" if model.weights_parts else ""
-    started = f"started from {model.weights}{parts}"
-    if model.weights in CHECKPOINTS:
-        data = CHECKPOINTS[model.weights].data
-        started += f", trained on {data.name} ({data.terms})"
-    return "; ".join(text for text in (recipe.card.training_data, started) if text)
+def _names(samples: Sequence[Any]) -> list[str]:
+    """Return the names of the images that samples show, each once."""
+    return list(dict.fromkeys(name for sample in samples for name in sample.names))
 
 
-def _load_weights(network: nn.Module, model: ModelSection, cancelled: Callable[[], bool] | None) -> None:
-    """Start from ``model.weights`` as the recipe says; one line of the log names what was not loaded."""
-    assert model.weights is not None
-    load_checkpoint(
-        network,
-        model.weights,
-        parts=model.weights_parts,
-        transfer=model.transfer,
-        bands=model.bands,
-        classes=model.classes,
-        source_bands=model.weights_bands,
-        cancelled=cancelled,
-    )
-
-
-def _seed(seed: int) -> None:
+@contextmanager
+def _numbers(recipe: Recipe) -> Iterator[None]:
+    """Seed all generators, and keep to operations that give the same bits again if the recipe asks for it."""
+    seed, before = recipe.loop.seed, torch.are_deterministic_algorithms_enabled()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _check_run(run: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a run folder that cannot be resumed, or holds a run that is not to be replaced."""
-    if resume:
-        if not (run / CHECKPOINT).is_file():
-            raise OutputError(f"nothing to resume in {str(run)!r}: {CHECKPOINT} is missing")
-        if load_recipe(run / "recipe.yaml") != recipe:
-            raise ConfigError(
-                f"the recipe differs from {run / 'recipe.yaml'}, with which this run began: resume with that file"
-            )
-    elif any((run / name).exists() for name in PRODUCTS) and not overwrite:
-        raise OutputError(f"{str(run)!r} already holds a run: --resume goes on with it, --overwrite begins anew")
-
-
-def _begin_run(run: Path, recipe: Recipe) -> None:
-    """Make the run folder, empty it of an earlier run, and write the recipe."""
+    if recipe.loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose anew every time
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        for name in PRODUCTS:
-            (run / name).unlink(missing_ok=True)
-        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
-
-
-def _mine(
-    ema: ModelEMA, chips: list[LabelledImage], recipe: Recipe, iteration: int, device: str
-) -> NDArray[np.float64]:
-    """False alarms of the averaged network on the training chips, in turn with all bands and with bands missing."""
-    sets = recipe.validation.drop_bands
-    dropped = sets[iteration // recipe.loop.mine_interval % len(sets)]
-    alarms = find_false_alarms(ema.module, chips, recipe, dropped=dropped, device=device)
-    logger.info("iteration %d: %d false alarms mined", iteration, len(alarms))
-    return alarms
-
-
-def _to_input(samples: list[Sample], recipe: Recipe, device: str) -> torch.Tensor:
-    """Stack to (N, C, H, W) float32, normalised by the recipe's mean and std."""
-    images = torch.from_numpy(np.stack([sample.image for sample in samples])).to(device, non_blocking=True).float()
-    mean = torch.tensor(recipe.model.mean, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(recipe.model.std, device=device).view(1, -1, 1, 1)
-    memory_format = torch.channels_last if recipe.loop.channels_last else torch.contiguous_format
-    return ((images - mean) / std).contiguous(memory_format=memory_format)
-
-
-def _to_targets(samples: list[Sample], device: str) -> list[Target]:
-    return [
-        Target(
-            torch.from_numpy(sample.boxes).to(device),
-            torch.from_numpy(sample.labels).to(device),
-            torch.from_numpy(sample.ignored).to(device),
-            None if sample.masks is None else torch.from_numpy(sample.masks).to(device),
-        )
-        for sample in samples
-    ]
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, iteration: int) -> float:
-    optim = recipe.optim
-    rate = learning_rate(
-        iteration,
-        base_lr=optim.lr,
-        total_iterations=optim.iterations,
-        warmup_iterations=optim.warmup_iterations,
-        eta_min=optim.lr * optim.lr_min_factor,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def _check_finite(row: dict[str, float], iteration: int, run: Path) -> None:
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{' and '.join(bad)} not finite in iteration {iteration + 1} (batch {iteration} of the seed): "
-            f"lower optim.lr, or go back to {run / CHECKPOINT} with --resume"
-        )
-
-
-def _log(run: Path, row: dict[str, float], done: int, start: int, total: int, elapsed: float) -> None:
-    path = run / "log.csv"
-    is_new = not path.exists()
-    terms = [name for name in row if name.startswith("loss_")]
-    columns = [*LOG_COLUMNS[:3], *terms, *LOG_COLUMNS[3:]]
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: f"{row[name]:.9g}" for name in columns})
-    remaining = elapsed / (done - start) * (total - done)
-    parts = ", ".join(f"{name.removeprefix('loss_')} {row[name]:.4f}" for name in terms)
-    logger.info(
-        "iteration %d/%d  loss %.4f (%s)  lr %.2e  %.2f s/it  %d min left",
-        *(done, total, row["loss"], parts, row["lr"], row["seconds"], remaining // 60),
-    )
-
-
-def _trim_log(run: Path, iteration: int) -> None:
-    """Drop log rows later than the checkpoint, so that a resumed run does not write them twice."""
-    path = run / "log.csv"
-    if path.exists():
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if int(line.split(",", 1)[0]) <= iteration]
-        path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
-
-
-def _save_checkpoint(
-    run: Path,
-    iteration: int,
-    network: nn.Module,
-    ema: ModelEMA,
-    optimizer: torch.optim.Optimizer,
-    sampler: CropSampler,
-) -> None:
-    state = {
-        "iteration": iteration,
-        "network": network.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "false_alarms": torch.from_numpy(sampler.false_alarms),
-        "versions": {
-            "rtmdet_geo": rtmdet_geo.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-    }
-    with staged_output(run / CHECKPOINT) as staged:
-        try:
-            torch.save(state, staged)
-        except RuntimeError as error:  # torch's own writer: a full disk, for one
-            raise OutputError(f"cannot write {run / CHECKPOINT}: {error}") from error
-
-
-def _load_checkpoint(
-    run: Path,
-    network: nn.Module,
-    ema: ModelEMA,
-    optimizer: torch.optim.Optimizer,
-    sampler: CropSampler,
-    device: str,
-) -> int:
-    try:
-        state = torch.load(run / CHECKPOINT, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        sampler.false_alarms = state["false_alarms"].cpu().numpy()
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"{run / CHECKPOINT} cannot be resumed ({reason}); begin anew with --overwrite") from error
-    _trim_log(run, state["iteration"])
-    return int(state["iteration"])
-
-
-def _write_validation(run: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    columns = [name for name in rows[0] if name != "detections"]
-    with staged_output(run / "validation.csv") as staged, staged.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        logger.info("left-out %s, %s: AP at IoU %.2f = %.4f", row["class"], row["bands"], row["iou"], row["ap"])
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

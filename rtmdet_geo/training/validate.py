@@ -1,137 +1,130 @@
-"""Scoring of left-out chips with the network as it stands, by the same tiles, border rule and merge as ``detect``."""
+"""Scoring of left-out images with the network as it stands: which figures, and how they are worked out.
+
+:mod:`rtmdet_geo.training.search` finds the objects, :mod:`rtmdet_geo.evaluation` scores them.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtmdet_geo.boxes import regularize_le90
+from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.evaluation.coco import CocoDetections, CocoScores, CocoTruth, evaluate_coco, run_lengths
 from rtmdet_geo.evaluation.masks import mask_iou
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
 from rtmdet_geo.masks import CroppedMask, crop_outline
-from rtmdet_geo.merge import merge_survivors, tile_survivors
-from rtmdet_geo.models.decode import Candidates, DetectionGraph, InstanceCandidates
-from rtmdet_geo.models.heads import STRIDES
 from rtmdet_geo.nms import rotated_iou
-from rtmdet_geo.stitch import outlines_of
-from rtmdet_geo.structures import PAD_VALUE, Detections, Kind, MaskKernels, MaskView
-from rtmdet_geo.tiles import TileGrid
+from rtmdet_geo.structures import Detections, Kind
 from rtmdet_geo.training.labelled import LabelledImage
+from rtmdet_geo.training.search import Found, detect_chip, find_objects, search
+
+__all__ = [
+    "Found",
+    "NamedCurve",
+    "Share",
+    "Validation",
+    "average_of",
+    "chip_masks",
+    "chip_truths",
+    "detect_chip",
+    "find_false_alarms",
+    "find_objects",
+    "mask_overlaps",
+    "validate",
+]
+
+logger = logging.getLogger(__name__)
+
+Protocol = Literal["area", "voc07", "coco"]
+
+#: IoU at which COCO's verdict on each class is told, besides that over all.
+_COCO_ROWS = (0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a network found on one chip: detections in chip px, and for models of instances a mask for each."""
+class NamedCurve:
+    """Precision over recall of one class; ``measure`` says which IoU of what makes a hit, such as "mask AP50"."""
+
+    name: str
+    measure: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How good a network is on left-out images.
+
+    Attributes:
+        figures: means over the classes that have objects, by name: "AP50" or "mask AP50" for each IoU threshold, or
+            COCO's twelve; of runs without some bands with the names of the others, as in "AP50 red+green+blue". The
+            first decides which state of a network is the best. nan where nothing is labelled.
+        rows: per (set of bands, class, IoU threshold): ``bands``, ``class``, ``measure``, ``iou``, ``ap``, ``best_f1``,
+            ``best_score``, ``num_objects``. COCO's AP over all its thresholds has ``iou`` and best values nan.
+        curves: per class with objects, all bands, at IoU 0.5 or the first threshold.
+        num_images: images that were scored.
+        left_out: names of images that do not decode.
+    """
+
+    figures: dict[str, float]
+    rows: list[dict[str, Any]]
+    curves: list[NamedCurve]
+    num_images: int
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the images that one of several processes searches: every ``size``-th, from ``rank`` on.
+
+    ``gather`` takes a list of each process and gives all of them the lists of all, by rank.
+    """
+
+    rank: int
+    size: int
+    gather: Callable[[list[Any]], list[list[Any]]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What scoring needs of one image, small enough to be kept and sent.
+
+    ``overlaps`` (D, G): IoU of masks; ``masks``: run lengths of the detections'. Both only where they are needed.
+    """
 
     detections: Detections
-    masks: list[CroppedMask] | None = None
+    overlaps: NDArray[np.float64] | None = None
+    masks: list[dict[str, Any]] | None = None
 
 
-def detect_chip(
-    network: torch.nn.Module, chip: LabelledImage, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
-) -> Detections:
-    """Run the network over one chip in tiles and merge; see :func:`find_objects`, masks are not assembled."""
-    return _run(network, chip, recipe, dropped, device)
+@dataclass(frozen=True)
+class _Verdict:
+    """What one set of bands comes to."""
 
-
-def find_objects(
-    network: torch.nn.Module, chip: LabelledImage, recipe: Recipe, *, dropped: Sequence[str] = (), device: str = "cpu"
-) -> Found:
-    """Run the network over one chip in tiles and merge.
-
-    Args:
-        network: in eval mode; normalisation is added as in a model file.
-        chip: pixels (C, H, W) uint8.
-        recipe: tile size, overlap, normalisation, thresholds.
-        dropped: names of bands to overwrite with their fill value, as if the scene lacked them.
-        device: where the network is.
-
-    Returns:
-        Detections in chip px (frame "scene"), score at or above ``validation.score_threshold``, score order; each with
-        its mask in chip px if the model gives masks.
-    """
-    detections = _run(network, chip, recipe, dropped, device, with_masks=True)
-    if network.kind != "mask":
-        return Found(detections)
-    _, height, width = chip.pixels.shape
-    outlines = outlines_of(detections)  # None where nothing was found
-    return Found(detections, [] if outlines is None else [crop_outline(item, width, height) for item in outlines])
-
-
-def _run(
-    network: torch.nn.Module,
-    chip: LabelledImage,
-    recipe: Recipe,
-    dropped: Sequence[str],
-    device: str,
-    *,
-    with_masks: bool = False,
-) -> Detections:
-    """Return the merged detections of a chip."""
-    model, section = recipe.model, recipe.validation
-    graph = DetectionGraph(network, model.mean, model.std).to(device)
-    _, height, width = chip.pixels.shape
-    grid = TileGrid(width, height, model.tile_size, model.overlap)
-    parts = []
-    shape = grid.padded_shape(STRIDES[-1])
-    for tile in grid:
-        image = np.full((len(model.bands), *shape), PAD_VALUE, np.uint8)
-        window = chip.pixels[:, tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
-        image[:, : tile.height, : tile.width] = window
-        for band in dropped:
-            image[model.bands.index(band)] = model.optional_bands[band]
-        with torch.inference_mode():
-            candidates = graph(torch.from_numpy(image)[None].to(device))
-        found = _above(candidates, graph.kind, section.score_threshold, with_masks=with_masks)
-        parts.append(
-            tile_survivors(
-                found,
-                tile,
-                grid,
-                iou_threshold=section.nms_iou_threshold,
-                mask_threshold=section.mask_threshold,
-                input_shape=shape,
-            )
-        )
-    # average precision as published: nothing but NMS by boxes
-    return merge_survivors(parts, grid, iou_threshold=section.nms_iou_threshold, max_overlap=1).detections
-
-
-def _above(
-    candidates: Candidates | InstanceCandidates, kind: Kind, threshold: float, *, with_masks: bool
-) -> Detections:
-    """Take the candidates of one image, as they come from the graph, from the threshold on."""
-    keep = (candidates.scores[0] >= threshold) & (candidates.boxes[0, :, 2:4] > 0).all(dim=1)
-    boxes, scores, labels, *more = (tensor[0, keep].float().cpu().numpy() for tensor in candidates[:5])
-    if kind == "rotated":
-        return Detections(regularize_le90(boxes), scores, labels)
-    masks = None
-    if isinstance(candidates, InstanceCandidates) and with_masks:
-        view = MaskView(candidates.mask_features[0].float().cpu().numpy())
-        kernels, priors = more
-        masks = MaskKernels(kernels, priors, (view,), np.zeros(len(boxes), np.int64))
-    return Detections(boxes, scores, labels, kind=kind, masks=masks)
+    figures: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[NamedCurve] = field(default_factory=list)
 
 
 def chip_masks(chip: LabelledImage) -> list[CroppedMask]:
-    """Return the labelled masks of a chip in its px, one per object (a box's own pixels where there is no outline)."""
-    _, height, width = chip.pixels.shape
-    return [crop_outline(shape, width, height) for shape in chip.shapes]
+    """Return the labelled masks of an image in its px, one per object (a box's own pixels where it has no outline)."""
+    return [crop_outline(shape, chip.width, chip.height) for shape in chip.shapes]
 
 
 def chip_truths(chips: Sequence[LabelledImage], kind: Kind) -> list[Truth]:
-    """Return the labels of chips, boxes as a model of some kind should find them."""
+    """Return the labels of images, boxes as a model of some kind should find them."""
     return [Truth(chip.boxes_of(kind), chip.labels, chip.ignored) for chip in chips]
 
 
 def mask_overlaps(found: Sequence[Found], chips: Sequence[LabelledImage]) -> list[NDArray[Any]]:
-    """Return per chip the mask IoU (D, G) of what was found with what is labelled.
+    """Return per image the mask IoU (D, G) of what was found with what is labelled.
 
     Raises:
         ValueError: something was found without masks.
@@ -144,43 +137,222 @@ def mask_overlaps(found: Sequence[Found], chips: Sequence[LabelledImage]) -> lis
     return overlaps
 
 
+def average_of(curve: Curve, protocol: Protocol) -> float:
+    """Return a curve's average precision by a protocol, "area" or "voc07"."""
+    return curve.average_precision_11 if protocol == "voc07" else curve.average_precision
+
+
 def validate(
     network: torch.nn.Module,
-    chips: Sequence[LabelledImage],
+    images: Sequence[LabelledImage],
     recipe: Recipe,
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Score a network on left-out chips: by the IoU of boxes, for models of instances by that of masks.
+    share: Share | None = None,
+) -> Validation:
+    """Score a network on left-out images by the recipe's protocol; for models of instances by the IoU of masks.
+
+    Ignored objects are neither hit nor miss; COCO's protocol takes them for crowds.
 
     Args:
         network: put into eval mode for the time of the call.
-        chips: left-out images with labels.
-        recipe: see ``validation``.
+        images: left-out images with labels.
+        recipe: see ``validation``; ``augment`` says whether images are searched whole, ``data.on_bad_image`` what
+            becomes of one that does not decode.
         device: where the network is.
-        progress: called with (chips done, chips in all).
+        progress: called with (images done, images in all), those of this process, once for each set of bands.
+        share: of several processes, each of which calls this with the same images; None: there is one.
 
     Returns:
-        One row per (set of dropped bands, class, IoU threshold): ``bands``, ``class``, ``iou``, ``ap``, ``best_f1``,
-        ``best_score``, ``num_objects``, and ``detections`` (per chip) for whoever pools several folds.
+        Figures, rows and curves, the same in every process.
+
+    Raises:
+        AnnotationError: an image does not decode and the recipe says to stop, or none does; in every process.
+        MissingDependencyError: COCO's protocol without faster-coco-eval.
     """
-    was_training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    truths = chip_truths(chips, network.kind)
-    rows = []
-    runs = recipe.validation.drop_bands
-    for run, dropped in enumerate(runs):
-        found = []
-        for number, chip in enumerate(chips, 1):
-            found.append(find_objects(network, chip, recipe, dropped=dropped, device=device))
-            if progress is not None:
-                progress(run * len(chips) + number, len(runs) * len(chips))
-        bands = "+".join(band for band in recipe.model.bands if band not in dropped)
-        overlaps = mask_overlaps(found, chips) if network.kind == "mask" else None
-        rows += _rows(bands, [item.detections for item in found], truths, overlaps, recipe)
-    network.train(was_training)
-    return rows
+    try:
+        parts: list[_Verdict] = []
+        bad: dict[str, None] = {}
+        for run, dropped in enumerate(recipe.validation.drop_bands):
+            seen = _search_share(network, images, recipe, dropped, device, share, _step(progress, run, recipe))
+            good, failed = _sort_out(images, seen, recipe)
+            bad |= dict.fromkeys(failed)
+            parts.append(_judge([entry for _, entry in good], [image for image, _ in good], recipe, dropped))
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+    figures = {name: value for part in parts for name, value in part.figures.items()}
+    rows = [row for part in parts for row in part.rows]
+    return Validation(figures, rows, parts[0].curves if parts else [], len(images) - len(bad), tuple(bad))
+
+
+def _step(progress: Callable[[int, int], None] | None, run: int, recipe: Recipe) -> Callable[[int, int], None]:
+    """Return how to tell that so many of this run's images are done."""
+
+    def tell(done: int, number: int) -> None:
+        if progress is not None:
+            progress(run * number + done, len(recipe.validation.drop_bands) * number)
+
+    return tell
+
+
+def _search_share(
+    network: torch.nn.Module,
+    images: Sequence[LabelledImage],
+    recipe: Recipe,
+    dropped: Sequence[str],
+    device: str,
+    share: Share | None,
+    tell: Callable[[int, int], None],
+) -> list[_Seen | AnnotationError]:
+    """Return what was seen in every image that was come to, in order: this process's own part and what it is sent."""
+    share = share if share is not None else Share(0, 1, lambda own: [own])
+    mine = images[share.rank :: share.size]
+
+    def keep(image: LabelledImage, found: Found) -> _Seen:
+        return _keep(image, found, recipe)
+
+    own: list[_Seen | AnnotationError] = []
+    for entry in search(network, mine, recipe, then=keep, dropped=dropped, device=device):
+        own.append(entry)
+        tell(len(own), len(mine))
+        if isinstance(entry, AnnotationError) and recipe.data.on_bad_image == "stop":
+            break  # the others hear of it when all have come so far
+    parts = share.gather(own)
+    if recipe.data.on_bad_image == "stop":
+        for entry in (entry for part in parts for entry in part):
+            if isinstance(entry, AnnotationError):
+                raise entry
+    return [parts[number % share.size][number // share.size] for number in range(len(images))]
+
+
+def _keep(image: LabelledImage, found: Found, recipe: Recipe) -> _Seen:
+    """Return what scoring needs of the masks, and forget them."""
+    detections = replace(found.detections, masks=None)
+    if found.masks is None:
+        return _Seen(detections)
+    if recipe.validation.protocol == "coco":
+        return _Seen(detections, masks=[run_lengths(item, image.height, image.width) for item in found.masks])
+    return _Seen(detections, overlaps=mask_iou(found.masks, chip_masks(image)))
+
+
+def _sort_out(
+    images: Sequence[LabelledImage], seen: Sequence[_Seen | AnnotationError], recipe: Recipe
+) -> tuple[list[tuple[LabelledImage, _Seen]], list[str]]:
+    """Return the images that could be searched, and the names of those that could not, which the log hears of.
+
+    Raises:
+        AnnotationError: none could be searched.
+    """
+    good, failed = [], []
+    for image, entry in zip(images, seen, strict=True):
+        if isinstance(entry, AnnotationError):
+            logger.warning("validation leaves out %s: %s", image.name, entry)
+            failed.append(image.name)
+        else:
+            good.append((image, entry))
+    if failed and not good:
+        raise AnnotationError(f"none of the {len(failed)} left-out images of {recipe.name!r} decodes; see the log")
+    if failed:
+        logger.warning("validation leaves out %d of %d images, which do not decode", len(failed), len(images))
+    return good, failed
+
+
+def _judge(seen: Sequence[_Seen], images: Sequence[LabelledImage], recipe: Recipe, dropped: Sequence[str]) -> _Verdict:
+    """Score what was seen with one set of bands."""
+    bands = "+".join(band for band in recipe.model.bands if band not in dropped)
+    ending = f" {bands}" if dropped else ""
+    kind = recipe.model.object_kind
+    if recipe.validation.protocol == "coco":
+        verdict = _judge_by_coco(seen, images, recipe, kind)
+    else:
+        verdict = _judge_by_curves(seen, images, recipe, kind)
+    figures = {name + ending: value for name, value in verdict.figures.items()}
+    return _Verdict(figures, [{"bands": bands} | row for row in verdict.rows], verdict.curves)
+
+
+def _judge_by_curves(seen: Sequence[_Seen], images: Sequence[LabelledImage], recipe: Recipe, kind: Kind) -> _Verdict:
+    """Average each class's curve at each IoU threshold of the recipe."""
+    section, truths = recipe.validation, chip_truths(images, kind)
+    detections = [entry.detections for entry in seen]
+    overlaps = [entry.overlaps for entry in seen if entry.overlaps is not None] if kind == "mask" else None
+    shown = 0.5 if 0.5 in section.iou_thresholds else section.iou_thresholds[0]
+    averages: dict[str, list[float]] = {_measure(kind, iou): [] for iou in section.iou_thresholds}
+    rows, curves = [], []
+    for label, name in enumerate(recipe.model.classes):
+        for iou in section.iou_thresholds:
+            curve = precision_recall(detections, truths, label=label, iou_threshold=iou, overlaps=overlaps)
+            measure, average = _measure(kind, iou), average_of(curve, section.protocol)
+            averages[measure].append(average)
+            rows.append(_row(name, measure, iou, average, curve))
+            if iou == shown and curve.num_objects:
+                curves.append(NamedCurve(name, measure, curve))
+    return _Verdict({measure: _mean(values) for measure, values in averages.items()}, rows, curves)
+
+
+def _judge_by_coco(seen: Sequence[_Seen], images: Sequence[LabelledImage], recipe: Recipe, kind: Kind) -> _Verdict:
+    """Take COCO's twelve figures; of instances those of masks, then those of boxes."""
+    classes = recipe.model.classes
+    truths = [_coco_truth(image, kind) for image in images]
+    found = [
+        CocoDetections(boxes_to_hboxes(item.boxes), item.scores, item.labels, entry.masks)
+        for entry in seen
+        for item in (entry.detections,)
+    ]
+    figures: dict[str, float] = {}
+    verdicts: list[CocoScores] = []
+    for measure in ("masks", "boxes") if kind == "mask" else ("boxes",):
+        verdicts.append(evaluate_coco(found, truths, num_classes=len(classes), measure=measure))
+        prefix = "mask " if measure == "masks" else ""
+        figures |= {prefix + name: value for name, value in verdicts[-1].figures.items()}
+    first, rows, curves = verdicts[0], [], []
+    for label, name in enumerate(classes):
+        nothing = Curve(float("nan"), np.zeros(0), np.zeros(0), np.zeros(0), int(first.num_objects[label]))
+        row = _row(name, _measure(kind), float("nan"), first.average_precision(label), nothing)
+        rows.append(row | {"best_f1": float("nan"), "best_score": float("nan")})
+        for iou in _COCO_ROWS:
+            curve = first.curve(label, iou)
+            rows.append(_row(name, _measure(kind, iou), iou, curve.average_precision, curve))
+        if first.num_objects[label]:
+            curves.append(NamedCurve(name, _measure(kind, 0.5), first.curve(label, 0.5)))
+    return _Verdict(figures, rows, curves)
+
+
+def _coco_truth(image: LabelledImage, kind: Kind) -> CocoTruth:
+    """Return an image's labels; an object with an outline is as large as its mask, as in COCO's files."""
+    boxes, masks = image.boxes_of(kind), chip_masks(image)
+    has_outline = np.array([bool(outline) for outline in image.outlines] or [False] * len(boxes), bool)
+    pixels = np.array([np.count_nonzero(item.mask) for item in masks], float)
+    areas = np.where(has_outline, pixels, boxes[:, 2] * boxes[:, 3])
+    packed = [run_lengths(item, image.height, image.width) for item in masks] if kind == "mask" else None
+    return CocoTruth(boxes_to_hboxes(boxes), image.labels, image.ignored, areas, packed)
+
+
+def _measure(kind: Kind, iou: float | None = None) -> str:
+    """Return what average precision at an IoU is called: "AP50", "mask AP50"; over COCO's thresholds "AP"."""
+    return ("mask AP" if kind == "mask" else "AP") + ("" if iou is None else str(round(iou * 100)))
+
+
+def _row(name: str, measure: str, iou: float, average: float, curve: Curve) -> dict[str, Any]:
+    f1, score = curve.best_f1
+    return {
+        "class": name,
+        "measure": measure,
+        "iou": iou,
+        "ap": average,
+        "best_f1": f1,
+        "best_score": score,
+        "num_objects": curve.num_objects,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the numbers among values; nan where there are none."""
+    numbers = [value for value in values if not np.isnan(value)]
+    return float(np.mean(numbers)) if numbers else float("nan")
 
 
 def find_false_alarms(
@@ -219,26 +391,3 @@ def find_false_alarms(
         found = found.select(np.arange(min(limit, len(found))))
         rows.append(np.column_stack([np.full(len(found), index), found.boxes[:, :2], found.scores]))
     return np.concatenate(rows) if rows else np.zeros((0, 4))
-
-
-def _rows(
-    bands: str, found: list[Detections], truths: list[Truth], overlaps: list[NDArray[Any]] | None, recipe: Recipe
-) -> list[dict[str, Any]]:
-    rows = []
-    for label, name in enumerate(recipe.model.classes):
-        for iou in recipe.validation.iou_thresholds:
-            curve: Curve = precision_recall(found, truths, label=label, iou_threshold=iou, overlaps=overlaps)
-            f1, score = curve.best_f1
-            rows.append(
-                {
-                    "bands": bands,
-                    "class": name,
-                    "iou": iou,
-                    "ap": curve.average_precision,
-                    "best_f1": f1,
-                    "best_score": score,
-                    "num_objects": curve.num_objects,
-                    "detections": found,
-                }
-            )
-    return rows

@@ -138,7 +138,7 @@ def test_houses_are_learnt_by_heart(house_values, tmp_path, name):
     chips = load_chips(Path(recipe.data.chips), recipe.model)
     for tile_size, overlap in ((128, 32), (96, 64)):
         house_values["model"] |= {"tile_size": tile_size, "overlap": overlap}
-        scores = {row["iou"]: row["ap"] for row in validate(network, chips, parse_recipe(house_values))}
+        scores = {row["iou"]: row["ap"] for row in validate(network, chips, parse_recipe(house_values)).rows}
         assert scores[0.5] > 0.8, (tile_size, scores)
     if spec.kind == "mask":  # the holes and arms of the houses are seen: masks agree better than boxes would
         found = find_objects(network, chips[0], recipe)
@@ -165,7 +165,7 @@ def test_false_alarms_of_horizontal_models_are_told_by_horizontal_boxes(houses_d
     assert len(find_false_alarms(network, chips, recipe, max_iou=0.5)) == 0
     away = chip.boxes_of("horizontal") + np.array([25, 0, 0, 0, 0])
     assert len(find_false_alarms(_Seer(away), chips, recipe, max_iou=0.5)) == 4
-    rows = validate(network, chips, recipe)
+    rows = validate(network, chips, recipe).rows
     assert all(row["ap"] == 1 for row in rows)
 
 

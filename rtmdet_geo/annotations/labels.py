@@ -1,0 +1,134 @@
+"""The labels of one image as plain arrays: what every reader of label files returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rtmdet_geo.annotations.outlines import Outline
+from rtmdet_geo.boxes import hboxes_to_boxes, polygons_to_boxes, polygons_to_hboxes, regularize_le90
+from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.structures import Kind
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """N labelled objects of one image.
+
+    Attributes:
+        path: label file, for messages.
+        boxes: (N, 5) float64 cx, cy, w, h in px, angle in rad (le90): of least area for models of rotated boxes, else
+            enclosing and axis-aligned.
+        class_names: N names.
+        difficult: (N,) bool: so marked in the file.
+        crowd: (N,) bool: a region of many objects, none of which is told from the others.
+        numbers: (N,) int64: line, or id of the annotation, in the file.
+        outlines: N outlines in px, () for an object that has none; or nothing where no object has one.
+        unit: what ``numbers`` count.
+        size: width and height in px of the image that the file speaks of; None where it does not say.
+    """
+
+    path: Path
+    boxes: NDArray[np.float64]
+    class_names: tuple[str, ...]
+    difficult: NDArray[np.bool_]
+    crowd: NDArray[np.bool_]
+    numbers: NDArray[np.int64]
+    outlines: tuple[Outline, ...] = ()
+    unit: str = "line"
+    size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.boxes)
+
+    def place(self, index: int) -> str:
+        """Return where an object stands: ``labels/a.txt:3``, or ``all.json, annotation 17``."""
+        number = int(self.numbers[index])
+        return f"{self.path}:{number}" if self.unit == "line" else f"{self.path}, {self.unit} {number}"
+
+
+def make_labels(
+    path: Path,
+    boxes: ArrayLike,
+    class_names: Sequence[str],
+    numbers: Sequence[int],
+    *,
+    difficult: Sequence[bool] | None = None,
+    crowd: Sequence[bool] | None = None,
+    outlines: Sequence[Outline] = (),
+    unit: str = "line",
+    size: tuple[int, int] | None = None,
+) -> ImageLabels:
+    """Return labels of plain lists; ``difficult`` and ``crowd`` are False where they are not given."""
+    return ImageLabels(
+        path,
+        np.asarray(boxes, np.float64).reshape(-1, 5),
+        tuple(class_names),
+        np.zeros(len(class_names), np.bool_) if difficult is None else np.asarray(difficult, np.bool_),
+        np.zeros(len(class_names), np.bool_) if crowd is None else np.asarray(crowd, np.bool_),
+        np.asarray(numbers, np.int64),
+        tuple(outlines) if any(outlines) else (),
+        unit,
+        size,
+    )
+
+
+def quads_to_boxes(quads: ArrayLike, kind: Kind) -> NDArray[np.float64]:
+    """Return le90 boxes (N, 5) for models of some kind, of quadrilaterals (N, 8): least-area or enclosing ones."""
+    quads = np.asarray(quads, np.float64).reshape(-1, 4, 2)
+    return polygons_to_boxes(quads) if kind == "rotated" else hboxes_to_le90(polygons_to_hboxes(quads))
+
+
+def hboxes_to_le90(hboxes: ArrayLike) -> NDArray[np.float64]:
+    """Return horizontal boxes (N, 4) x1, y1, x2, y2 as le90 boxes (N, 5): w is the long side."""
+    return regularize_le90(hboxes_to_boxes(hboxes))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number, from 1, and the words of every line of a text file that is not blank.
+
+    Raises:
+        AnnotationError: the file is missing or not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise AnnotationError(f"cannot read label file {str(path)!r}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"label file {str(path)!r} is not text ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if words:
+            yield number, words
+
+
+def parse_floats(words: Sequence[str], place: str) -> list[float]:
+    """Return words as finite numbers.
+
+    Raises:
+        AnnotationError: one is none; the message begins with ``place``.
+    """
+    try:
+        values = [float(word) for word in words]
+    except ValueError as error:
+        raise AnnotationError(f"{place}: {error}") from error
+    if not all(map(math.isfinite, values)):
+        raise AnnotationError(f"{place}: coordinates are not finite")
+    return values
+
+
+def parse_difficult(word: str, place: str) -> bool:
+    """Return the mark of difficult objects: 0 is no; 1, and the 2 of objects cut by a split tool, are yes.
+
+    Raises:
+        AnnotationError: it is another word.
+    """
+    if word not in ("0", "1", "2"):
+        raise AnnotationError(f"{place}: difficult is {word!r}, not 0, 1 or 2")
+    return word != "0"

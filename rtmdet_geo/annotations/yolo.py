@@ -1,0 +1,79 @@
+"""YOLO text files: one line an object, a class index and coordinates as shares of the image's width and height.
+
+Nine words are an oriented box, ``class x1 y1 x2 y2 x3 y3 x4 y4`` (YOLO-OBB); five a box, ``class cx cy w h``; any other
+odd number from seven on a polygon, ``class x1 y1 x2 y2 ...``. Format: https://docs.ultralytics.com/datasets/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.annotations.labels import (
+    ImageLabels,
+    hboxes_to_le90,
+    make_labels,
+    parse_floats,
+    quads_to_boxes,
+    read_lines,
+)
+from rtmdet_geo.annotations.outlines import Outline
+from rtmdet_geo.boxes import minimum_area_rectangle
+from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.structures import Kind
+
+#: Shares further out are pixels by mistake.
+_MAX_SHARE = 10.0
+
+
+def read_yolo(
+    path: Path, width: int, height: int, classes: Sequence[str] | None, kind: Kind = "rotated"
+) -> ImageLabels:
+    """Read a YOLO file.
+
+    Args:
+        path: of the file.
+        width: of its image in px.
+        height: of its image in px.
+        classes: names by index; an index beyond them is named "class 7", and so is each where there are none.
+        kind: of the model that the boxes are for, see :class:`rtmdet_geo.annotations.labels.ImageLabels`. Only models
+            of masks get the outlines of oriented boxes and polygons.
+
+    Raises:
+        AnnotationError: a line is malformed; the message begins with file and line.
+    """
+    boxes, names, numbers = [], [], []
+    outlines: list[Outline] = []
+    for number, words in read_lines(path):
+        place = f"{path}:{number}"
+        values = parse_floats(words, place)
+        index = int(values[0])
+        if index != values[0] or index < 0:
+            raise AnnotationError(f"{place}: class {words[0]!r} is no index (0, 1, 2, ...)")
+        if len(values) < 5 or len(values) % 2 == 0:
+            raise AnnotationError(
+                f"{place}: {len(values)} words, but YOLO has a class and 4 (box), 8 (oriented box) or pairs of numbers"
+            )
+        if max(map(abs, values[1:])) > _MAX_SHARE:
+            raise AnnotationError(f"{place}: {max(values[1:], key=abs):g} is no share of the image's size (0 to 1)")
+        points = np.array(values[1:]).reshape(-1, 2) * (width, height)
+        if len(points) == 2 and (points[1] < 0).any():
+            raise AnnotationError(f"{place}: sides {values[3]:g} x {values[4]:g} are negative")
+        boxes.append(_box(points, kind))
+        names.append(classes[index] if classes is not None and index < len(classes) else f"class {index}")
+        numbers.append(number)
+        outlines.append(((points,),) if kind == "mask" and len(points) > 2 else ())
+    return make_labels(path, np.concatenate([np.zeros((0, 5)), *boxes]), names, numbers, outlines=outlines)
+
+
+def _box(points: NDArray[np.float64], kind: Kind) -> NDArray[np.float64]:
+    """Return the le90 box (1, 5) of centre and size (2, 2), a quadrilateral (4, 2) or a polygon (M, 2), in px."""
+    if len(points) == 2:
+        centre, size = points
+        return hboxes_to_le90([[*(centre - size / 2), *(centre + size / 2)]])
+    if kind != "rotated":
+        return hboxes_to_le90([[*points.min(axis=0), *points.max(axis=0)]])
+    return quads_to_boxes(points, kind) if len(points) == 4 else minimum_area_rectangle(points)[None]

@@ -1,0 +1,101 @@
+"""Ordinary image files - JPEG, PNG, BMP, TIFF and what else Pillow reads - with 8 bits a channel.
+
+Pixels are taken as they are stored: an EXIF orientation is ignored, because labels count stored pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from rtmdet_geo.errors import AnnotationError
+
+#: What Pillow and its codecs raise over a file that is broken, huge or no image.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+#: Number of the EXIF tag that says how a viewer should turn an image; 1 is "not at all".
+_EXIF_ORIENTATION = 0x0112
+
+#: Endings of file names that are taken for images in a folder.
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height in px as a file's header has them, without decoding.
+
+    Raises:
+        AnnotationError: the file is missing, no image, or has more than 8 bits a channel.
+    """
+    with _open(path) as image:
+        return image.size
+
+
+def decode_image(path: Path) -> NDArray[np.uint8]:
+    """Decode an image file.
+
+    Returns:
+        (H, W) uint8 of a grey image, else (H, W, 3) uint8 in the order red, green, blue; transparency is dropped.
+
+    Raises:
+        AnnotationError: the file is missing, no image, cut off or corrupt, or has more than 8 bits a channel.
+    """
+    with _open(path) as image:
+        try:
+            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+            return np.array(image if image.mode == mode else image.convert(mode))
+        except _DECODE_ERRORS as error:
+            raise _broken(path, error) from error
+
+
+def is_turned(path: Path) -> bool:
+    """Say whether a file asks viewers to turn or mirror it (EXIF orientation); :func:`decode_image` does not.
+
+    Raises:
+        AnnotationError: see :func:`image_size`.
+    """
+    with _open(path) as image:
+        try:
+            orientation: Any = image.getexif().get(_EXIF_ORIENTATION, 1)
+        except _DECODE_ERRORS as error:
+            raise _broken(path, error) from error
+    return orientation in range(2, 9)
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image and look at its header.
+
+    Raises:
+        AnnotationError: see :func:`image_size`.
+    """
+    try:
+        image = Image.open(path)
+    except FileNotFoundError as error:
+        raise AnnotationError(f"image {str(path)!r} is missing") from error
+    except UnidentifiedImageError as error:
+        raise AnnotationError(
+            f"{str(path)!r} is no image that can be read here (JPEG, PNG, BMP, 8-bit TIFF): repair or remove it; "
+            "scenes of other kinds are cut into chips (rtmdet-geo data chips)"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise _broken(path, error) from error
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or ";16" in _stored_mode(image):
+        image.close()
+        raise AnnotationError(
+            f"image {str(path)!r} has more than 8 bits a channel, and how to stretch them is not known: cut chips "
+            "from it (rtmdet-geo data chips), which are stretched as the recipe says"
+        )
+    return image
+
+
+def _stored_mode(image: Image.Image) -> str:
+    """Return how pixels lie in the file ("RGB;16B"); Pillow's own mode hides colours of 16 bits."""
+    tiles = getattr(image, "tile", None) or [(None, None, None, "")]
+    arguments = tiles[0][3]
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _broken(path: Path, error: Exception) -> AnnotationError:
+    return AnnotationError(f"image {str(path)!r} does not decode ({error}): replace it, or remove it with its labels")

@@ -1,0 +1,186 @@
+"""Samples for classifiers: every epoch in a new order, every image augmented anew.
+
+A sample is a pure function of (seed, iteration, position), as in :mod:`rtmdet_geo.training.crops`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.preprocess import resize_bicubic, short_side_size
+from rtmdet_geo.recipe_sections import ClassificationAugment
+from rtmdet_geo.training.classification_augment import Palette, augment_image
+from rtmdet_geo.training.image_folders import ClassImage
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+
+#: What random numbers are for: equal lists of seeds give equal numbers, and these must have nothing in common.
+_ORDER, _AUGMENT, _MIX = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class ClassSample:
+    """One image for a classifier.
+
+    Attributes:
+        image: (C, side, side) uint8.
+        names: of the one image that it shows, for messages.
+        label: index into ``model.classes``.
+        number: of the sample among all of the training.
+    """
+
+    image: Array
+    names: tuple[str, ...]
+    label: int
+    number: int
+
+
+class ClassSampler:
+    """Draws images of folders in random order, augmented by the recipe.
+
+    Samples of the training are numbered; numbers of one epoch take images in the order of a permutation. With repeated
+    augmentation (``augment.repeats`` r, arXiv 1902.05509) r numbers in a row take the same image, so that its copies
+    meet in one step, and an epoch shows every r-th image of its permutation only: an epoch is as long with it as
+    without it. Numbers of a step go round the processes in turn, so copies are spread over them.
+
+    Args:
+        images: what there is to learn from.
+        recipe: see ``augment``, ``data.repeat``, ``data.on_bad_image``.
+        samples_per_step: over all processes.
+        samples_per_process: of these; process k draws positions from k times this number on.
+
+    Attributes:
+        epoch_length: samples of an epoch.
+        bad_images: names of images that did not decode and were replaced by the next one.
+    """
+
+    def __init__(
+        self, images: Sequence[ClassImage], recipe: Recipe, *, samples_per_step: int, samples_per_process: int
+    ) -> None:
+        """Read nothing yet."""
+        assert isinstance(recipe.augment, ClassificationAugment)
+        self.images, self.section, self.seed = images, recipe.augment, recipe.loop.seed
+        self.palette = Palette.of_model(recipe.model)
+        self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
+        self.epoch_length: int | None = len(images) * recipe.data.repeat
+        self.skips_bad = recipe.data.on_bad_image == "skip"
+        self.bad_images: set[str] = set()
+
+    def draw(self, iteration: int, position: int) -> ClassSample:
+        """Return the sample at a position of an iteration's batch; the same arguments give the same sample.
+
+        Raises:
+            AnnotationError: an image does not decode and the recipe says to stop, or none does.
+        """
+        process, place = divmod(position, self.samples_per_process)
+        num_processes = self.samples_per_step // self.samples_per_process
+        number = iteration * self.samples_per_step + place * num_processes + process
+        image, pixels = self._read(self._index(number))
+        rng = np.random.default_rng([self.seed, number, _AUGMENT])
+        return ClassSample(augment_image(rng, self.section, self.palette, pixels), (image.name,), image.label, number)
+
+    def mixing(self, samples: Sequence[ClassSample]) -> np.random.Generator:
+        """Return the random numbers that some samples are mixed by: others for every batch, the same when resumed."""
+        return np.random.default_rng([self.seed, samples[0].number, _MIX])
+
+    def _index(self, number: int) -> int:
+        """Return which image a sample shows."""
+        assert self.epoch_length is not None
+        epoch, place = divmod(number, self.epoch_length)
+        return int(_order(self.seed, epoch, self.epoch_length)[place // self.section.repeats]) % len(self.images)
+
+    def _read(self, index: int) -> tuple[ClassImage, Array]:
+        """Return an image and its pixels, or the next one that decodes."""
+        reason = ""
+        for step in range(len(self.images)):
+            image = self.images[(index + step) % len(self.images)]
+            try:
+                return image, image.read()
+            except AnnotationError as error:
+                if not self.skips_bad:
+                    raise
+                reason = str(error)
+                if image.name not in self.bad_images:
+                    logger.warning("%s; the next image takes its place", reason)
+                self.bad_images.add(image.name)
+        raise AnnotationError(f"none of {len(self.images)} images decodes; the last: {reason}")
+
+
+class CentreSampler:
+    """Shows images as classifiers are tested: resized, and the centre cut out; each once, in order.
+
+    Args:
+        images: what was left out.
+        recipe: see ``augment.eval_size``, ``augment.image_size`` and ``data.on_bad_image``.
+        batch_size: images an iteration.
+
+    Attributes:
+        epoch_length: number of images.
+        bad_images: names of images that did not decode.
+    """
+
+    def __init__(self, images: Sequence[ClassImage], recipe: Recipe, *, batch_size: int) -> None:
+        """Read nothing yet."""
+        assert isinstance(recipe.augment, ClassificationAugment)
+        self.images, self.section, self.batch_size = images, recipe.augment, batch_size
+        self.epoch_length: int | None = len(images)
+        self.skips_bad = recipe.data.on_bad_image == "skip"
+        self.bad_images: set[str] = set()
+
+    def draw(self, iteration: int, position: int) -> ClassSample | None:
+        """Return the sample at a position of an iteration's batch; None past the end, or of an image that is skipped.
+
+        Raises:
+            AnnotationError: an image does not decode and the recipe says to stop.
+        """
+        number = iteration * self.batch_size + position
+        if number >= len(self.images):
+            return None
+        image = self.images[number]
+        try:
+            pixels = image.read()
+        except AnnotationError as error:
+            if not self.skips_bad:
+                raise
+            logger.warning("%s; it is left out", error)
+            self.bad_images.add(image.name)
+            return None
+        crop = cut_centre(np.moveaxis(pixels, 0, -1), self.section.eval_size, self.section.image_size)
+        return ClassSample(np.ascontiguousarray(np.moveaxis(crop, -1, 0)), (image.name,), image.label, number)
+
+
+def cut_centre(image: Array, short_side: int, side: int) -> Array:
+    """Resize an image until its shorter side has so many px, and cut a square out of its centre.
+
+    :func:`rtmdet_geo.preprocess.crop_centre` does the same with 236 px to 224 and whatever has their ratio.
+
+    Args:
+        image: (H, W, C) uint8.
+        short_side: px.
+        side: of the square, px, at most ``short_side``.
+
+    Returns:
+        (side, side, C) uint8.
+    """
+    height, width = short_side_size(image.shape[0], image.shape[1], short_side)
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    return resize_bicubic(image, height, width)[top : top + side, left : left + side]
+
+
+@functools.lru_cache(maxsize=2)  # of the epochs that meet in one batch
+def _order(seed: int, epoch: int, length: int) -> Array:
+    """Return the permutation (length,) of an epoch."""
+    order = np.random.default_rng([seed, epoch, _ORDER]).permutation(length)
+    order.flags.writeable = False
+    return order

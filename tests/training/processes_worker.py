@@ -1,0 +1,31 @@
+"""One of several processes of a test: computes the gradients of the first batch and saves them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from rtmdet_geo.config import load_recipe
+from rtmdet_geo.training.loop import _numbers, _Training
+from rtmdet_geo.training.processes import join_processes
+from rtmdet_geo.training.task import DetectionTask, samples_per_process
+
+
+def main(recipe_path: str, out: str) -> None:
+    """Save loss terms and gradients of iteration 0 as ``OUT/RANK.pt``."""
+    torch.set_num_threads(1)
+    recipe = load_recipe(recipe_path)
+    with join_processes("cpu") as processes, _numbers(recipe):
+        task = DetectionTask(recipe, folder=None, processes=processes, load_weights=True)
+        training = _Training(recipe, Path(out) / "run", task, processes, resume=False)
+        own = samples_per_process(recipe)
+        samples = [task.sampler.draw(0, processes.rank * own + number) for number in range(own)]
+        losses = training._gradients(0, samples)
+        gradients = {name: parameter.grad for name, parameter in task.network.named_parameters()}
+        torch.save({"losses": losses, "gradients": gradients}, Path(out) / f"{processes.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""Several processes: they compute what one process computes on the whole batch, and stop and resume together."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtmdet_geo.config import load_recipe, parse_recipe
+from rtmdet_geo.errors import ConfigError
+from rtmdet_geo.training.loop import train_model
+from rtmdet_geo.training.processes import Processes, join_processes
+
+WORKER = Path(__file__).with_name("processes_worker.py")
+
+
+def torchrun(number, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def gradients(recipe, folder, number):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    process = torchrun(number, WORKER, folder / "recipe.yaml", folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rtmdet_r_test", "rtmdet_ins_test"])
+def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(recipe_values, tmp_path, name):
+    recipe_values["model"]["name"] = name
+    recipe_values["optim"] |= {"norm_eval": True, "batch_size": 4}
+    whole = gradients(parse_recipe(recipe_values), tmp_path / "one", 1)[0]
+    recipe_values["optim"]["batch_size"] = 2
+    first, second = gradients(parse_recipe(recipe_values), tmp_path / "two", 2)
+    assert any(bool((gradient != 0).any()) for gradient in whole["gradients"].values())
+    for key, wanted in whole["gradients"].items():
+        assert torch.equal(first["gradients"][key], second["gradients"][key]), key
+        torch.testing.assert_close(first["gradients"][key], wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    for term, value in whole["losses"].items():  # the parts differ, their mean is the whole
+        assert float(first["losses"][term]) != pytest.approx(float(second["losses"][term]), rel=1e-3)
+        mean = (first["losses"][term] + second["losses"][term]) / 2
+        assert float(mean) == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_parts_of_a_batch_add_up(recipe_values, tmp_path):
+    """Accumulation: the same samples in two parts, each divided by its own averages."""
+    recipe_values["optim"] |= {"norm_eval": True, "batch_size": 4}
+    whole = gradients(parse_recipe(recipe_values), tmp_path / "one", 1)[0]
+    recipe_values["optim"] |= {"batch_size": 2, "accumulate": 2}
+    parts = gradients(parse_recipe(recipe_values), tmp_path / "parts", 1)[0]
+    for key in ("bbox_head.rtm_cls.0.bias", "backbone.stem.0.conv.weight"):
+        one, other = whole["gradients"][key].flatten(), parts["gradients"][key].flatten()
+        assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.9, key
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_resume_as_one_unbroken_run(recipe_values, tmp_path):
+    recipe_values["optim"] |= {"iterations": 40, "batch_size": 1}
+    recipe_values["loop"] |= {"mine_interval": 0, "checkpoint_interval": 1000, "tensorboard": False}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(parse_recipe(recipe_values).to_yaml(), encoding="utf-8")
+    train = ["-m", "rtmdet_geo.cli", "train", path, "--progress", "none", "--device", "cpu", "-o"]
+    whole = torchrun(2, *train, tmp_path / "whole")
+    _, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors
+    assert len(rows(tmp_path / "whole")) == 40
+
+    broken = torchrun(2, *train, tmp_path / "broken")
+    deadline = time.monotonic() + 100
+    log = tmp_path / "broken" / "log.csv"
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 4):
+        time.sleep(0.05)
+    broken.send_signal(signal.SIGTERM)
+    _, errors = broken.communicate(timeout=100)
+    assert (tmp_path / "broken" / "last.pt").exists(), errors
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    with pytest.raises(ConfigError, match="2 processes, not 1"):
+        train_model(load_recipe(path), tmp_path / "broken", resume=True, device="cpu")
+    again = torchrun(2, *train, tmp_path / "broken", "--resume")
+    _, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
+
+
+def rows(run):
+    with (run / "log.csv").open() as stream:
+        return [(row["iteration"], row["loss"], row["grad_norm"]) for row in csv.DictReader(stream)]
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_processes("cpu") as processes:
+        assert (processes.rank, processes.world, processes.is_first) == (0, 1, True)
+        assert processes.gather("x") == ["x"]
+        assert torch.equal(processes.mean(torch.ones(2)), torch.ones(2))
+
+
+def test_one_gpu_is_not_enough_for_two(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="'cuda:1' is one GPU, but 2 processes"), join_processes("cuda:1"):
+        pass
+
+
+def test_gathering_keeps_the_order_of_ranks():
+    assert Processes(torch.device("cpu")).gather([3]) == [[3]]

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from rtmdet_geo.class_names import IMAGENET
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
-from rtmdet_geo.training.image_files import ImageCache, ImageFile, image_size
+from rtmdet_geo.pictures import image_size
+from rtmdet_geo.training.image_files import ImageCache, ImageFile
 
 logger = logging.getLogger(__name__)
 

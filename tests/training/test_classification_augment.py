@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
 
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.recipe_sections import ClassificationAugment
@@ -112,6 +113,27 @@ def test_tones_by_hand():
     assert of("contrast", -1.0) == [
         [round(0.1 * value + 0.9 * mean) for value in pixel] for pixel in pixels[0].tolist()
     ]
+
+
+@pytest.mark.parametrize("level", [-1.0, -0.63, 0.44, 1.0])
+def test_tones_equal_those_of_pillow(level):
+    """timm's operations are Pillow's; ours round where Pillow cuts off, and smooth the outermost pixels too."""
+    image = smooth()
+    theirs = Image.fromarray(image)
+    factor = 1 + 0.9 * level
+    expected = {
+        "colour": ImageEnhance.Color(theirs).enhance(factor),
+        "contrast": ImageEnhance.Contrast(theirs).enhance(factor),
+        "brightness": ImageEnhance.Brightness(theirs).enhance(factor),
+        "sharpness": ImageEnhance.Sharpness(theirs).enhance(factor),
+        "solarize": ImageOps.solarize(theirs, math.ceil(256 * (1 - abs(level)))),
+        "auto_contrast": ImageOps.autocontrast(theirs),
+        "equalize": ImageOps.equalize(theirs),
+        "invert": ImageOps.invert(theirs),
+    }
+    for name, picture in expected.items():
+        found = OPERATIONS[name](image, level, PALETTE)[1:-1, 1:-1].astype(int)
+        assert abs(found - np.asarray(picture)[1:-1, 1:-1].astype(int)).max() <= 2, name
 
 
 def test_histograms_by_hand():

@@ -135,9 +135,10 @@ def _check_extent(box, sample, components, whole):
     """Corners of a box lie within a pixel of those that the pixels say, if nothing cuts the object off."""
     bounds = boxes_to_hboxes([box])[0] if len(box) == 5 else box
     x0, y0, x1, y1 = np.concatenate((np.floor(bounds[:2]), np.ceil(bounds[2:]))).astype(int).clip(0)
-    middle = components[(y0 + y1) // 2, (x0 + x1) // 2]
-    if middle not in whole:
+    row, column = (y0 + y1) // 2, (x0 + x1) // 2
+    if row >= len(components) or column >= len(components) or components[row, column] not in whole:
         return
+    middle = components[row, column]
     if len(box) == 4:
         rows, columns = np.nonzero(components == middle)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]

@@ -101,8 +101,8 @@ class ImageSampler(Sampler):
         self.seed = recipe.loop.seed
         self.epoch_length = len(images) * recipe.data.repeat
         self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
-        #: First iteration of the weak stage; ``iterations`` or more if there is none.
-        self.weak_from = max(0, iterations - -(-self.section.weak_epochs * self.epoch_length // samples_per_step))
+        #: First iteration of the weak stage, whose epochs are whole steps; ``iterations`` if there is none.
+        self.weak_from = max(0, iterations - self.section.weak_epochs * -(-self.epoch_length // samples_per_step))
         if self.kind == "mask":
             check_outlines(list(images))
         self._colours = _colour_order(self.section, recipe.model.bands)

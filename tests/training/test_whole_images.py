@@ -505,9 +505,9 @@ def test_mosaic_and_mixup_rest_in_the_last_epochs():
     images = [one_image(np.zeros((3, 32, 32), np.uint8), [[16, 16, 20, 8, 0]], name=str(n)) for n in range(10)]
     section = {"image_size": 32, "mosaic_prob": 1.0, "mixup_prob": 1.0, "weak_epochs": 3}
     sampler = sampler_of("rotated", images, iterations=30, **section)
-    assert sampler.weak_from == 22  # 3 epochs of 10 samples are 7.5 steps of 4
-    assert {len(sampler.draw(step, 0).names) for step in range(22)} == {8}
-    assert {len(sampler.draw(step, position).names) for step in range(22, 30) for position in range(4)} == {1}
+    assert sampler.weak_from == 21  # an epoch of 10 samples takes 3 steps of 4
+    assert {len(sampler.draw(step, 0).names) for step in range(21)} == {8}
+    assert {len(sampler.draw(step, position).names) for step in range(21, 30) for position in range(4)} == {1}
     assert sampler_of("rotated", images, iterations=5, **section).weak_from == 0
     assert sampler_of("rotated", images, iterations=30, **section | {"weak_epochs": 0}).weak_from == 30
 

@@ -81,8 +81,8 @@ def frame_objects(
     """
     boxes = augment.transform_boxes(image.boxes, framing.matrix(index))
     bounds = boxes_to_hboxes(boxes)
-    margin = _BOX_MARGIN * (bounds[:, 2:] - bounds[:, :2]) + 1
-    is_near = (bounds[:, 2:] > -margin).all(axis=1) & (bounds[:, :2] < framing.shown + margin).all(axis=1)
+    margin = 0.0 if kind == "rotated" else _BOX_MARGIN * (bounds[:, 2:] - bounds[:, :2]) + 1
+    is_near = (bounds[:, 2:] > -margin).all(axis=1) & (bounds[:, :2] < np.add(framing.shown, margin)).all(axis=1)
     rows = np.flatnonzero(is_near)
     boxes, cut = boxes[rows], image.ignored[rows]
     if section.min_visible > 0:

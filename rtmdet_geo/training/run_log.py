@@ -18,7 +18,7 @@ from rtmdet_geo.outputs import staged_output
 
 logger = logging.getLogger(__name__)
 
-LOG, HISTORY, VALIDATION = "log.csv", "history.csv", "validation.csv"
+LOG, HISTORY = "log.csv", "history.csv"
 #: Folder of TensorBoard's files in a run folder.
 TENSORBOARD = "tensorboard"
 #: Columns of log.csv before and after the terms of the loss. ``seconds``: of the iteration; ``data_wait``: share of the
@@ -53,8 +53,9 @@ class RunLog:
 
         Args:
             iteration: how many are done.
-            values: by column, in any order; terms of the loss ("loss_cls") keep theirs. Columns without a value stay
-                empty, and further values become further columns. A file that is there keeps the columns it has.
+            values: by column, in any order, ``iteration`` among them or not; terms of the loss ("loss_cls") keep
+                theirs. Columns without a value stay empty, and further values become further columns. A file that is
+                there keeps the columns it has.
 
         Raises:
             OutputError: the file cannot be written.
@@ -78,7 +79,7 @@ class RunLog:
             if not is_new:
                 with path.open(newline="", encoding="utf-8") as stream:
                     columns = next(csv.reader(stream))
-            row = {"iteration": str(iteration)} | {key: f"{value:.9g}" for key, value in values.items()}
+            row = {key: f"{value:.9g}" for key, value in values.items()} | {"iteration": str(iteration)}
             with path.open("a", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
                 if is_new:
@@ -87,8 +88,8 @@ class RunLog:
         except OSError as error:
             raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"{group}/{key}", value, iteration)
+            for key in (key for key in values if key != "iteration"):
+                self._board.add_scalar(f"{group}/{key}", values[key], iteration)
             self._board.flush()
 
     def close(self) -> None:
@@ -113,23 +114,6 @@ def log_columns(values: Iterable[str]) -> list[str]:
     terms = [name for name in values if name.startswith("loss_")]
     others = [name for name in values if name not in fixed and name not in terms]
     return [*COLUMNS_BEFORE, *terms, *COLUMNS_AFTER, *others]
-
-
-def write_validation(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows of the last validation (see :attr:`Validation.rows`) to validation.csv; none, no file.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    if not rows:
-        return
-    with (
-        staged_output(Path(run) / VALIDATION) as staged,
-        staged.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from rtmdet_geo.annotations.coco import (
     decode_mask,
     encode_counts,
     encode_mask,
+    image_labels,
     mask_corner_points,
     object_mask,
     object_outline,
@@ -218,3 +219,63 @@ def test_real_labels(data_dir):
         x, y, width, height = annotation["bbox"]
         assert (columns.min(), rows.min()) == (x, y)
         assert (columns.max() + 1 - x, rows.max() + 1 - y) == (width, height)
+
+
+# ---------------------------------------------------------------- objects of an image as arrays
+
+
+def labels_of(tmp_path, annotations, kind, image=None):
+    image = {"id": 4, "file_name": "4.png", "width": 40, "height": 30, **(image or {})}
+    content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "ship"}]}
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(content))
+    read = read_coco(path)
+    return image_labels(path, read.images[4], read.objects[4], kind)
+
+
+def test_boxes_follow_the_kind_of_model(tmp_path):
+    """A tilted square of 200 px^2 with a bbox of its own: least rectangle, the bbox, or the bbox and the outline."""
+    annotations = [
+        {
+            "id": 11,
+            "image_id": 4,
+            "category_id": 1,
+            "bbox": [0, 0, 21, 20],
+            "segmentation": [[10, 0, 20, 10, 10, 20, 0, 10]],
+        },
+        {"id": 12, "image_id": 4, "category_id": 1, "segmentation": [[0, 0, 8, 0, 8, 4, 0, 4]], "iscrowd": 1},
+        {"id": 13, "image_id": 4, "category_id": 1, "bbox": [1, 2, 3, 4]},
+        {"id": 14, "image_id": 4, "category_id": 1, "segmentation": {"size": [30, 40], "counts": [1200]}},
+    ]
+    rotated = labels_of(tmp_path, annotations, "rotated")
+    assert rotated.boxes[0, 2:4] == pytest.approx([200**0.5, 200**0.5]) and rotated.outlines == ()
+    assert rotated.boxes[3].tolist() == [0, 0, 0, 0, 0]  # a mask without pixels
+    assert rotated.crowd.tolist() == [False, True, False, False] and rotated.size == (40, 30)
+    assert rotated.place(1) == f"{tmp_path / 'all.json'}, annotation 12"
+    horizontal = labels_of(tmp_path, annotations, "horizontal")
+    assert horizontal.boxes[0] == pytest.approx([10.5, 10, 21, 20, 0]) and horizontal.outlines == ()
+    assert horizontal.boxes[1] == pytest.approx([4, 2, 8, 4, 0])
+    assert horizontal.boxes[2] == pytest.approx([2.5, 4, 4, 3, -np.pi / 2])
+    masks = labels_of(tmp_path, annotations, "mask")
+    assert [len(outline_points(outline)) for outline in masks.outlines] == [4, 4, 0, 0]
+    assert np.array_equal(masks.boxes, horizontal.boxes)
+
+
+@pytest.mark.parametrize("image", [{"width": None}, {"height": 0}])
+def test_sizes_may_be_open(tmp_path, image):
+    labels = labels_of(tmp_path, [], "rotated", image)
+    assert labels.size is None and labels.boxes.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [([1, 2, -3, 4], "sides of -3 x 4 px"), ([1, 2, 3], "not enough values"), ([1, 2, float("nan"), 4], "not finite")],
+)
+def test_malformed_annotations_are_refused_or_handed_on(tmp_path, bbox, message):
+    good = {"id": 1, "image_id": 4, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    bad = {**good, "id": 2, "bbox": bbox}
+    with pytest.raises(AnnotationError, match=r"all\.json.*annotation 2: .*" + message):
+        labels_of(tmp_path, [good, bad], "rotated")
+    errors = []
+    assert len(read_coco(tmp_path / "all.json", errors.append).objects[4]) == 1
+    assert len(errors) == 1 and "annotation 2" in str(errors[0])

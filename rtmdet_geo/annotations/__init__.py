@@ -1,1 +1,1 @@
-"""Label files as plain arrays: DOTA, HRSC, COCO, YOLO, VOC. numpy only; no raster or GIS library."""
+"""Label files as plain arrays: DOTA, HRSC2016, COCO, YOLO, rotated boxes. No raster or GIS library, no torch."""

@@ -80,10 +80,6 @@ class Findings:
         if len(kept) < self.limit:
             kept.append(Example(place, text))
 
-    def total(self, severity: Severity) -> int:
-        """Return the number of errors or of warnings."""
-        return sum(number for kind, number in self.counts.items() if SEVERITIES[kind] == severity)
-
     def first(self, kinds: frozenset[str] | set[str]) -> tuple[str, int, Example] | None:
         """Return kind, number and first example of the first of some kinds that was found; None if none was."""
         for kind in SEVERITIES:

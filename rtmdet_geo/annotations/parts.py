@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rtmdet_geo.annotations.coco import image_labels, read_coco
 from rtmdet_geo.annotations.dota import read_dota
@@ -20,11 +20,19 @@ from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
 from rtmdet_geo.annotations.rbox import read_rbox
 from rtmdet_geo.annotations.yolo import read_yolo
-from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
+from rtmdet_geo.config import recipe_folder
+from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
 from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size
 from rtmdet_geo.structures import Kind
 
+if TYPE_CHECKING:
+    from rtmdet_geo.recipe_sections import DataSection, ModelSection
+
 LabelFormat = Literal["coco", "dota", "hrsc", "yolo_obb", "rbox"]
+Part = Literal["train", "val"]
+
+#: Names of classes, which labelling programs put beside the label files.
+_CLASS_LIST = "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,39 @@ class LabelledFile:
     labels: ImageLabels
 
 
+def part_source(data: DataSection, model: ModelSection, part: Part) -> PartSource:
+    """Return where a part of a recipe's data lies; paths are below ``data.root``.
+
+    Raises:
+        ConfigError: the format has no label files, or the section does not name the part.
+    """
+    if data.format == "chips" or data.format == "folders":
+        raise ConfigError(f"data.format {data.format} has no label files of images")
+    images, labels, ids = (
+        (data.train_images, data.train_labels, data.train_ids)
+        if part == "train"
+        else (data.val_images, data.val_labels, data.val_ids)
+    )
+    if images is None or labels is None:
+        raise ConfigError(f"data.{part}_images or data.{part}_labels is missing")
+    root = Path(data.root)
+    return PartSource(
+        data.format,
+        root / images,
+        root / labels,
+        None if ids is None else find_ids(ids, root),
+        model.classes,
+        model.object_kind,
+        data.hrsc_level,
+    )
+
+
+def find_ids(ids: str, root: Path) -> Path:
+    """Return the list of images of that name: below the data's root, or else one that comes with the recipes."""
+    packaged = recipe_folder() / ids
+    return packaged if packaged.is_file() and not (root / ids).is_file() else root / ids
+
+
 def read_part(source: PartSource, findings: Findings) -> list[LabelledFile]:
     """Read all labels of a part and the headers of its images.
 
@@ -93,7 +134,7 @@ def read_part(source: PartSource, findings: Findings) -> list[LabelledFile]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Return the names of images in a list, one a line, each once.
+    """Return the names of images in a list, one a line.
 
     Raises:
         DatasetNotFoundError: there is no such file, or no name in it.
@@ -103,7 +144,7 @@ def read_ids(path: Path) -> list[str]:
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not names:
         raise DatasetNotFoundError(f"list of images {str(path)!r} is empty")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> Iterator[LabelledFile]:
@@ -128,7 +169,7 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
         for stem in sorted(set(labels) - set(images)):
             findings.add("labels without image", str(labels[stem]), f"{str(source.images)!r} has no image of that name")
     else:
-        stems = [_stem(name) for name in wanted]
+        stems = list(dict.fromkeys(_stem(name) for name in wanted))
     for stem in stems:
         if stem not in images:
             findings.add("labels without image", str(source.ids), f"{stem!r} is not in {str(source.images)!r}")
@@ -147,7 +188,7 @@ def _by_stem(folder: Path, suffixes: frozenset[str] | set[str], findings: Findin
     found: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes or name.startswith("."):
+        if suffix.lower() not in suffixes or name.startswith(".") or name == _CLASS_LIST:
             continue
         if stem in found:
             findings.add("ambiguous image", str(folder / name), f"it shares its labels with {found[stem].name}")

@@ -61,6 +61,7 @@ def sift(files: list[LabelledFile], classes: tuple[str, ...] | None, findings: F
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of.get(name, -1) for name in names], np.int64)
     boxes = np.concatenate([file.labels.boxes for file in files] or [np.zeros((0, 5))])
+    crowd = np.concatenate([file.labels.crowd for file in files] or [np.zeros(0, np.bool_)])
     sizes = np.array([(file.width, file.height) for file in files], np.float64).reshape(-1, 2)[owners]
 
     has_area = boxes[:, 2:4].min(axis=1, initial=np.inf) >= MIN_SIDE_PX
@@ -81,7 +82,7 @@ def sift(files: list[LabelledFile], classes: tuple[str, ...] | None, findings: F
     note("unknown class", np.flatnonzero(labels < 0))
     note("zero area", np.flatnonzero(~has_area))
     note("outside", np.flatnonzero(has_area & is_outside))
-    note("partly outside", np.flatnonzero(has_area & sticks_out & ~is_outside))
+    note("partly outside", np.flatnonzero(has_area & sticks_out & ~is_outside & ~crowd))
     present = set(labels.tolist())
     for label, name in enumerate(classes):
         if label not in present:

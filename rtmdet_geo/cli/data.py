@@ -8,15 +8,17 @@ from typing import Any
 import click
 
 from rtmdet_geo.cli import options, report
+from rtmdet_geo.cli.group import EXIT_VERDICT_NO
 
 
 @click.group()
 def data() -> None:
-    """Prepare training data.
+    """Prepare and check training data.
 
     \b
     Example:
       rtmdet-geo data chips port.tif --labels ships.gpkg -o chips/port
+      rtmdet-geo data check --format chips --images chips/port
     """
 
 
@@ -136,3 +138,138 @@ def chips(
             f"{summary['out']}: {summary['num_chips']} chips of {summary['num_scenes']} scenes, "
             f"{summary['num_boxes']} objects"
         )
+
+
+#: Formats whose images and labels lie apart.
+_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox")
+
+
+@data.command()
+@click.argument("recipe", required=False, metavar="[RECIPE]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeat.")
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the data.  [default: the recipe's data.root, or data.chips]",
+)
+@click.option(
+    "--format",
+    "label_format",
+    type=click.Choice([*_WITH_LABELS, "chips", "folders"]),
+    help="Check a folder instead of a recipe's data: format of its labels.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of images, of chips, or of folders of images.")
+@click.option("-l", "--labels", type=click.Path(path_type=Path), help="Folder of label files, or the file (coco).")
+@click.option("--ids", type=click.Path(path_type=Path), help="Text file with one image name a line: only these.")
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Class of the model, in label order; repeat.")
+@click.option(
+    "--hrsc-level", type=click.IntRange(1, 3), default=1, show_default=True, help="Level of HRSC2016's classes."
+)
+@click.option(
+    "--examples", type=click.IntRange(min=1), default=5, show_default=True, help="Faults of each kind to show."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=8, show_default=True, help="Threads that decode.")
+@options.json_option
+@options.progress_option
+@options.verbosity_options
+@click.pass_context
+def check(
+    ctx: click.Context,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    folder: Path | None,
+    label_format: str | None,
+    images: Path | None,
+    labels: Path | None,
+    ids: Path | None,
+    classes: tuple[str, ...],
+    hrsc_level: int,
+    examples: int,
+    threads: int,
+    as_json: bool,
+    progress_mode: str,
+) -> None:
+    """Look for faults in labels and images: all of RECIPE's data, or a folder's. Exits with 3 if there are errors.
+
+    \b
+    Example:
+      rtmdet-geo data check dota_r --data /data/dota
+      rtmdet-geo data check --format dota --images train/images --labels train/labelTxt
+
+    Errors are broken images, malformed labels, labels without image, unknown classes, boxes without area or outside
+    the image, the same object or file twice. Warnings are boxes partly outside, images without labels, classes without
+    objects, EXIF orientations.
+    """
+    options.check_stdout_owner(as_json, progress_mode)
+    if (recipe is None) == (label_format is None):
+        raise click.UsageError("Give a RECIPE, or --format and --images.")
+    from rtmdet_geo.dataset_check import Source, check_dataset, recipe_parts
+
+    parts: dict[str, Source]
+    drops_unknown = False
+    if recipe is not None:
+        if images or labels or ids or classes:
+            raise click.UsageError("--images, --labels, --ids and --class go with --format, not with a RECIPE.")
+        from rtmdet_geo.config import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        parts, drops_unknown = recipe_parts(loaded, folder), loaded.data.unknown_classes == "drop"
+    else:
+        if overrides or folder:
+            raise click.UsageError("--set and --data go with a RECIPE, not with --format.")
+        parts = {"data": _source(str(label_format), images, labels, ids, classes or None, hrsc_level)}
+    with report.progress(ctx, progress_mode, "images", {"recipe": recipe, "parts": list(parts)}) as advance:
+        summary = check_dataset(
+            parts, drop_unknown_classes=drops_unknown, examples=examples, threads=threads, progress=advance
+        )
+    if as_json:
+        report.echo_json(summary)
+    elif progress_mode == "jsonl":
+        report.emit_event(ctx, {"event": "done", **summary})
+    else:
+        _echo_check(summary, is_quiet=report.verbosity(ctx) < 0)
+    if summary["errors"]:
+        ctx.exit(EXIT_VERDICT_NO)
+
+
+def _source(
+    label_format: str,
+    images: Path | None,
+    labels: Path | None,
+    ids: Path | None,
+    classes: tuple[str, ...] | None,
+    hrsc_level: int,
+) -> Any:
+    """Return what ``--format`` and the options beside it name."""
+    from rtmdet_geo.annotations.parts import PartSource
+    from rtmdet_geo.dataset_check import ChipsSource, FoldersSource
+
+    if images is None:
+        raise click.UsageError(f"--format {label_format} needs --images.")
+    if label_format in _WITH_LABELS:
+        if labels is None:
+            raise click.UsageError(f"--format {label_format} needs --labels.")
+        kind = "horizontal" if label_format == "coco" else "rotated"
+        return PartSource(label_format, images, labels, ids, classes, kind, hrsc_level)  # type: ignore[arg-type]
+    if labels or ids:
+        raise click.UsageError(f"--format {label_format} takes neither --labels nor --ids.")
+    return ChipsSource(images, classes) if label_format == "chips" else FoldersSource(images)
+
+
+def _echo_check(summary: dict[str, Any], *, is_quiet: bool) -> None:
+    """Print parts, faults and the verdict; quietly: errors only."""
+    for name, part in summary["parts"].items() if not is_quiet else ():
+        counts = ", ".join(f"{number} {label}" for label, number in part["classes"].items() if number)
+        empty = part["images_without_objects"]
+        click.echo(f"{name}: {part['images']} images ({empty} without objects), {part['objects']} objects: {counts}")
+    for fault in summary["faults"]:
+        if is_quiet and fault["severity"] != "error":
+            continue
+        click.echo(f"{fault['severity']}: {fault['count']} x {fault['kind']}: {fault['meaning']}")
+        for example in fault["examples"]:
+            click.echo(f"  {example['place']}: {example['text']}")
+        if fault["count"] > len(fault["examples"]):
+            click.echo(f"  and {fault['count'] - len(fault['examples'])} more")
+    if not is_quiet:
+        click.echo(f"{summary['errors']} errors, {summary['warnings']} warnings")

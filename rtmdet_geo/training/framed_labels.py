@@ -81,8 +81,8 @@ def frame_objects(
     """
     boxes = augment.transform_boxes(image.boxes, framing.matrix(index))
     bounds = boxes_to_hboxes(boxes)
-    margin = _BOX_MARGIN * (bounds[:, 2:] - bounds[:, :2]) + 1
-    is_near = (bounds[:, 2:] > -margin).all(axis=1) & (bounds[:, :2] < framing.shown + margin).all(axis=1)
+    margin = 0.0 if kind == "rotated" else _BOX_MARGIN * (bounds[:, 2:] - bounds[:, :2]) + 1
+    is_near = (bounds[:, 2:] > -margin).all(axis=1) & (bounds[:, :2] < np.add(framing.shown, margin)).all(axis=1)
     rows = np.flatnonzero(is_near)
     boxes, cut = boxes[rows], image.ignored[rows]
     if section.min_visible > 0:
@@ -180,4 +180,4 @@ def _cut_mask(outline: Outline, mask: Array) -> Array:
     part = fill_outline(outline, window)
     mask[window.y : window.y + window.height, window.x : window.x + window.width] = part
     bounds = mask_bounds(part)
-    return np.zeros(4) if bounds is None else bounds + (window.x, window.y, window.x, window.y)
+    return np.zeros(4) if bounds is None else bounds + np.tile((window.x, window.y), 2)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import Cancelled, TrainingError
 from rtmdet_geo.models.weights import save_weights
+from rtmdet_geo.recipe_sections import OptimSection
 from rtmdet_geo.training.classification import ClassificationTask
 from rtmdet_geo.training.ema import ModelEMA
 from rtmdet_geo.training.lamb import Lamb
@@ -81,9 +82,9 @@ def train_model(
         cancelled: asked after every iteration; True saves a checkpoint and raises Cancelled.
 
     Returns:
-        ``weights``, ``best`` (paths; ``best`` is None without validation), ``iterations``, ``seconds``, ``loss`` (of the
-        last iteration), ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples),
-        ``bad_images`` (names), ``figures`` and ``validation`` rows.
+        ``weights``, ``best`` (paths; ``best`` is None without validation), ``iterations``, ``seconds``, ``loss`` (of
+        the last iteration), ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples),
+        ``data`` and ``device`` (in words), ``bad_images`` (names), ``figures`` and ``validation`` rows.
 
     Raises:
         DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or made for another recipe.
@@ -94,7 +95,9 @@ def train_model(
     """
     with join_processes(device) as processes, _numbers(recipe):
         run = Path(out)
-        make_task = ClassificationTask if recipe.model.kind == "classification" else DetectionTask
+        make_task: type[ClassificationTask] | type[DetectionTask] = (
+            ClassificationTask if recipe.model.kind == "classification" else DetectionTask
+        )
         check_run(run, recipe, resume=resume, overwrite=overwrite)
         processes.barrier()  # nobody begins the folder while others still look at it
         task: Task = make_task(
@@ -121,12 +124,11 @@ class _Training:
         if recipe.loop.sync_bn and processes.world > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         groups = param_groups(network, optim.weight_decay, layer_decay=optim.layer_decay)
-        make_optimizer = {"adamw": torch.optim.AdamW, "lamb": Lamb}[optim.optimizer]
         dtypes = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
         dtypes["auto"] = torch.bfloat16 if device.type == "cuda" else None
         self.dtype = dtypes[recipe.loop.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.state = TrainingState(network, ema, make_optimizer(groups, lr=optim.lr), scaler, samples={})
+        self.state = TrainingState(network, ema, _optimizer(optim, groups), scaler, samples={})
         self.start = load_checkpoint(run, processes.world, self.state, device) if resume else 0
         task.take_state(self.state.samples)
         if processes.is_first and not resume:  # an earlier run is untouched until weights, data and device are there
@@ -246,7 +248,8 @@ class _Training:
     def _gradients(self, iteration: int, samples: Sequence[Any]) -> dict[str, Tensor]:
         """Add up the gradients of the parts of a batch; returns the mean terms of the loss."""
         parts, size = self.recipe.optim.accumulate, self.recipe.optim.batch_size
-        device, total = self.processes.device, {}
+        device = self.processes.device
+        total: dict[str, Tensor] = {}
         for number in range(parts):
             is_last = number == parts - 1
             inputs, targets = self.task.batch(samples[number * size : (number + 1) * size], iteration, device)
@@ -273,10 +276,10 @@ class _Training:
         names = [name for part in self.processes.gather(_names(samples) if is_own else []) for name in part]
         if self.processes.is_first:
             (self.run / BAD_BATCH).write_text("\n".join(names) + "\n", encoding="utf-8")
+        shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         raise TrainingError(
-            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {', '.join(names[:_NAMES_SHOWN])}{more} "
-            f"(all in {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} (all in  {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
             f"{self.run / CHECKPOINT} with --resume"
         )
 
@@ -348,6 +351,13 @@ class _Training:
             "figures": {} if validation is None else dict(validation.figures),
             "validation": [] if validation is None else validation.rows,
         }
+
+
+def _optimizer(optim: OptimSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser; gradients are clipped by the loop, whatever the optimiser."""
+    if optim.optimizer == "lamb":
+        return Lamb(groups, lr=optim.lr, max_grad_norm=None)
+    return torch.optim.AdamW(groups, lr=optim.lr)
 
 
 def _names(samples: Sequence[Any]) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from rtmdet_geo.annotations.findings import MEANINGS, Findings
-from rtmdet_geo.annotations.parts import LabelledFile, PartSource, read_part
+from rtmdet_geo.annotations.parts import LabelledFile, Part, part_source, read_part
 from rtmdet_geo.annotations.usable import Usable, sift
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError
@@ -20,8 +19,6 @@ from rtmdet_geo.training.image_files import ImageCache, ImageFile
 from rtmdet_geo.training.labelled import LabelledImage
 
 logger = logging.getLogger(__name__)
-
-Part = Literal["train", "val"]
 
 #: Faults that training does not pass over.
 _REFUSED = frozenset({"malformed labels", "labels without image", "ambiguous image", "other image size"})
@@ -101,33 +98,6 @@ def load_images(
     if part == "val" or data.empty_images == "keep":
         return images
     return [image for image in images if not image.ignored.all()]
-
-
-def part_source(data: DataSection, model: ModelSection, part: Part) -> PartSource:
-    """Return where a part lies; paths are below ``data.root``.
-
-    Raises:
-        ConfigError: the format has no label files, or the section does not name the part.
-    """
-    if data.format == "chips" or data.format == "folders":
-        raise ConfigError(f"data.format {data.format} has no label files of images")
-    images, labels, ids = (
-        (data.train_images, data.train_labels, data.train_ids)
-        if part == "train"
-        else (data.val_images, data.val_labels, data.val_ids)
-    )
-    if images is None or labels is None:
-        raise ConfigError(f"data.{part}_images or data.{part}_labels is missing")
-    root = Path(data.root)
-    return PartSource(
-        data.format,
-        root / images,
-        root / labels,
-        None if ids is None else root / ids,
-        model.classes,
-        model.object_kind,
-        data.hrsc_level,
-    )
 
 
 def _refuse(data: DataSection, files: list[LabelledFile], usable: Usable, findings: Findings) -> None:

@@ -23,31 +23,37 @@ from rtmdet_geo.recipe_sections import CropAugment, ModelSection
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.training.criterion import Target, make_criterion
 from rtmdet_geo.training.crops import CropSampler
-from rtmdet_geo.training.labelled import LabelledImage, Sample, Sampler
+from rtmdet_geo.training.labelled import Sample, Sampler
 from rtmdet_geo.training.processes import Processes
 from rtmdet_geo.training.sources import load_datasets
-from rtmdet_geo.training.validate import Validation, find_false_alarms, validate
+from rtmdet_geo.training.validate import Share, Validation, find_false_alarms, validate
 from rtmdet_geo.training.whole_images import ImageSampler
 
 logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """What the loop needs to know of a training.
+    """What the loop needs to know of a training."""
 
-    Attributes:
-        network: built by the recipe, on the CPU, in train mode.
-        sampler: draws its samples.
-        iterations: length of the training.
-        epoch: iterations of an epoch; None where there is no such thing.
-        can_validate: whether anything was left out to score.
-    """
+    @property
+    def network(self) -> nn.Module:
+        """Built by the recipe, on the CPU, in train mode."""
 
-    network: nn.Module
-    sampler: Sampler
-    iterations: int
-    epoch: int | None
-    can_validate: bool
+    @property
+    def sampler(self) -> Sampler:
+        """Draws the samples."""
+
+    @property
+    def iterations(self) -> int:
+        """Length of the training."""
+
+    @property
+    def epoch(self) -> int | None:
+        """Iterations of an epoch; None where there is no such thing."""
+
+    @property
+    def can_validate(self) -> bool:
+        """Whether anything was left out to score."""
 
     def describe(self) -> str:
         """Say in a few words what there is to learn from: "617 images, 1640 objects"."""
@@ -111,6 +117,7 @@ class DetectionTask:
             start_from_weights(self.network, model, cancelled)
         self.criterion = make_criterion(model.object_kind, len(model.classes))
         self.sampler: Sampler
+        self.epoch: int | None
         if isinstance(recipe.augment, CropAugment):
             self.sampler = CropSampler(self.training, recipe)
             self.epoch, self.iterations = None, recipe.optim.iterations or 0
@@ -162,8 +169,9 @@ class DetectionTask:
         self, network: nn.Module, processes: Processes, progress: Callable[[int, int], None] | None = None
     ) -> Validation:
         """See :class:`Task`."""
+        share = Share(processes.rank, processes.world, processes.gather) if processes.world > 1 else None
         return validate(
-            network, self.left_out, self.recipe, device=str(processes.device), progress=progress, processes=processes
+            network, self.left_out, self.recipe, device=str(processes.device), progress=progress, share=share
         )
 
     def spec(self, validation: Validation | None) -> ModelSpec:
@@ -265,12 +273,3 @@ def _training_data(recipe: Recipe) -> str:
         data = CHECKPOINTS[model.weights].data
         started += f", trained on {data.name} ({data.terms})"
     return "; ".join(text for text in (recipe.card.training_data, started) if text)
-
-
-def images_of(samples: Sequence[Any]) -> str:
-    """Name the images of a batch for a message: "3.jpg, 17.jpg and 6 more"."""
-    names = list(dict.fromkeys(name for sample in samples for name in sample.names))
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more
-
-

@@ -2,9 +2,10 @@
 
 Every sample is a pure function of seed, iteration and position. An epoch is a permutation of the images; samples are
 numbered over all steps and positions. The reference (mmdet 3.x ``CachedMosaic``, ``CachedMixUp``) takes partners from
-a cache of its worker's last N samples; here a partner is the sample of k steps back in the process's own sequence, k
-drawn from the ages in that cache (but never the sample itself): uniform in 1..N if the oldest leaves, geometric with
-mean N if a random one does. Before the start of the training lie epochs with negative numbers.
+a cache of its worker's last N samples; here a partner is the sample of k samples back in the process's own sequence, k
+drawn from the ages in such a cache: uniform in 1..N if the oldest leaves, geometric with mean N if a random one does.
+(The reference's cache holds the new sample, too, which may so be its own partner.) Before the start of the training lie
+epochs with negative numbers.
 
 What else differs from the reference: sizes and shifts are not rounded to whole px, pixels are interpolated once
 (framing.py), what a rotation leaves open is PAD_VALUE instead of black, and where the reference gives up a crop that
@@ -100,8 +101,8 @@ class ImageSampler(Sampler):
         self.seed = recipe.loop.seed
         self.epoch_length = len(images) * recipe.data.repeat
         self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
-        #: First iteration of the weak stage; ``iterations`` or more if there is none.
-        self.weak_from = max(0, iterations - -(-self.section.weak_epochs * self.epoch_length // samples_per_step))
+        #: First iteration of the weak stage, whose epochs are whole steps; ``iterations`` if there is none.
+        self.weak_from = max(0, iterations - self.section.weak_epochs * -(-self.epoch_length // samples_per_step))
         if self.kind == "mask":
             check_outlines(list(images))
         self._colours = _colour_order(self.section, recipe.model.bands)

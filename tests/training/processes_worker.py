@@ -13,12 +13,22 @@ from rtmdet_geo.training.processes import join_processes
 from rtmdet_geo.training.task import DetectionTask, samples_per_process
 
 
+def settle_norms(network: torch.nn.Module) -> None:
+    """Give batch norms the averages of a fixed input: with those of a new network signals would fade to nothing."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 4, 128, 128, generator=torch.Generator().manual_seed(0)))
+
+
 def main(recipe_path: str, out: str) -> None:
     """Save loss terms and gradients of iteration 0 as ``OUT/RANK.pt``."""
     torch.set_num_threads(1)
     recipe = load_recipe(recipe_path)
     with join_processes("cpu") as processes, _numbers(recipe):
         task = DetectionTask(recipe, folder=None, processes=processes, load_weights=True)
+        settle_norms(task.network)
         training = _Training(recipe, Path(out) / "run", task, processes, resume=False)
         own = samples_per_process(recipe)
         samples = [task.sampler.draw(0, processes.rank * own + number) for number in range(own)]

@@ -9,7 +9,7 @@ import painted
 import pytest
 from click.testing import CliRunner
 
-from rtmdet_geo.cli import main
+from rtmdet_geo.cli.group import cli
 from rtmdet_geo.config import load_recipe, recipe_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,9 +34,8 @@ def make_data(root, name):
     return painted.hrsc(root), ()
 
 
-PUBLISHED = [
-    "coco_det", "coco_ins", "dota_r", "dota_r_ms", "dota_r_ms_coco", "dota_r_100e", "hrsc_r", "hrsc_r_strong", "imagenet_cls",
-]  # fmt: skip
+PUBLISHED = ["coco_det", "coco_ins", "dota_r", "dota_r_ms", "dota_r_ms_coco", "dota_r_100e"]
+PUBLISHED += ["hrsc_r", "hrsc_r_strong", "imagenet_cls"]
 NETWORKS = {
     "rotated": "rtmdet_r_test",
     "horizontal": "rtmdet_test",
@@ -55,7 +54,7 @@ def test_a_recipe_trains_validates_and_reports(name, tmp_path):
     arguments = ["train", name, "-o", str(tmp_path / "run"), "--data", str(folder), "--json", "--device", "cpu"]
     for value in small:
         arguments += ["--set", value]
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout)
     assert summary["figures"] and all(0 <= value <= 1 or value == -1 for value in summary["figures"].values())

@@ -7,7 +7,6 @@ tables, so they are those of ``log.csv``, ``history.csv`` and ``validation.csv``
 from __future__ import annotations
 
 import base64
-import csv
 import datetime
 import html
 import logging
@@ -37,13 +36,13 @@ PICTURES = {
     "pr.png": "Precision over recall on left-out images, best F1 marked",
     "lr.png": "Learning rate",
 }
-REPORT, VALIDATION = "report.html", "validation.csv"
+REPORT = "report.html"
 #: Names of classes that the page writes out, and rows of a table that it shows unfolded.
 _MAX_CLASSES, _MAX_ROWS = 20, 24
 #: What the page says of a summary by itself, or takes from the tables.
 _TOLD = {
-    *("iterations", "seconds", "parameters", "data", "device", "processes", "bad_images", "best", "weights"),
-    *("loss", "figures", "validation", "images_per_second", "data_wait"),
+    *("iterations", "seconds", "parameters", "data", "device", "processes", "bad_images", "best", "best_iteration"),
+    *("weights", "loss", "figures", "validation", "images_per_second", "data_wait"),
 }
 #: Heads of the columns of validation.csv that are not their names.
 _HEADS = {
@@ -101,8 +100,8 @@ def write_report(run: Path, recipe: Recipe, *, validation: Validation | None, su
         recipe: by which it was trained.
         validation: the last one; None where no image was left out.
         summary: what else the page is to say, as far as it is there: ``iterations``, ``seconds``, ``parameters``,
-            ``data`` and ``device`` in words, ``processes``, ``bad_images`` (names), and the paths ``best`` or
-            ``weights``. Further numbers and words are told by their names.
+            ``data`` (counts by name), ``device``, ``processes``, ``best_iteration``, ``bad_images`` (names), and the
+            paths ``best`` or ``weights``. Further numbers and words are told by their names.
 
     Returns:
         The files written: ``report.html``, and the pictures of which there is something to show. Without matplotlib no
@@ -123,23 +122,6 @@ def write_report(run: Path, recipe: Recipe, *, validation: Validation | None, su
         with staged_output(run / name) as staged:
             staged.write_bytes(content)
     return [run / name for name in contents]
-
-
-def write_validation(run: Path, validation: Validation) -> None:
-    """Write the rows of a validation to ``validation.csv`` of a run's folder; where there is none, no file.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    if not validation.rows:
-        return
-    with (
-        staged_output(Path(run) / VALIDATION) as staged,
-        staged.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, list(validation.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(validation.rows)
 
 
 def data_wait_share(log: Sequence[Mapping[str, str]]) -> float | None:
@@ -275,7 +257,8 @@ def _facts(
         "bands": ", ".join(model.bands),
     }
     if summary.get("data"):
-        facts["data"] = f"{recipe.data.format}: {summary['data']}"
+        counts = ", ".join(f"{value:,} {name}" for name, value in summary["data"].items())
+        facts["data"] = f"{recipe.data.format}: {counts}"
     if validation is not None:
         facts["images scored"] = f"{validation.num_images:,}, by protocol {recipe.validation.protocol}"
         facts["left out of the scores"] = ", ".join(validation.left_out)
@@ -283,6 +266,7 @@ def _facts(
         "did not decode": ", ".join(summary.get("bad_images", ())),
         "batch": _batch(recipe, summary),
         "optimiser": f"{optim.optimizer}, learning rate {optim.lr:g}, weight decay {optim.weight_decay:g}",
+        "best state at iteration": f"{summary['best_iteration']:,}" if summary.get("best_iteration") else None,
         "images per second": _speed(log),
         "seed": str(recipe.loop.seed),
     }

@@ -18,7 +18,7 @@ from rtmdet_geo.outputs import staged_output
 
 logger = logging.getLogger(__name__)
 
-LOG, HISTORY = "log.csv", "history.csv"
+LOG, HISTORY, VALIDATION = "log.csv", "history.csv", "validation.csv"
 #: Folder of TensorBoard's files in a run folder.
 TENSORBOARD = "tensorboard"
 #: Columns of log.csv before and after the terms of the loss. ``seconds``: of the iteration; ``data_wait``: share of the
@@ -114,6 +114,23 @@ def log_columns(values: Iterable[str]) -> list[str]:
     terms = [name for name in values if name.startswith("loss_")]
     others = [name for name in values if name not in fixed and name not in terms]
     return [*COLUMNS_BEFORE, *terms, *COLUMNS_AFTER, *others]
+
+
+def write_validation(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of the last validation (see :attr:`Validation.rows`) to validation.csv; none, no file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if not rows:
+        return
+    with (
+        staged_output(Path(run) / VALIDATION) as staged,
+        staged.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -21,8 +21,8 @@ from rtmdet_geo.cli import cli
 from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.evaluation.rotated import Curve
 from rtmdet_geo.training.plots import MAX_NAMED, draw_history, draw_losses, draw_precision_recall, smooth
-from rtmdet_geo.training.report import data_wait_share, write_report, write_validation
-from rtmdet_geo.training.run_log import RunLog, read_table
+from rtmdet_geo.training.report import data_wait_share, write_report
+from rtmdet_geo.training.run_log import RunLog, read_table, write_validation
 from rtmdet_geo.training.validate import NamedCurve, Validation
 
 PICTURES = {"losses.png", "ap.png", "pr.png", "lr.png"}
@@ -86,9 +86,8 @@ def finished_run(run, *, classes=("ship",), steps=50):
         | {"best_f1": 0.6, "best_score": 0.25, "num_objects": 1200 + number}
         for number, item in enumerate(curves)
     ]
-    validation = Validation({"AP25": 0.31416, "AP50": float("nan")}, rows, curves, 12, ())
-    write_validation(run, validation)
-    return validation
+    write_validation(run, rows)
+    return Validation({"AP25": 0.31416, "AP50": float("nan")}, rows, curves, 12, ())
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def recipe():
     return load_recipe("sen2ships_r")
 
 
-SUMMARY = {"iterations": 100, "seconds": 4000.0, "parameters": 2177700, "data": "9 images, 40 objects"}
+SUMMARY = {"iterations": 100, "seconds": 4000.0, "parameters": 2177700, "data": {"images": 9, "objects": 1640}}
 SUMMARY |= {"processes": 2, "bad_images": ["x.jpg", "y.jpg"], "figures": {}, "validation": [], "spare_time": 3}
 
 
@@ -135,7 +134,7 @@ def test_numbers_are_those_of_the_tables(tmp_path, recipe):
     assert told in page.rows
     joined = " ".join(page.texts)
     assert f"{float(read_table(tmp_path / 'log.csv')[-1]['loss']):.4g}" in joined and "1 h 06 min" in joined
-    assert page.fact("parameters") == "2,177,700" and page.fact("data") == "chips: 9 images, 40 objects"
+    assert page.fact("parameters") == "2,177,700" and page.fact("data") == "chips: 9 images, 1,640 objects"
     assert page.fact("did not decode") == "x.jpg, y.jpg" and page.fact("seed") == "0"
     assert page.fact("batch") == "12 crops: 6 x 1 accumulated x 2 processes" and page.fact("spare time") == "3"
     assert page.fact("images scored") == "12, by protocol area"
@@ -159,7 +158,7 @@ def test_rows_of_a_validation_are_a_table(tmp_path, recipe):
     """Of classifiers too, whose rows have other columns."""
     rows = [{"class": 'a "b", c', "num_images": 1500, "top1": 0.25}, {"class": "d", "num_images": 0, "top1": math.nan}]
     result = Validation({"top1": 0.25, "top5": 0.5}, rows, [], 1500)
-    write_validation(tmp_path, result)
+    write_validation(tmp_path, rows)
     with (tmp_path / "validation.csv").open(newline="") as stream:
         assert [row["class"] for row in csv.DictReader(stream)] == ['a "b", c', "d"]
     assert read_table(tmp_path / "validation.csv")[1]["top1"] == "nan"
@@ -167,7 +166,7 @@ def test_rows_of_a_validation_are_a_table(tmp_path, recipe):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     at = page.rows.index(["class", "images", "top1"])
     assert page.rows[at + 1 : at + 3] == [['a "b", c', "1,500", "0.2500"], ["d", "0", "n/a"]]
-    write_validation(tmp_path / "other", Validation({}, [], [], 0))
+    write_validation(tmp_path / "other", [])
     assert not (tmp_path / "other").exists() and read_table(tmp_path / "nosuch.csv") == []
 
 

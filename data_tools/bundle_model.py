@@ -16,7 +16,7 @@ from rtmdet_geo.catalog import CATALOG
 from rtmdet_geo.config import load_recipe
 from rtmdet_geo.export import export_model
 from rtmdet_geo.models.weights import build_from_weights, save_weights
-from rtmdet_geo.training.loop import make_spec
+from rtmdet_geo.training.task import make_spec
 
 
 @click.command(help=__doc__.splitlines()[0])

@@ -39,6 +39,19 @@ PICTURES = {
 REPORT = "report.html"
 #: Names of classes that the page writes out, and rows of a table that it shows unfolded.
 _MAX_CLASSES, _MAX_ROWS = 20, 24
+#: What the page says of a summary by itself, or takes from the tables.
+_TOLD = {
+    *("iterations", "seconds", "parameters", "data", "device", "processes", "bad_images", "best", "best_iteration"),
+    *("weights", "loss", "figures", "validation", "images_per_second", "data_wait"),
+}
+#: Heads of the columns of validation.csv that are not their names.
+_HEADS = {
+    "ap": "AP",
+    "best_f1": "best F1",
+    "best_score": "from score",
+    "num_objects": "objects",
+    "num_images": "images",
+}
 #: What stands where there is no number.
 _NOTHING = "n/a"
 
@@ -87,8 +100,8 @@ def write_report(run: Path, recipe: Recipe, *, validation: Validation | None, su
         recipe: by which it was trained.
         validation: the last one; None where no image was left out.
         summary: what else the page is to say, as far as it is there: ``iterations``, ``seconds``, ``parameters``,
-            ``device``, ``processes``, ``weights`` (path of the result), ``best_iteration``, and ``data``: numbers by
-            name, such as {"training images": 617}. Further numbers and words are told by their names.
+            ``data`` (counts by name), ``device``, ``processes``, ``best_iteration``, ``bad_images`` (names), and the
+            paths ``best`` or ``weights``. Further numbers and words are told by their names.
 
     Returns:
         The files written: ``report.html``, and the pictures of which there is something to show. Without matplotlib no
@@ -212,17 +225,10 @@ def _results(validation: Validation, history: Sequence[Mapping[str, str]]) -> st
         )
     parts = [_table(rows, heads=("figure", "at the end", "best", "at iteration"))]
     if validation.rows:
-        classes = [
-            [
-                str(row["class"]),
-                str(row["bands"]),
-                str(row["measure"]),
-                *(_number(float(row[key])) for key in ("ap", "best_f1", "best_score")),
-                f"{row['num_objects']:,}",
-            ]
-            for row in validation.rows
-        ]
-        heads = ("class", "bands", "measure", "AP", "best F1", "from score", "objects")
+        # the class first; its measure says the IoU
+        columns = ["class", *(name for name in validation.rows[0] if name not in ("class", "iou"))]
+        classes = [[_as_text(row[name]) for name in columns] for row in validation.rows]
+        heads = [_HEADS.get(name, name.replace("_", " ")) for name in columns]
         table = _table(classes, heads=heads)
         folded = f"<details><summary>Every class ({len(classes)} rows)</summary>{table}</details>"
         parts.append(f"<p></p>{table if len(classes) <= _MAX_ROWS else folded}")
@@ -250,28 +256,35 @@ def _facts(
         f"classes ({len(model.classes)})": classes,
         "bands": ", ".join(model.bands),
     }
-    facts |= {name: f"{value:,}" for name, value in dict(summary.get("data", {})).items()}
+    if summary.get("data"):
+        counts = ", ".join(f"{value:,} {name}" for name, value in summary["data"].items())
+        facts["data"] = f"{recipe.data.format}: {counts}"
     if validation is not None:
         facts["images scored"] = f"{validation.num_images:,}, by protocol {recipe.validation.protocol}"
-        facts["not decoded"] = ", ".join(validation.left_out)
-    processes = int(summary.get("processes", 1))
-    batch = f"{optim.batch_size * optim.accumulate * processes} {recipe.augment.sampling}"
-    if optim.accumulate * processes > 1:
-        batch += f": {optim.batch_size} x {optim.accumulate} accumulated x {processes} processes"
+        facts["left out of the scores"] = ", ".join(validation.left_out)
     facts |= {
-        "batch": batch,
+        "did not decode": ", ".join(summary.get("bad_images", ())),
+        "batch": _batch(recipe, summary),
         "optimiser": f"{optim.optimizer}, learning rate {optim.lr:g}, weight decay {optim.weight_decay:g}",
-        "best state at iteration": f"{summary['best_iteration']:,}" if "best_iteration" in summary else None,
+        "best state at iteration": f"{summary['best_iteration']:,}" if summary.get("best_iteration") else None,
         "images per second": _speed(log),
         "seed": str(recipe.loop.seed),
     }
-    told = {"iterations", "seconds", "parameters", "data", "processes", "device", "weights", "best_iteration", "loss"}
     for name, value in summary.items():
-        if name not in told and isinstance(value, str | int | float):
+        if name not in _TOLD and isinstance(value, str | int | float):
             facts[name.replace("_", " ")] = str(value)
     facts["machine"] = _machine(str(summary.get("device", "cpu")))
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in library_versions("torch").items())
     return [[name, value] for name, value in facts.items() if value]
+
+
+def _batch(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    optim, processes = recipe.optim, summary.get("processes")
+    number = optim.batch_size * optim.accumulate * int(processes or 1)
+    text = f"{number} {recipe.augment.sampling}" + ("" if processes else " in each process")
+    if number == optim.batch_size:
+        return text
+    return f"{text}: {optim.batch_size} x {optim.accumulate} accumulated x {processes or 1} processes"
 
 
 def _speed(log: Sequence[Mapping[str, str]]) -> str | None:
@@ -281,13 +294,15 @@ def _speed(log: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def _machine(device: str) -> str:
-    name = f" ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") and torch.cuda.is_available() else ""
+    is_cuda = device.startswith("cuda") and torch.cuda.is_available()
+    name = f" ({torch.cuda.get_device_name(device.split()[0])})" if is_cuda else ""
     return f"{device}{name}; {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
 
 
 def _commands(run: Path, recipe: Recipe, summary: Mapping[str, Any]) -> str:
     """Return the lines that go on with the run and use what it made."""
-    weights, model_file = shlex.quote(str(summary.get("weights", run / "model.safetensors"))), run / "model.onnx"
+    weights = shlex.quote(str(summary.get("best") or summary.get("weights") or run / "model.safetensors"))
+    model_file = run / "model.onnx"
     lines = [
         f"rtmdet-geo train {shlex.quote(str(run / 'recipe.yaml'))} -o {shlex.quote(str(run))} --resume",
         f"rtmdet-geo export {weights} -o {shlex.quote(str(model_file))}",
@@ -315,6 +330,12 @@ def _table(rows: Sequence[Sequence[str]], *, heads: Sequence[str] | None) -> str
 
 def _is_number(text: str) -> bool:
     return text == _NOTHING or text.replace(",", "").replace(".", "").isdecimal()
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _number(value: float) -> str:

@@ -53,8 +53,9 @@ class RunLog:
 
         Args:
             iteration: how many are done.
-            values: by column, in any order; terms of the loss ("loss_cls") keep theirs. Columns without a value stay
-                empty, and further values become further columns. A file that is there keeps the columns it has.
+            values: by column, in any order, ``iteration`` among them or not; terms of the loss ("loss_cls") keep
+                theirs. Columns without a value stay empty, and further values become further columns. A file that is
+                there keeps the columns it has.
 
         Raises:
             OutputError: the file cannot be written.
@@ -78,7 +79,7 @@ class RunLog:
             if not is_new:
                 with path.open(newline="", encoding="utf-8") as stream:
                     columns = next(csv.reader(stream))
-            row = {"iteration": str(iteration)} | {key: f"{value:.9g}" for key, value in values.items()}
+            row = {key: f"{value:.9g}" for key, value in values.items()} | {"iteration": str(iteration)}
             with path.open("a", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
                 if is_new:
@@ -87,8 +88,8 @@ class RunLog:
         except OSError as error:
             raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"{group}/{key}", value, iteration)
+            for key in (key for key in values if key != "iteration"):
+                self._board.add_scalar(f"{group}/{key}", values[key], iteration)
             self._board.flush()
 
     def close(self) -> None:

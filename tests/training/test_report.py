@@ -96,7 +96,8 @@ def recipe():
     return load_recipe("sen2ships_r")
 
 
-SUMMARY = {"iterations": 100, "seconds": 4000.0, "parameters": 2177700, "data": {"training images": 9}, "bad_images": 3}
+SUMMARY = {"iterations": 100, "seconds": 4000.0, "parameters": 2177700, "data": {"images": 9, "objects": 1640}}
+SUMMARY |= {"processes": 2, "bad_images": ["x.jpg", "y.jpg"], "figures": {}, "validation": [], "spare_time": 3}
 
 
 def test_the_page_is_whole_and_holds_the_pictures(tmp_path, recipe):
@@ -133,8 +134,9 @@ def test_numbers_are_those_of_the_tables(tmp_path, recipe):
     assert told in page.rows
     joined = " ".join(page.texts)
     assert f"{float(read_table(tmp_path / 'log.csv')[-1]['loss']):.4g}" in joined and "1 h 06 min" in joined
-    assert page.fact("parameters") == "2,177,700" and page.fact("training images") == "9"
-    assert page.fact("bad images") == "3" and page.fact("seed") == "0"
+    assert page.fact("parameters") == "2,177,700" and page.fact("data") == "chips: 9 images, 1,640 objects"
+    assert page.fact("did not decode") == "x.jpg, y.jpg" and page.fact("seed") == "0"
+    assert page.fact("batch") == "12 crops: 6 x 1 accumulated x 2 processes" and page.fact("spare time") == "3"
     assert page.fact("images scored") == "12, by protocol area"
     assert recipe.to_yaml() in page.texts
 
@@ -147,8 +149,25 @@ def test_other_tables_give_other_numbers(tmp_path, recipe):
     write_report(tmp_path, recipe, validation=Validation({"AP25": 0.1, "AP50": 0.2}, [], [], 3, ("x.jpg",)), summary={})
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert ["AP25", "0.1000", "0.9992", "120"] in page.rows and ["AP50", "0.2000", "0.5000", "120"] in page.rows
-    assert page.fact("not decoded") == "x.jpg"
+    assert page.fact("left out of the scores") == "x.jpg"
+    assert page.fact("batch") == "6 crops in each process"
     assert not (tmp_path / "pr.png").exists() and len(page.images) == 3
+
+
+def test_rows_of_a_validation_are_a_table(tmp_path, recipe):
+    """Of classifiers too, whose rows have other columns."""
+    rows = [{"class": 'a "b", c', "num_images": 1500, "top1": 0.25}, {"class": "d", "num_images": 0, "top1": math.nan}]
+    result = Validation({"top1": 0.25, "top5": 0.5}, rows, [], 1500)
+    write_validation(tmp_path, rows)
+    with (tmp_path / "validation.csv").open(newline="") as stream:
+        assert [row["class"] for row in csv.DictReader(stream)] == ['a "b", c', "d"]
+    assert read_table(tmp_path / "validation.csv")[1]["top1"] == "nan"
+    write_report(tmp_path, recipe, validation=result, summary={})
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    at = page.rows.index(["class", "images", "top1"])
+    assert page.rows[at + 1 : at + 3] == [['a "b", c', "1,500", "0.2500"], ["d", "0", "n/a"]]
+    write_validation(tmp_path / "other", [])
+    assert not (tmp_path / "other").exists() and read_table(tmp_path / "nosuch.csv") == []
 
 
 def test_time_waiting_is_weighed_by_time():

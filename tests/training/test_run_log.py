@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtmdet_geo.errors import OutputError
-from rtmdet_geo.training.run_log import RunLog, log_columns, read_table, write_validation
+from rtmdet_geo.training.run_log import RunLog, log_columns, read_table
 
 HEADER = "iteration,lr,loss,loss_cls,loss_bbox,grad_norm,seconds,data_wait,images_per_second"
 
 
 def values(iteration):
     return {
+        "iteration": iteration,
         "loss": 1 / iteration,
         "loss_cls": 0.25 / iteration,
         "loss_bbox": 0.75 / iteration,
@@ -178,14 +178,3 @@ def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
         (tmp_path / "log.csv").touch()  # an empty file has no columns yet
         log.step(1, {"loss": 1.0})
     assert read_table(tmp_path / "log.csv")[0]["loss"] == "1"
-
-
-def test_rows_of_a_validation_are_a_table(tmp_path):
-    rows = [{"bands": "red", "class": 'a "b", c', "iou": 0.5, "ap": 0.25}, {"bands": "red", "class": "d", "iou": 0.5}]
-    rows[1]["ap"] = float("nan")
-    write_validation(tmp_path, rows)
-    with (tmp_path / "validation.csv").open(newline="") as stream:
-        assert [row["class"] for row in csv.DictReader(stream)] == ['a "b", c', "d"]
-    assert read_table(tmp_path / "validation.csv")[1]["ap"] == "nan"
-    write_validation(tmp_path / "other", [])
-    assert not (tmp_path / "other").exists() and read_table(tmp_path / "nosuch.csv") == []

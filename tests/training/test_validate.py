@@ -28,7 +28,7 @@ from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.nms import rotated_iou_aligned
 from rtmdet_geo.training import search
 from rtmdet_geo.training.labelled import LabelledImage
-from rtmdet_geo.training.loop import make_spec as spec_of
+from rtmdet_geo.training.task import make_spec as spec_of
 from rtmdet_geo.training.validate import Share, find_objects, validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

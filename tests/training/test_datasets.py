@@ -62,7 +62,7 @@ def test_crops_are_a_pure_function_whatever_the_threads(chips_dir, recipe_values
     recipe = parse_recipe(recipe_values)
     chips = load_chips(chips_dir, recipe.model)
     sampler = CropSampler(chips, recipe)
-    threaded, single = (BatchLoader(sampler, batch_size=3, workers=workers) for workers in (2, 0))
+    threaded, single = (BatchLoader(sampler, positions=range(3), iterations=6, workers=workers) for workers in (2, 0))
     for iteration in (0, 1, 5):
         for first, second in zip(threaded.batch(iteration), single.batch(iteration), strict=True):
             assert same(first, second)

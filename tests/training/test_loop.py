@@ -35,9 +35,6 @@ LOSSES = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-BAND_SETS = ("red+green+blue+nir", "red+green+blue")
-
-
 def losses(run):
     with (run / "log.csv").open() as stream:
         return [[row[name] for name in LOSSES] for row in csv.DictReader(stream)]
@@ -49,7 +46,7 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path):
     assert seen == [(done, 6) for done in range(1, 7)]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "ap.png", "best.safetensors", "history.csv", "last.pt", "log.csv", "losses.png", "lr.png", "model.safetensors",
-        "pr.png", "recipe.yaml", "report.html", "validation.csv",
+        "recipe.yaml", "report.html", "validation.csv",
     ]  # fmt: skip
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
     assert {row["bands"] for row in summary["validation"]} == {"red+green+blue+nir", "red+green+blue"}

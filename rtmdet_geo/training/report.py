@@ -93,7 +93,7 @@ pre { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; overf
   h2 { margin-top: 1.2rem; }
   .tiles { grid-template-columns: repeat(5, 1fr); }
   .pictures, .columns { grid-template-columns: 1fr 1fr; }
-  figure img { max-height: 52mm; object-fit: contain; }
+  figure img { max-height: 44mm; object-fit: contain; }
   figure, .tile, tr { break-inside: avoid; }
   pre { white-space: pre-wrap; }
 }

@@ -162,12 +162,13 @@ class DataSection(Section):
     Every other format reads ``train_images`` and ``train_labels``, and ``val_*`` likewise where they are given: paths
     below ``root``. Labels are a file (coco) or a folder with one file per image; classifiers ("folders") have none:
     each folder below ``train_images`` is a class. ``train_ids``: text file with one image name a line, to take a part,
-    below ``root`` or one that comes with the recipes (``splits/``). ``repeat``: an epoch shows every image so often. ``difficult``: objects so marked teach like others ("keep"), are
-    neither object nor background ("ignore"), or do not exist ("drop"). ``unknown_classes``: "error" refuses labels
-    whose class is not in ``model.classes``, "drop" leaves them out. ``empty_images``: images without objects teach what
-    is background ("keep"), or are not trained on ("drop"), as in OpenMMLab's recipes. ``hrsc_level``: 1 takes every
-    ship as one class, 2 and 3 its class at that level. ``on_bad_image``: a file that does not decode stops the run, or
-    is counted and replaced by the next image ("skip"). ``cache_mb``: memory for decoded images, in MB.
+    below ``root`` or one that comes with the recipes (``splits/``). ``repeat``: an epoch shows every image so often.
+    ``difficult``: objects so marked teach like others ("keep"), are neither object nor background ("ignore"), or do not
+    exist ("drop"). ``unknown_classes``: "error" refuses labels whose class is not in ``model.classes``, "drop" leaves
+    them out. ``empty_images``: images without objects teach what is background ("keep"), or are not trained on
+    ("drop"), as in OpenMMLab's recipes. ``hrsc_level``: 1 takes every ship as one class, 2 and 3 its class at that
+    level. ``on_bad_image``: a file that does not decode stops the run, or is counted and replaced by the next image
+    ("skip"). ``cache_mb``: memory for decoded images, in MB.
     """
 
     format: DataFormat = "chips"

@@ -228,7 +228,6 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
     Raises:
         AnnotationError: a segmentation is malformed; the message names the annotation.
     """
-    boxes = np.concatenate([np.zeros((0, 5)), *(_box(entry, kind) for entry in objects)])
     outlines = []
     for entry in objects if kind == "mask" else ():
         try:
@@ -237,7 +236,7 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
             raise AnnotationError(f"label file {str(path)!r}: {error}") from error
     return make_labels(
         path,
-        boxes,
+        _boxes(objects, kind),
         [entry.class_name for entry in objects],
         [entry.annotation_id for entry in objects],
         crowd=[entry.is_crowd for entry in objects],
@@ -247,15 +246,20 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
     )
 
 
-def _box(entry: CocoObject, kind: Kind) -> NDArray[np.float64]:
-    """Return an object's le90 box (1, 5); sides of 0 where it has no points."""
-    if kind != "rotated" and entry.hbox is not None:
-        return hboxes_to_le90([entry.hbox])
-    if len(entry.points) == 0:
-        return np.zeros((1, 5))
+def _boxes(objects: Sequence[CocoObject], kind: Kind) -> NDArray[np.float64]:
+    """Return the objects' le90 boxes (N, 5); sides of 0 where one has no points."""
     if kind == "rotated":
-        return minimum_area_rectangle(entry.points)[None]
-    return hboxes_to_le90([[*entry.points.min(axis=0), *entry.points.max(axis=0)]])
+        found = [minimum_area_rectangle(entry.points) if len(entry.points) else np.zeros(5) for entry in objects]
+        return np.array(found).reshape(-1, 5)
+    return hboxes_to_le90([entry.hbox or _bounds(entry.points) for entry in objects])
+
+
+def _bounds(points: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """Return x1, y1, x2, y2 around points (M, 2); zeros for none."""
+    if len(points) == 0:
+        return 0.0, 0.0, 0.0, 0.0
+    (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    return x1, y1, x2, y2
 
 
 def _stated_size(image: Mapping[str, Any]) -> tuple[int, int] | None:

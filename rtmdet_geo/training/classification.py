@@ -66,10 +66,9 @@ class ClassificationTask:
             self.training, recipe, samples_per_step=own * processes.world, samples_per_process=own
         )
 
-    def describe(self) -> str:
+    def counts(self) -> dict[str, int]:
         """See :class:`rtmdet_geo.training.task.Task`."""
-        classes = len(self.recipe.model.classes)
-        return f"{len(self.training)} images, {classes} classes, {len(self.left_out)} images left out"
+        return {"images": len(self.training), "left-out images": len(self.left_out)}
 
     def batch(self, samples: Sequence[ClassSample], iteration: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return normalised images (N, C, S, S) and the shares of the classes (N, K) float32, mixed by the recipe."""

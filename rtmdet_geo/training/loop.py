@@ -31,7 +31,7 @@ from rtmdet_geo.training.ema import ModelEMA
 from rtmdet_geo.training.lamb import Lamb
 from rtmdet_geo.training.loader import BatchLoader
 from rtmdet_geo.training.processes import Processes, join_processes
-from rtmdet_geo.training.report import write_report, write_validation
+from rtmdet_geo.training.report import write_report
 from rtmdet_geo.training.run_folder import (
     BEST_WEIGHTS,
     CHECKPOINT,
@@ -42,7 +42,7 @@ from rtmdet_geo.training.run_folder import (
     load_checkpoint,
     save_checkpoint,
 )
-from rtmdet_geo.training.run_log import RunLog
+from rtmdet_geo.training.run_log import RunLog, write_validation
 from rtmdet_geo.training.schedule import freeze_parts, keep_norms_frozen, param_groups, scheduled_rate
 from rtmdet_geo.training.task import DetectionTask, Task, samples_per_process
 from rtmdet_geo.training.validate import Validation
@@ -84,7 +84,8 @@ def train_model(
     Returns:
         ``weights``, ``best`` (paths; ``best`` is None without validation), ``iterations``, ``seconds``, ``loss`` (of
         the last iteration), ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples),
-        ``data`` and ``device`` (in words), ``bad_images`` (names), ``figures`` and ``validation`` rows.
+        ``data`` (counts), ``parameters``, ``device``, ``processes``, ``best_iteration``, ``bad_images`` (names),
+        ``figures`` and ``validation`` rows.
 
     Raises:
         DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or made for another recipe.
@@ -210,7 +211,7 @@ class _Training:
         if processes.is_first:
             save_weights(state.ema.module, run / WEIGHTS, task.spec(validation), half=False)
             if validation is not None:
-                write_validation(run, validation)
+                write_validation(run, validation.rows)
             write_report(run, recipe, validation=validation, summary=summary)
         processes.barrier()
         return summary
@@ -279,7 +280,8 @@ class _Training:
         shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         raise TrainingError(
-            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} (all in  {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} "
+            f"(all in {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
             f"{self.run / CHECKPOINT} with --resume"
         )
 
@@ -304,7 +306,7 @@ class _Training:
         validation = self.task.validate(state.ema.module, self.processes)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in validation.figures.items())
         logger.info("iteration %d, left-out images: %s", done, figures)
-        is_best = state.judge(next(iter(validation.figures.values()), math.nan))
+        is_best = state.judge(next(iter(validation.figures.values()), math.nan), done)
         if log is not None:
             log.validation(done, validation.figures)
             if is_best:
@@ -316,7 +318,8 @@ class _Training:
         logger.info(
             "training %s on %s%s: %s, iterations %d to %d, %d samples each, lr %.3g",
             *(self.recipe.model.name, processes.device, f" x {processes.world}" if processes.world > 1 else ""),
-            *(self.task.describe(), self.start, self.task.iterations),
+            ", ".join(f"{number} {name}" for name, number in self.task.counts().items()),
+            *(self.start, self.task.iterations),
             *(optim.batch_size * optim.accumulate * processes.world, self.base_lr),
         )
 
@@ -339,14 +342,17 @@ class _Training:
         samples = (done - self.start) * samples_per_process(self.recipe) * self.processes.world
         return {
             "weights": str(self.run / WEIGHTS),
-            "best": str(best) if best.exists() else None,
+            "best": str(best) if self.state.best_iteration else None,
+            "best_iteration": self.state.best_iteration,
             "iterations": done,
             "seconds": seconds,
             "loss": row["loss"],
             "images_per_second": samples / seconds,
             "data_wait": waited / seconds,
-            "data": self.task.describe(),
-            "device": f"{self.processes.device} x {self.processes.world}",
+            "data": self.task.counts(),
+            "parameters": sum(parameter.numel() for parameter in self.state.network.parameters()),
+            "device": str(self.processes.device),
+            "processes": self.processes.world,
             "bad_images": bad,
             "figures": {} if validation is None else dict(validation.figures),
             "validation": [] if validation is None else validation.rows,

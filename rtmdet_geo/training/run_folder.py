@@ -42,6 +42,7 @@ class TrainingState:
         scaler: of the loss, for fp16.
         samples: what the sampler has learnt of the data (false alarms), as a state dict.
         best: highest deciding figure of a validation so far.
+        best_iteration: iterations done then; 0: there was none.
         stale: validations since.
     """
 
@@ -51,12 +52,16 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     samples: dict[str, Any]
     best: float = float("-inf")
+    best_iteration: int = 0
     stale: int = 0
 
-    def judge(self, figure: float) -> bool:
+    def judge(self, figure: float, iteration: int) -> bool:
         """Take in the deciding figure of a validation and say whether it is the best so far."""
         is_best = figure > self.best
-        self.best, self.stale = (figure, 0) if is_best else (self.best, self.stale + 1)
+        if is_best:
+            self.best, self.best_iteration, self.stale = figure, iteration, 0
+        else:
+            self.stale += 1
         return is_best
 
 
@@ -116,6 +121,7 @@ def save_checkpoint(run: Path, iteration: int, world: int, state: TrainingState)
         "scaler": state.scaler.state_dict(),
         "samples": state.samples,
         "best": state.best,
+        "best_iteration": state.best_iteration,
         "stale": state.stale,
         "versions": {
             "rtmdet_geo": rtmdet_geo.__version__,
@@ -151,7 +157,8 @@ def load_checkpoint(run: Path, world: int, state: TrainingState, device: torch.d
         state.ema.load_state_dict(content["ema"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.scaler.load_state_dict(content["scaler"])
-        state.samples, state.best, state.stale = content["samples"], content["best"], content["stale"]
+        state.samples, state.stale = content["samples"], content["stale"]
+        state.best, state.best_iteration = content["best"], content["best_iteration"]
     except ConfigError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:

@@ -55,8 +55,8 @@ class Task(Protocol):
     def can_validate(self) -> bool:
         """Whether anything was left out to score."""
 
-    def describe(self) -> str:
-        """Say in a few words what there is to learn from: "617 images, 1640 objects"."""
+    def counts(self) -> dict[str, int]:
+        """Say what there is to learn from, by name: "images", "objects", "left-out images", ..."""
 
     def batch(self, samples: Sequence[Any], iteration: int, device: torch.device) -> tuple[Tensor, Any]:
         """Return normalised images (N, C, H, W) float32 on the device, and what :meth:`losses` compares with."""
@@ -132,10 +132,10 @@ class DetectionTask:
                 samples_per_process=per_process,
             )
 
-    def describe(self) -> str:
+    def counts(self) -> dict[str, int]:
         """See :class:`Task`."""
         objects = sum(int((~image.ignored).sum()) for image in self.training)
-        return f"{len(self.training)} images, {objects} objects, {len(self.left_out)} images left out"
+        return {"images": len(self.training), "objects": objects, "left-out images": len(self.left_out)}
 
     def batch(self, samples: Sequence[Sample], iteration: int, device: torch.device) -> tuple[Tensor, list[Target]]:
         """See :class:`Task`."""

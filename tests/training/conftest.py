@@ -59,7 +59,7 @@ def recipe_values(chips_dir):
         "data": {"chips": str(chips_dir), "folds": {"a": ["alpha"]}, "fold": "a"},
         "augment": {"crop_size": 128, "false_alarm_crop_prob": 0.3, "band_dropout": {"nir": 0.5}, "mosaic_prob": 0.5},
         "optim": {"batch_size": 2, "iterations": 6, "warmup_iterations": 2},
-        "loop": {"mine_interval": 3, "checkpoint_interval": 2, "log_interval": 1},
+        "loop": {"mine_interval": 3, "checkpoint_interval": 2, "log_interval": 1, "tensorboard": False},
         "validation": {"drop_bands": [[], ["nir"]]},
     }
 
@@ -123,5 +123,5 @@ def house_values(houses_dir):
             "ema_gamma": 20,
             "ema_momentum": 0.03,
         },
-        "loop": {"checkpoint_interval": 500, "log_interval": 10},
+        "loop": {"checkpoint_interval": 500, "log_interval": 10, "tensorboard": False},
     }

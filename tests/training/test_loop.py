@@ -48,7 +48,8 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path):
     summary = train_model(recipe, tmp_path / "run", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 6) for done in range(1, 7)]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "last.pt", "log.csv", "model.safetensors", "recipe.yaml", "validation.csv",
+        "ap.png", "best.safetensors", "history.csv", "last.pt", "log.csv", "losses.png", "lr.png", "model.safetensors",
+        "pr.png", "recipe.yaml", "report.html", "validation.csv",
     ]  # fmt: skip
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
     assert {row["bands"] for row in summary["validation"]} == {"red+green+blue+nir", "red+green+blue"}
@@ -56,7 +57,11 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path):
     assert spec.architecture == "rtmdet_r_test" and spec.optional_bands == {"nir": 30}
     assert network.in_channels == 4
     assert len(losses(tmp_path / "run")) == 6
-    assert set(spec.metrics) == {f"ship AP{at} left-out {bands}" for at in (25, 50) for bands in BAND_SETS}
+    assert set(spec.metrics) == {f"AP{at}{bands}" for at in (25, 50) for bands in ("", " red+green+blue")}
+    assert summary["figures"].keys() == spec.metrics.keys()
+    assert (summary["best_iteration"], summary["processes"], summary["bad_images"]) == (6, 1, [])
+    assert summary["data"] == {"images": 2, "objects": 8, "left-out images": 1}
+    assert 0 <= summary["data_wait"] < 1 and summary["images_per_second"] > 0
     assert (tmp_path / "run" / "model.safetensors").stat().st_mode & 0o044
 
 
@@ -83,7 +88,8 @@ def test_resume_after_cancel_gives_the_unbroken_run_to_the_bit(recipe_values, tm
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert (spec.architecture, spec.kind) == (name, recipe.model.kind)
     header = (tmp_path / "whole" / "log.csv").read_text().splitlines()[0].split(",")
-    assert header[2:-2] == ["loss", "loss_cls", "loss_bbox", *(["loss_mask"] if spec.kind == "mask" else [])]
+    assert header[2:-4] == ["loss", "loss_cls", "loss_bbox", *(["loss_mask"] if spec.kind == "mask" else [])]
+    assert (tmp_path / "whole" / "history.csv").read_bytes() == (tmp_path / "broken" / "history.csv").read_bytes()
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def draw_history(history: Table) -> bytes | None:
         ring: dict[str, Any] = {"ms": 11, "mfc": "none", "mec": _COLOURS[0], "mew": 1.6}
         axes.plot(at[best], values[best], "o", linestyle="none", label=label, **ring)
     top = max(float(values.max()) for _, values in series.values())
-    axes.set_ylim(0, min(1.0, 1.25 * top) if top > 0 else 1.0)
+    axes.set_ylim(0, min(1.04, 1.25 * top) if top > 0 else 1.04)
     axes.set_ylabel("average precision on left-out images" if "AP" in names[0] else "figures on left-out images")
     _label_iterations(axes)
     _add_legend(axes)

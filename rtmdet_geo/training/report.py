@@ -74,18 +74,26 @@ p.sub { margin: .2rem 0 1.2rem; color: var(--soft); }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; background: #fff; border-radius: .5rem; border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: .85rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 0 2rem; }
+section { min-width: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
+table.facts td { overflow-wrap: anywhere; }
 table.facts th { color: var(--soft); font-weight: 400; white-space: nowrap; }
-td.number, th.number { text-align: right; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 pre { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; overflow-x: auto; font-size: .85rem; }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --card: #f2f2f2; }
-  body { padding: 0; font-size: 10.5px; max-width: none; }
-  .pictures { grid-template-columns: 1fr 1fr; }
+  @page { margin: 12mm; }
+  html { font-size: 9.5px; }
+  body { padding: 0; font-size: 9.5px; max-width: none; }
+  h2 { margin-top: 1.2rem; }
+  .tiles { grid-template-columns: repeat(5, 1fr); }
+  .pictures, .columns { grid-template-columns: 1fr 1fr; }
+  figure img { max-height: 44mm; object-fit: contain; }
   figure, .tile, tr { break-inside: avoid; }
   pre { white-space: pre-wrap; }
 }
@@ -165,23 +173,25 @@ def _page(
     history: Sequence[Mapping[str, str]],
     pictures: Mapping[str, bytes],
 ) -> str:
-    title = html.escape(recipe.name)
+    name = html.escape(recipe.name)
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     parts = [
-        f"<h1>{title}</h1>",
+        f"<h1>{name}</h1>",
         f'<p class="sub">{html.escape(recipe.model.name)}, training report of {now}</p>',
         _tiles(validation, summary, log),
     ]
     if pictures:
-        figures = "".join(_picture(name, content) for name, content in pictures.items())
+        figures = "".join(_picture(file, content) for file, content in pictures.items())
         parts.append(f'<h2>Course</h2><div class="pictures">{figures}</div>')
+    sections = [("What was trained", _table(_facts(recipe, validation, summary, log), heads=None))]
     if validation is not None:
-        parts += ["<h2>On left-out images</h2>", _results(validation, history)]
-    parts += ["<h2>What was trained</h2>", _table(_facts(recipe, validation, summary, log), heads=None)]
+        sections.insert(0, ("On left-out images", _results(validation, history)))
+    columns = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    parts.append(f'<div class="columns">{columns}</div>')
     parts += ["<h2>How to go on</h2>", f"<pre>{html.escape(_commands(run, recipe, summary))}</pre>"]
     parts.append(f"<details><summary>The whole recipe</summary><pre>{html.escape(recipe.to_yaml())}</pre></details>")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: training report</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: training report</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body>\n'
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -225,8 +235,10 @@ def _results(validation: Validation, history: Sequence[Mapping[str, str]]) -> st
         )
     parts = [_table(rows, heads=("figure", "at the end", "best", "at iteration"))]
     if validation.rows:
-        # the class first; its measure says the IoU
-        columns = ["class", *(name for name in validation.rows[0] if name not in ("class", "iou"))]
+        hidden = {"class", "iou"}  # the class goes first, and its measure says the IoU
+        if len({row.get("bands") for row in validation.rows}) == 1:
+            hidden.add("bands")
+        columns = ["class", *(name for name in validation.rows[0] if name not in hidden)]
         classes = [[_as_text(row[name]) for name in columns] for row in validation.rows]
         heads = [_HEADS.get(name, name.replace("_", " ")) for name in columns]
         table = _table(classes, heads=heads)
@@ -345,4 +357,6 @@ def _number(value: float) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

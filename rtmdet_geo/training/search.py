@@ -277,11 +277,26 @@ def _to_image(candidates: Detections, boxed: Letterbox, image: LabelledImage, re
     section, kind = recipe.validation, candidates.kind
     height, width = image.height, image.width
     found = restore(candidates, View(*boxed.scale_factor), height, width)
-    if kind == "rotated":
-        kept = nms_rotated(found.boxes, found.scores, found.labels, iou_threshold=section.nms_iou_threshold)
-    else:
-        corners = boxes_to_hboxes(found.boxes)
-        kept = nms_horizontal(corners, found.scores, found.labels, iou_threshold=section.nms_iou_threshold)
-    found = found.select(kept[: section.max_detections])
+    found = _suppress(found, section.nms_iou_threshold, section.max_detections)
     masks = assemble_detections(found, height, width, threshold=section.mask_threshold) if kind == "mask" else None
     return Found(replace(found, frame="scene", masks=None), masks)
+
+
+def _suppress(found: Detections, iou_threshold: float, limit: int) -> Detections:
+    """Return the best ``limit`` of what NMS keeps, best first.
+
+    What is kept depends on better ones only, so NMS looks at no more than it needs: an untrained network has tens of
+    thousands of candidates at low scores.
+    """
+    order = np.argsort(-found.scores, kind="stable")
+    size = 8 * limit
+    while True:
+        part = found.select(order[:size])
+        if part.kind == "rotated":
+            kept = nms_rotated(part.boxes, part.scores, part.labels, iou_threshold=iou_threshold)
+        else:
+            corners = boxes_to_hboxes(part.boxes)
+            kept = nms_horizontal(corners, part.scores, part.labels, iou_threshold=iou_threshold)
+        if len(kept) >= limit or size >= len(order):
+            return part.select(kept[:limit])
+        size *= 4

@@ -130,8 +130,13 @@ def test_numbers_are_those_of_the_tables(tmp_path, recipe):
     assert ["AP50", "n/a", "n/a", "n/a"] in page.rows
     with (tmp_path / "validation.csv").open() as stream:
         (row,) = csv.DictReader(stream)
-    told = [row["class"], row["bands"], row["measure"], f"{float(row['ap']):.4f}", "0.6000", "0.2500", "1,200"]
+    told = [row["class"], row["measure"], f"{float(row['ap']):.4f}", "0.6000", "0.2500", "1,200"]
     assert told in page.rows
+    two = [dict(entry, bands=bands) for entry in validation.rows for bands in ("red", "green")]
+    validation = Validation(validation.figures, two, [], 12)
+    write_report(tmp_path, recipe, validation=validation, summary=SUMMARY)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [told[0], "green", *told[1:]] in page.rows  # bands are told where they differ
     joined = " ".join(page.texts)
     assert f"{float(read_table(tmp_path / 'log.csv')[-1]['loss']):.4g}" in joined and "1 h 06 min" in joined
     assert page.fact("parameters") == "2,177,700" and page.fact("data") == "chips: 9 images, 1,640 objects"
@@ -201,7 +206,7 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path, recipe):
     page = Page(text)
     assert page.open == [] and {"script", "i"}.isdisjoint(page.tags) and "<b>'x'" not in text
     assert "<script" not in text and page.fact("<i>note") == "</pre><script>alert(3)</script>"
-    assert [row[0] for row in page.rows if row[2:3] == ["AP25"]] == list(HOSTILE)
+    assert [row[0] for row in page.rows if row[1:2] == ["AP25"]] == list(HOSTILE)
     commands = next(item for item in page.texts if item.startswith("rtmdet-geo train")).splitlines()
     assert shlex.split(commands[0])[2] == str(run / "recipe.yaml")
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from engines import BRIGHT, RectangleEngine, draw_rectangles, scattered_boxes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import make_spec, small_network
 
 from rtmdet_geo.annotations.outlines import as_outline
@@ -26,6 +28,7 @@ from rtmdet_geo.models import HorizontalOutputs, InstanceOutputs, RotatedOutputs
 from rtmdet_geo.models.decode import encode_distances, encode_sides
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.nms import rotated_iou_aligned
+from rtmdet_geo.structures import Detections
 from rtmdet_geo.training import search
 from rtmdet_geo.training.labelled import LabelledImage
 from rtmdet_geo.training.task import make_spec as spec_of
@@ -276,6 +279,24 @@ def test_batches_change_nothing(monkeypatch):
     monkeypatch.setattr(search, "BATCH_SIZE_CPU", 2)
     assert validate(network, images, recipe).rows == single
     assert network.batches == [2, 2, 1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["rotated", "horizontal"]), st.integers(0, 9999), st.integers(0, 120), st.integers(1, 12),
+    st.sampled_from([0.1, 0.65]),
+)  # fmt: skip
+def test_the_best_of_nms_are_found_without_all_candidates(kind, seed, number, limit, threshold):
+    """Equal scores and nearly equal boxes too, so that one part is not enough."""
+    rng = np.random.default_rng(seed)
+    boxes = np.concatenate((rng.integers(0, 3, (number, 2)) * 9, rng.uniform(8, 20, (number, 2))), axis=1)
+    boxes = np.column_stack([boxes, rng.uniform(-1.5, 1.5, number) if kind == "rotated" else np.zeros(number)])
+    found = Detections(boxes, rng.integers(1, 9, number) / 9, rng.integers(0, 2, number), kind=kind)
+    part = search._suppress(found, threshold, limit)
+    whole = search._suppress(found, threshold, 10_000)
+    np.testing.assert_array_equal(part.boxes, whole.boxes[:limit])
+    np.testing.assert_array_equal(part.scores, whole.scores[:limit])
+    assert len(whole) <= number and (np.diff(whole.scores) <= 0).all()
 
 
 class Threads:

@@ -47,6 +47,8 @@ ALLOWED: dict[str, set[str]] = {
 CONFINED: dict[str, set[str]] = {
     "torch": {"models", "training", "export", "backends.pytorch"},
     "tensorboard": {"training"},
+    "matplotlib": {"training"},
+    "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
     "onnx": {"export", "onnx_graph"},
     "onnxruntime": {"backends", "export"},

@@ -478,7 +478,8 @@ def test_train_hands_everything_on(monkeypatch, tmp_path):
     def train(recipe, out, **settings):
         calls.append((recipe.name, out, settings))
         settings["progress"](1, 2)
-        return {"weights": "w.safetensors", "iterations": 2, "seconds": 1.0, "loss": 0.5, "validation": []}
+        summary = {"weights": "w.safetensors", "iterations": 2, "seconds": 1.0, "loss": 0.5, "validation": []}
+        return {**summary, "figures": {"AP50": 0.25}}
 
     monkeypatch.setattr(loop, "train_model", train)
     words = ["train", "sen2ships_r", "-o", tmp_path / "run", "--data", "chips", "--device", "cpu", "--resume"]
@@ -494,7 +495,11 @@ def test_train_hands_everything_on(monkeypatch, tmp_path):
     )
     events = [json.loads(line) for line in run(*words, "--progress", "jsonl").stdout.splitlines()]
     assert [event["event"] for event in events] == ["start", "progress", "done"]
-    assert run("train", "sen2ships_r").exit_code == 0 and calls[-1][1] == Path("runs/sen2ships_r")
+    result = run("train", "sen2ships_r")
+    assert result.exit_code == 0 and calls[-1][1] == Path("runs/sen2ships_r")
+    assert result.stdout == "w.safetensors: 2 iterations in 1 s, AP50 0.250\n"
+    monkeypatch.setenv("RANK", "1")  # the second of several processes keeps silent
+    assert run(*words, "--json").stdout == ""
 
 
 def test_train_without_chips_is_one_line(tmp_path):

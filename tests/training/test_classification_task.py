@@ -238,10 +238,10 @@ def test_bad_images_of_a_validation_are_named_and_left_out(colours, tmp_path):
 
 def test_a_task_says_what_it_learns_from(colours):
     task = task_of(recipe_of(colours))
-    assert task.describe() == "48 images, 3 classes, 24 images left out" and task.can_validate
+    assert task.counts() == {"images": 48, "left-out images": 24} and task.can_validate
     assert task.look_again(task.network, 5, Processes(CPU)) is None
     blind = task_of(recipe_of("elsewhere", data={"val_images": None}), folder=colours)
-    assert not blind.can_validate and "0 images left out" in blind.describe()
+    assert not blind.can_validate and blind.counts()["left-out images"] == 0
     with pytest.raises(DatasetNotFoundError, match="elsewhere"):
         task_of(recipe_of("elsewhere"))
 

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.findings import MEANINGS, SEVERITIES, Findings
+from rtmdet_geo.annotations.folders import FoldersSource, folders_source, list_folders
 from rtmdet_geo.annotations.labels import make_labels
 from rtmdet_geo.annotations.outlines import as_outline
 from rtmdet_geo.annotations.parts import LabelledFile, PartSource, part_source, read_part
 from rtmdet_geo.annotations.usable import Usable, sift
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError, Cancelled, DatasetNotFoundError
-from rtmdet_geo.pictures import IMAGE_SUFFIXES, decode_image, is_turned
+from rtmdet_geo.pictures import decode_image, is_turned
 
 #: Boxes of a class that agree to so many px (rad) are the same.
 _SAME_BOX = 0.01
@@ -37,13 +38,6 @@ class ChipsSource:
 
     folder: Path
     classes: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class FoldersSource:
-    """A folder of images in a folder for each class, for classifiers. Only images are checked, not names of classes."""
-
-    images: Path
 
 
 Source: TypeAlias = PartSource | ChipsSource | FoldersSource
@@ -68,12 +62,10 @@ def recipe_parts(recipe: Recipe, folder: Path | None = None) -> dict[str, Source
         return {"chips": ChipsSource(Path(folder or data.chips or ""), model.classes)}
     if folder is not None:
         data = data.model_copy(update={"root": str(folder)})
-    if data.format == "folders":
-        named = {"train": data.train_images, "val": data.val_images}
-        return {part: FoldersSource(Path(data.root) / images) for part, images in named.items() if images is not None}
-    parts: dict[str, Source] = {"train": part_source(data, model, "train")}
+    source = folders_source if data.format == "folders" else part_source
+    parts: dict[str, Source] = {"train": source(data, model, "train")}
     if data.val_images is not None:
-        parts["val"] = part_source(data, model, "val")
+        parts["val"] = source(data, model, "val")
     return parts
 
 
@@ -90,7 +82,8 @@ def check_dataset(
 
     Args:
         parts: what to check, by name ("train", "val"); files that are in two of them are an error.
-        drop_unknown_classes: objects of unknown classes are left out by wish: a warning, no error.
+        drop_unknown_classes: objects of unknown classes are left out by wish: a warning, no error; images in folders
+            of unknown classes are not looked at then.
         examples: how many faults of each kind to keep.
         threads: that decode images.
         progress: called with images looked at and all images.
@@ -103,17 +96,19 @@ def check_dataset(
 
     Raises:
         DatasetNotFoundError: a folder or file is missing or empty.
-        AnnotationError: a COCO file or an index of chips cannot be read at all.
+        AnnotationError: a COCO file, an index of chips or ``classes.txt`` cannot be read at all.
         Cancelled: ``cancelled`` said so.
     """
     findings = {name: Findings(examples) for name in parts}
     files, about = {}, {}
     for name, source in parts.items():
+        if isinstance(source, FoldersSource):
+            files[name], about[name] = _list_images(source, findings[name], drop_unknown_classes)
+            continue
         files[name] = _read(source, findings[name])
-        classes = None if isinstance(source, FoldersSource) else source.classes
-        usable = sift(files[name], classes, findings[name])
+        usable = sift(files[name], source.classes, findings[name])
         _find_doubles(files[name], usable, findings[name])
-        about[name] = _describe(files[name], usable, source)
+        about[name] = _describe(files[name], usable)
     every = [(name, file) for name, found in files.items() for file in found]
     seen: dict[bytes, tuple[str, LabelledFile]] = {}
     for done, ((name, file), look) in enumerate(zip(every, _looks(every, threads), strict=True), 1):
@@ -130,10 +125,10 @@ def check_dataset(
     return _summary(findings, about, drop_unknown_classes)
 
 
-def _read(source: Source, findings: Findings) -> list[LabelledFile]:
+def _read(source: PartSource | ChipsSource, findings: Findings) -> list[LabelledFile]:
     if isinstance(source, PartSource):
         return read_part(source, findings)
-    return list(_read_chips(source.folder, findings) if isinstance(source, ChipsSource) else _list_images(source))
+    return list(_read_chips(source.folder, findings))
 
 
 def _read_chips(folder: Path, findings: Findings) -> Iterator[LabelledFile]:
@@ -174,17 +169,26 @@ def _chip(path: Path, entry: Mapping[str, Any], classes: list[str]) -> LabelledF
     )
 
 
-def _list_images(source: FoldersSource) -> Iterator[LabelledFile]:
-    """Yield images in folders of classes; sizes are not known yet."""
-    if not source.images.is_dir():
-        raise DatasetNotFoundError(
-            f"folder of images {str(source.images)!r} is missing: check the recipe's data section"
-        )
-    paths = sorted(path for path in source.images.glob("*/**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DatasetNotFoundError(f"no images in folders of classes below {str(source.images)!r}")
-    for path in paths:
-        yield LabelledFile(path, str(path.relative_to(source.images)), 0, 0, make_labels(path, [], [], []))
+def _list_images(
+    source: FoldersSource, findings: Findings, drop_unknown_classes: bool
+) -> tuple[list[LabelledFile], dict[str, Any]]:
+    """Return the images in folders of classes, whose sizes are not known yet, and what the part holds."""
+    root, found = source.images, list_folders(source)
+    numbers = Counter(image.name.partition("/")[0] for image in found.images)
+    for name in found.missing:
+        findings.add("labels without image", str(source.ids), f"{name!r} is not in {str(root)!r}")
+    for folder, name in found.unknown.items():
+        text = f"{name!r} is no class of the model; the folder has {numbers[folder]} images"
+        findings.add("unknown class", str(root / folder), text)
+    for name in found.absent:
+        findings.add("absent class", name, "no image is of this class")
+    for name in found.stray:
+        findings.add("image without labels", str(root / name), "it lies in no folder of a class")
+    images = found.known if drop_unknown_classes else found.images
+    files = [LabelledFile(root / image.name, image.name, 0, 0, make_labels(root, [], [], [])) for image in images]
+    classes = Counter(image.class_name for image in found.known)
+    about = {"images": len(files), "images_without_objects": 0, "objects": classes.total(), "classes": dict(classes)}
+    return files, about
 
 
 def _find_doubles(files: list[LabelledFile], usable: Usable, findings: Findings) -> None:
@@ -203,11 +207,8 @@ def _find_doubles(files: list[LabelledFile], usable: Usable, findings: Findings)
         findings.add("double object", place, f"{str(names[index])!r} has the box of {twin}")
 
 
-def _describe(files: list[LabelledFile], usable: Usable, source: Source) -> dict[str, Any]:
+def _describe(files: list[LabelledFile], usable: Usable) -> dict[str, Any]:
     """Return what a part holds, for the summary."""
-    if isinstance(source, FoldersSource):
-        counts = Counter(Path(file.name).parts[0] for file in files)
-        return {"images": len(files), "images_without_objects": 0, "objects": len(files), "classes": dict(counts)}
     numbers = np.bincount(usable.labels[usable.kept], minlength=len(usable.classes))
     return {
         "images": len(files),

@@ -13,10 +13,11 @@ from label_folders import coco_box, coco_folder, dota_folder, write_image, write
 from PIL import Image
 
 from rtmdet_geo.annotations.findings import MEANINGS, SEVERITIES, Findings
+from rtmdet_geo.annotations.folders import FoldersSource
 from rtmdet_geo.annotations.parts import PartSource
 from rtmdet_geo.cli import cli
 from rtmdet_geo.config import parse_recipe
-from rtmdet_geo.dataset_check import ChipsSource, FoldersSource, check_dataset, recipe_parts
+from rtmdet_geo.dataset_check import ChipsSource, check_dataset, recipe_parts
 from rtmdet_geo.errors import AnnotationError, Cancelled, DatasetNotFoundError
 
 SHIP = "10 10 30 10 30 20 10 20 ship 0\n"
@@ -234,6 +235,48 @@ def test_folders_of_classes(tmp_path):
         check_dataset({"train": FoldersSource(tmp_path / "none")})
 
 
+def test_folders_of_unknown_classes(tmp_path):
+    """What training refuses or leaves out, the check reports; what training passes over, it passes over."""
+    names = ("bright/1.png", "bright/2.png", "dark/3.png", "dark/4.png", ".git/5.png", "bright/.thumbs/6.png")
+    for number, name in enumerate((*names, "stray.png")):
+        write_image(tmp_path / "train" / name, number)
+    write_text(tmp_path / "train/dark/4.png", "no image")
+    values = {
+        "name": "toy",
+        "model": {"name": "cspnext_tiny", "classes": ["bright", "dim"]},
+        "data": {"format": "folders", "root": str(tmp_path), "train_images": "train"},
+        "augment": {"sampling": "classification"},
+    }
+
+    def found(drop=False, **data):
+        recipe = parse_recipe(values | {"data": values["data"] | data})
+        return check_dataset(recipe_parts(recipe), drop_unknown_classes=drop)
+
+    summary = found()
+    others = {"absent class": 1, "image without labels": 1}
+    assert kinds(summary) == others | {"unknown class": 1, "broken image": 1}
+    by_kind = {fault["kind"]: fault["examples"][0] for fault in summary["faults"]}
+    assert by_kind["unknown class"]["place"] == str(tmp_path / "train" / "dark")
+    assert by_kind["unknown class"]["text"].startswith("'dark' is no class of the model; the folder has 2 images")
+    assert by_kind["image without labels"]["place"].endswith("stray.png")
+    assert summary["parts"]["train"] == {
+        "images": 4, "images_without_objects": 0, "objects": 2, "classes": {"bright": 2}
+    }  # fmt: skip
+    dropped = found(drop=True)
+    assert kinds(dropped) == others | {"unknown class": 1} and dropped["errors"] == 0
+    assert dropped["parts"]["train"]["images"] == 2
+    write_text(tmp_path / "few.txt", "bright/1\nbright/9.png\n")
+    few = found(drop=True, train_ids="few.txt")
+    assert kinds(few) == others | {"unknown class": 1, "labels without image": 1}
+    assert few["parts"]["train"]["images"] == 1 and few["faults"][0]["examples"][0]["text"].startswith("'bright/9.png'")
+    write_text(tmp_path / "classes.txt", "dark dim\n")
+    assert kinds(found()) == {"image without labels": 1, "broken image": 1}
+    result = check("--format", "folders", "--images", tmp_path / "train", "--class", "bright")
+    assert result.exit_code == 3 and "unknown class" in result.stdout and "dark: 'dim' is no class" in result.stdout
+    listed = check("--format", "folders", "--images", tmp_path / "train", "--ids", tmp_path / "few.txt", "--json")
+    assert json.loads(listed.stdout)["parts"]["data"]["images"] == 1
+
+
 def test_parts_of_recipes(tmp_path):
     def parts(model, **data):
         values = {"name": "toy", "model": {"name": model, "classes": ["ship"]}, "data": data}
@@ -246,7 +289,11 @@ def test_parts_of_recipes(tmp_path):
     assert labelled["train"] == PartSource("dota", tmp_path / "i", tmp_path / "l", None, ("ship",), "horizontal")
     assert labelled["val"].images == tmp_path / "v"
     assert parts("cspnext_tiny", format="folders", root=str(tmp_path), train_images="i") == {
-        "train": FoldersSource(tmp_path / "i")
+        "train": FoldersSource(tmp_path / "i", None, ("ship",))
+    }
+    assert parts("cspnext_tiny", format="folders", train_images="i", train_ids="few.txt", val_images="v") == {
+        "train": FoldersSource(tmp_path / "i", tmp_path / "few.txt", ("ship",)),
+        "val": FoldersSource(tmp_path / "v", None, ("ship",)),
     }
 
 
@@ -313,7 +360,9 @@ def test_command_checks_a_recipe(tmp_path):
         (("sen2ships_r", "--images", "x"), "go with --format"),
         (("--format", "dota"), "needs --images"),
         (("--format", "dota", "--images", "x"), "needs --labels"),
-        (("--format", "chips", "--images", "x", "--labels", "y"), "takes neither"),
+        (("--format", "chips", "--images", "x", "--labels", "y"), "chips takes no --labels"),
+        (("--format", "chips", "--images", "x", "--ids", "y"), "chips takes no --ids"),
+        (("--format", "folders", "--images", "x", "--labels", "y"), "folders takes no --labels"),
         (("--format", "chips", "--images", "x", "--set", "a=b"), "go with a RECIPE"),
         (("--format", "chips", "--images", "x", "--json", "--progress", "jsonl"), "both write to stdout"),
     ],

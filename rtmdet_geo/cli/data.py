@@ -242,8 +242,9 @@ def _source(
     hrsc_level: int,
 ) -> Any:
     """Return what ``--format`` and the options beside it name."""
+    from rtmdet_geo.annotations.folders import FoldersSource
     from rtmdet_geo.annotations.parts import PartSource
-    from rtmdet_geo.dataset_check import ChipsSource, FoldersSource
+    from rtmdet_geo.dataset_check import ChipsSource
 
     if images is None:
         raise click.UsageError(f"--format {label_format} needs --images.")
@@ -252,9 +253,13 @@ def _source(
             raise click.UsageError(f"--format {label_format} needs --labels.")
         kind = "horizontal" if label_format == "coco" else "rotated"
         return PartSource(label_format, images, labels, ids, classes, kind, hrsc_level)  # type: ignore[arg-type]
-    if labels or ids:
-        raise click.UsageError(f"--format {label_format} takes neither --labels nor --ids.")
-    return ChipsSource(images, classes) if label_format == "chips" else FoldersSource(images)
+    if labels:
+        raise click.UsageError(f"--format {label_format} takes no --labels.")
+    if label_format == "folders":
+        return FoldersSource(images, ids, classes)
+    if ids:
+        raise click.UsageError("--format chips takes no --ids.")
+    return ChipsSource(images, classes)
 
 
 def _echo_check(summary: dict[str, Any], *, is_quiet: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.evaluation.classification import accuracy, accuracy_by_class, true_ranks
 from rtmdet_geo.models.classifier import get_classifier
 from rtmdet_geo.recipe_sections import ClassificationAugment
@@ -102,6 +103,9 @@ class ClassificationTask:
         """Score a network in eval mode: ``top1`` and ``top5``, shares of the images left out; rows by class.
 
         Every process looks at its part of the images. Those that do not decode are left out if the recipe says so.
+
+        Raises:
+            AnnotationError: an image does not decode and the recipe says to stop; in every process.
         """
         mine = self.left_out[processes.rank :: processes.world]
         size = samples_per_process(self.recipe)
@@ -110,6 +114,7 @@ class ClassificationTask:
         workers = self.recipe.loop.workers
         loader = BatchLoader(sampler, positions=range(size), iterations=batches, workers=workers)
         ranks, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        bad: AnnotationError | None = None
         try:
             for number in range(batches):
                 samples = [sample for sample in loader.batch(number) if sample is not None]
@@ -118,9 +123,14 @@ class ClassificationTask:
                     ranks.append(true_ranks(self._scores(network, samples, processes.device), labels[-1]))
                 if progress is not None:
                     progress(min((number + 1) * size, len(mine)), len(mine))
+        except AnnotationError as error:
+            bad = error  # the others hear of it when all have come so far
         finally:
             loader.close()
-        parts = processes.gather((np.concatenate(ranks), np.concatenate(labels), sorted(sampler.bad_images)))
+        parts = processes.gather((np.concatenate(ranks), np.concatenate(labels), sorted(sampler.bad_images), bad))
+        for *_, error in parts:
+            if error is not None:
+                raise error
         all_ranks, all_labels = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
         return Validation(
             figures={"top1": accuracy(all_ranks), "top5": accuracy(all_ranks, 5)},

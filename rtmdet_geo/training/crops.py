@@ -1,11 +1,14 @@
 """Random crops of large images.
 
 A crop is a pure function of (seed, iteration, position in the batch): any thread may draw it, and a resumed run sees
-the crops that an unbroken run would have seen.
+the crops that an unbroken run would have seen. Where an image does not decode and the recipe says to go on, image and
+place are drawn anew from the same random numbers.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +16,19 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.outlines import mask_bounds
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.recipe_sections import CropAugment
 from rtmdet_geo.structures import Kind
 from rtmdet_geo.training import augment
 from rtmdet_geo.training.chips import check_outlines
 from rtmdet_geo.training.labelled import LabelledImage, Sample
 
+logger = logging.getLogger(__name__)
+
 Array = NDArray[Any]
 
+#: A crop is given up when so many images in a row do not decode.
+_TRIES = 100
 #: Objects whose box is narrower (px) are left out whatever the recipe says: a loss cannot learn from no area.
 _MIN_SIDE_PX = 1e-3
 
@@ -62,9 +70,18 @@ class CropSampler:
         self.area_weight = area / area.sum()
         #: (M, 4) chip index, x, y (chip px), score of false alarms; what :func:`validate.find_false_alarms` returns.
         self.false_alarms: Array = np.zeros((0, 4))
+        self._skip_bad = recipe.data.on_bad_image == "skip"
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of the images that did not decode and were replaced by others."""
+        with self._lock:
+            return {self.chips[index].name for index in self._bad}
 
     def draw(self, iteration: int, position: int) -> Sample:
-        """Return the crop at a position of an iteration's batch; the same arguments give the same crop."""
+        """Return the crop at a position of an iteration's batch; see :meth:`labelled.Sampler.draw`."""
         rng = np.random.default_rng([self.seed, iteration, position])
         size = self.section.crop_size
         image, found = (
@@ -100,11 +117,44 @@ class CropSampler:
         return image, _Labels(names, boxes, labels, cut, np.concatenate(masks) if masks else None)
 
     def _crop(self, rng: np.random.Generator, width: int, height: int) -> tuple[Array, _Labels]:
-        """Cut one crop: around a random object, or anywhere."""
-        chip, centre = self._look_at(rng, width, height)
+        """Cut one crop: around a random object, or anywhere.
+
+        Raises:
+            AnnotationError: the image does not decode and the recipe says to stop, or :data:`_TRIES` in a row do not.
+        """
+        for _ in range(_TRIES):
+            index, centre = self._look_at(rng, width, height)
+            pixels = self._pixels(index)
+            if pixels is not None:
+                break
+        else:
+            raise AnnotationError(
+                f"{_TRIES} images drawn one after another do not decode ({len(self._bad)} of {len(self.chips)} so far):"
+                " check them with 'rtmdet-geo data check'"
+            )
         matrix = augment.random_similarity(rng, self.section, (centre[0], centre[1]), (width, height))
-        found = self._labels(chip, matrix, (width, height))
-        return augment.warp_crop(chip.pixels, matrix, (width, height)), found
+        found = self._labels(self.chips[index], matrix, (width, height))
+        return augment.warp_crop(pixels, matrix, (width, height)), found
+
+    def _pixels(self, index: int) -> Array | None:
+        """Return an image's pixels; None if it does not decode and the recipe says to go on.
+
+        Raises:
+            AnnotationError: it does not decode and the recipe says to stop.
+        """
+        if index in self._bad:
+            return None
+        try:
+            return self.chips[index].pixels
+        except AnnotationError as error:
+            if not self._skip_bad:
+                raise
+            with self._lock:
+                is_new = index not in self._bad
+                self._bad.add(index)
+            if is_new:
+                logger.warning("%s; another image takes its place (%d so far)", error, len(self._bad))
+            return None
 
     def _labels(self, chip: LabelledImage, matrix: Array, size: tuple[int, int]) -> _Labels:
         """What a crop shows of a chip's objects; those of which it shows too little are cut, specks are left out."""
@@ -129,23 +179,26 @@ class CropSampler:
             (chip.name,), boxes[large], chip.labels[seen][large], cut[large], None if masks is None else masks[large]
         )
 
-    def _look_at(self, rng: np.random.Generator, width: int, height: int) -> tuple[LabelledImage, Array]:
-        """Choose a chip and the centre of a crop in it: near an object, near a false alarm, or anywhere."""
+    def _look_at(self, rng: np.random.Generator, width: int, height: int) -> tuple[int, Array]:
+        """Choose a chip, by index, and the centre of a crop in it: near an object, near a false alarm, or anywhere."""
         draw = rng.random()
         jitter = rng.uniform(-0.45, 0.45, 2) * (width, height)
         if draw < self.section.object_crop_prob:
-            chip = self.chips[rng.choice(len(self.chips), p=self.object_weight)]
-            return chip, chip.boxes[rng.choice(np.flatnonzero(~chip.ignored)), :2] + jitter
+            index = int(rng.choice(len(self.chips), p=self.object_weight))
+            chip = self.chips[index]
+            return index, chip.boxes[rng.choice(np.flatnonzero(~chip.ignored)), :2] + jitter
         if draw < self.section.object_crop_prob + self.section.false_alarm_crop_prob and len(self.false_alarms):
             weight = self.false_alarms[:, 3]
-            index, x, y, _ = self.false_alarms[rng.choice(len(weight), p=weight / weight.sum())]
-            return self.chips[int(index)], np.array([x, y]) + jitter
+            row = self.false_alarms[rng.choice(len(weight), p=weight / weight.sum())]
+            return int(row[0]), row[1:3] + jitter
         tries = []
         for _ in range(self.section.background_tries):
-            chip = self.chips[rng.choice(len(self.chips), p=self.area_weight)]
+            index = int(rng.choice(len(self.chips), p=self.area_weight))
+            chip = self.chips[index]
             centre = rng.random(2) * (chip.width, chip.height)
             x0, y0 = np.maximum(centre.astype(int) - (width // 2, height // 2), 0)
-            window = chip.pixels[0, y0 : y0 + height : 8, x0 : x0 + width : 8]
-            tries.append((float(window.std()), chip, centre))
-        _, chip, centre = max(tries, key=lambda item: item[0])
-        return chip, centre
+            pixels = self._pixels(index)
+            liveliness = -1.0 if pixels is None else float(pixels[0, y0 : y0 + height : 8, x0 : x0 + width : 8].std())
+            tries.append((liveliness, index, centre))
+        _, index, centre = max(tries, key=lambda item: item[0])
+        return index, centre

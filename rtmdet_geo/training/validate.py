@@ -380,10 +380,19 @@ def find_false_alarms(
 
     Returns:
         (M, 4) float64: chip index, x, y in chip px, score.
+
+    Raises:
+        AnnotationError: an image does not decode and the recipe says to stop.
     """
     rows = []
     for index, chip in enumerate(chips):
-        found = detect_chip(network, chip, recipe, dropped=dropped, device=device)
+        try:
+            found = detect_chip(network, chip, recipe, dropped=dropped, device=device)
+        except AnnotationError as error:
+            if recipe.data.on_bad_image == "stop":
+                raise
+            logger.warning("%s; it is not searched for false alarms", error)
+            continue
         found = found.select(found.scores >= score_threshold)
         if len(found) and len(chip.boxes):
             labelled = chip.boxes_of(network.kind)

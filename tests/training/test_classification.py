@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtmdet_geo.annotations.folders import FoldersSource
 from rtmdet_geo.class_names import IMAGENET
 from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
@@ -23,6 +24,11 @@ from rtmdet_geo.training.image_folders import load_class_images, load_folders
 
 BANDS = ("red", "green", "blue")
 CACHE = ImageCache(10_000_000)
+
+
+def load(root, classes, **options):
+    """Images of all folders below ``root``."""
+    return load_folders(FoldersSource(root, None, tuple(classes)), BANDS, CACHE, **options)
 
 
 def write_image(path, colour=(200, 100, 50), size=(48, 40)):
@@ -80,7 +86,7 @@ def test_what_is_no_image_is_passed_over(pets, tmp_path, caplog):
     write_image(tmp_path / "stray.png")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     with caplog.at_level(logging.WARNING):
-        found = load_folders(tmp_path, ("cat", "dog", "cow"), BANDS, CACHE)
+        found = load(tmp_path, ("cat", "dog", "cow"))
     assert [image.name for image in found] == ["cat/1.png"]
     assert "classes without an image: dog, cow" in caplog.text and "stray.png in no class folder" in caplog.text
 
@@ -94,12 +100,12 @@ def test_unknown_folders_are_refused_or_dropped(pets, caplog):
 
 
 def test_nothing_to_learn_from(tmp_path, pets):
-    with pytest.raises(DatasetNotFoundError, match=r"no folder .*missing"):
-        load_folders(tmp_path / "missing", ("cat",), BANDS, CACHE)
-    with pytest.raises(DatasetNotFoundError, match=r"no image of a class.*\(cat, dog\)"):
-        load_folders(tmp_path, ("cat", "dog"), BANDS, CACHE)
-    with pytest.raises(DatasetNotFoundError, match="no image of a class"):
-        load_folders(pets / "train", ("cow",), BANDS, CACHE, unknown_classes="drop")
+    with pytest.raises(DatasetNotFoundError, match=r"folder of images .*missing"):
+        load(tmp_path / "missing", ("cat",))
+    with pytest.raises(DatasetNotFoundError, match=r"no images in folders of classes"):
+        load(tmp_path, ("cat", "dog"))
+    with pytest.raises(DatasetNotFoundError, match=r"no image of a class.*\(cow\)"):
+        load(pets / "train", ("cow",), unknown_classes="drop")
 
 
 @pytest.mark.parametrize("place", [".", ".."], ids=["beside the folders", "above"])
@@ -108,12 +114,12 @@ def test_a_file_says_which_folder_is_which_class(tmp_path, place):
     for folder in ("n1", "n2", "dog"):
         write_image(root / folder / "1.png")
     (root / place / "classes.txt").write_text("n2 crane (bird)\n\nn1\tcat\nn3 unused\n")
-    found = load_folders(root, ("cat", "crane (bird)", "dog"), BANDS, CACHE)
+    found = load(root, ("cat", "crane (bird)", "dog"))
     assert [(image.name, image.label) for image in found] == [("dog/1.png", 2), ("n1/1.png", 0), ("n2/1.png", 1)]
     for text, problem in (("n1\n", "line 1: 'n1' is not"), ("n1 a\nn1 b\n", "line 2: 'n1 b' names a folder again")):
         (root / place / "classes.txt").write_text(text)
         with pytest.raises(AnnotationError, match=problem):
-            load_folders(root, ("cat",), BANDS, CACHE)
+            load(root, ("cat",))
 
 
 def test_wordnet_ids_are_imagenet_classes_in_their_order(tmp_path):
@@ -121,14 +127,14 @@ def test_wordnet_ids_are_imagenet_classes_in_their_order(tmp_path):
         (tmp_path / f"n{10_000_000 + 7 * number}").mkdir()
     write_image(tmp_path / f"n{10_000_000 + 7 * 134}" / "1.JPEG")
     write_image(tmp_path / "n10000000" / "2.JPEG")
-    found = load_folders(tmp_path, IMAGENET, BANDS, CACHE)
+    found = load(tmp_path, IMAGENET)
     assert [(image.label, IMAGENET[image.label]) for image in found] == [(0, "tench"), (134, "crane (bird)")]
     (tmp_path / "n10000007").rmdir()
     with pytest.raises(AnnotationError, match=r"n10000000, .* 994 more; a file classes\.txt"):
-        load_folders(tmp_path, IMAGENET, BANDS, CACHE)
+        load(tmp_path, IMAGENET)
     # Folders named by class need no file, and some classes may be missing.
     write_image(tmp_path / "named" / "goldfish" / "1.png")
-    assert load_folders(tmp_path / "named", IMAGENET, BANDS, CACHE)[0].label == 1
+    assert load(tmp_path / "named", IMAGENET)[0].label == 1
 
 
 def test_a_list_takes_a_part(pets, tmp_path):
@@ -138,11 +144,20 @@ def test_a_list_takes_a_part(pets, tmp_path):
     (pets / "some.txt").write_text("cat/1.png\ncat/17\n")
     with pytest.raises(DatasetNotFoundError, match=r"not there: cat/17; names are"):
         load_class_images(recipe_of(pets, data={"train_ids": "some.txt"}))
+    (pets / "some.txt").write_text("\ufeffcat/1.png\n")  # as Windows' editors begin a file
+    assert len(load_class_images(recipe_of(pets, data={"train_ids": "some.txt"}))[0]) == 1
     (pets / "some.txt").write_text("\n")
-    with pytest.raises(DatasetNotFoundError, match="names no image"):
+    with pytest.raises(DatasetNotFoundError, match=r"some\.txt' is empty"):
         load_class_images(recipe_of(pets, data={"train_ids": "some.txt"}))
-    with pytest.raises(DatasetNotFoundError, match="no file"):
+    with pytest.raises(DatasetNotFoundError, match=r"none\.txt' is missing"):
         load_class_images(recipe_of(pets, data={"train_ids": "none.txt"}))
+
+
+def test_lists_may_come_with_the_recipes(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr("rtmdet_geo.annotations.parts.recipe_folder", lambda: tmp_path)
+    (tmp_path / "few.txt").write_text("dog/sub/2.PNG\n")
+    training, _ = load_class_images(recipe_of(pets, data={"train_ids": "few.txt"}))
+    assert [image.name for image in training] == ["dog/sub/2.PNG"]
 
 
 # --- order of samples

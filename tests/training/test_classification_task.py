@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -197,21 +199,40 @@ class Constant(nn.Module):
         return images.mean(dim=(2, 3))
 
 
+@dataclass(frozen=True)
+class Shared(Processes):
+    """One process of several that run one after another: it gathers what those before it and itself have."""
+
+    parts: list = field(default_factory=list)
+
+    def gather(self, item):
+        self.parts.append(item)
+        return self.parts
+
+
 def test_processes_share_the_images(colours):
     task = task_of(recipe_of(colours))
     whole = task.validate(Constant(), Processes(CPU))
     assert whole.figures["top1"] == 1
     parts = []
-
-    class Other(Processes):
-        def gather(self, item):
-            parts.append(item)
-            return parts
-
     for rank in range(2):
-        together = task.validate(Constant(), Other(CPU, rank=rank, world=2))
-    assert [len(ranks) for ranks, _, _ in parts] == [12, 12] and together.num_images == 24
+        together = task.validate(Constant(), Shared(CPU, rank, 2, parts))
+    assert [len(ranks) for ranks, *_ in parts] == [12, 12] and together.num_images == 24
     assert together.figures == whole.figures and together.rows == whole.rows
+
+
+def test_an_image_that_does_not_decode_stops_every_process(colours, tmp_path):
+    """The process that meets it and one that does not: both come to the gather, then both raise."""
+    for name in COLOURS:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes((colours / "val" / name / "0.png").read_bytes())
+    (tmp_path / "val" / "blue" / "0.png").write_bytes(b"no image")  # the first of three; process 1 has the second
+    task, parts = task_of(recipe_of(tmp_path, data={"train_images": "val"})), []
+    for rank in range(2):
+        with pytest.raises(AnnotationError, match=r"blue.0\.png"):
+            task.validate(Constant(), Shared(CPU, rank, 2, parts))
+    assert [len(ranks) for ranks, *_ in parts] == [0, 1]
+    assert pickle.loads(pickle.dumps(parts[0]))[-1].args == parts[0][-1].args  # it can be sent
 
 
 def test_bad_images_of_a_validation_are_named_and_left_out(colours, tmp_path):
@@ -238,10 +259,10 @@ def test_bad_images_of_a_validation_are_named_and_left_out(colours, tmp_path):
 
 def test_a_task_says_what_it_learns_from(colours):
     task = task_of(recipe_of(colours))
-    assert task.describe() == "48 images, 3 classes, 24 images left out" and task.can_validate
+    assert task.counts() == {"images": 48, "left-out images": 24} and task.can_validate
     assert task.look_again(task.network, 5, Processes(CPU)) is None
     blind = task_of(recipe_of("elsewhere", data={"val_images": None}), folder=colours)
-    assert not blind.can_validate and "0 images left out" in blind.describe()
+    assert not blind.can_validate and blind.counts()["left-out images"] == 0
     with pytest.raises(DatasetNotFoundError, match="elsewhere"):
         task_of(recipe_of("elsewhere"))
 

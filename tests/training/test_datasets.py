@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,10 +15,12 @@ import pytest
 from rtmdet_geo.annotations.outlines import mask_bounds, outline_points
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
+from rtmdet_geo.models import get_model
 from rtmdet_geo.training.chips import load_chips, split_chips
 from rtmdet_geo.training.crops import CropSampler
 from rtmdet_geo.training.labelled import LabelledImage
 from rtmdet_geo.training.loader import BatchLoader
+from rtmdet_geo.training.validate import find_false_alarms
 
 
 def same(first, second):
@@ -68,6 +73,62 @@ def test_crops_are_a_pure_function_whatever_the_threads(chips_dir, recipe_values
             assert same(first, second)
     threaded.close()
     assert not same(sampler.draw(0, 0), sampler.draw(0, 1))
+
+
+class Broken:
+    """Pixels of a file that does not decode."""
+
+    def __init__(self, name, shape):
+        self.name, self.shape, self.reads = name, shape, 0
+
+    def read(self):
+        self.reads += 1
+        raise AnnotationError(f"{self.name} does not decode")
+
+
+def with_broken(chips, *numbers):
+    return [
+        replace(chip, source=Broken(chip.name, chip.source.shape)) if number in numbers else chip
+        for number, chip in enumerate(chips)
+    ]
+
+
+def test_a_bad_image_stops_or_other_crops_take_its_place(chips_dir, recipe_values, caplog):
+    recipe_values["augment"]["object_crop_prob"] = 0.4
+    chips = load_chips(chips_dir, parse_recipe(recipe_values).model)
+    stops = CropSampler(with_broken(chips, 1), parse_recipe(recipe_values))
+    with pytest.raises(AnnotationError, match=r"beta\.npy does not decode"):
+        [stops.draw(0, position) for position in range(12)]
+    recipe_values["data"]["on_bad_image"] = "skip"
+    recipe = parse_recipe(recipe_values)
+    samplers = [CropSampler(with_broken(chips, 1), recipe) for _ in range(2)]
+    for sampler in samplers:
+        sampler.false_alarms = np.array([[1, 100, 100, 0.9], [2, 50, 60, 0.8]])
+    keys = [(iteration, position) for iteration in range(8) for position in range(3)]
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda key: samplers[0].draw(*key), keys))
+    assert {name for sample in drawn for name in sample.names} == {"alpha.npy", "gamma.npy"}
+    assert samplers[0].bad_images == {"beta.npy"} and samplers[0].chips[1].source.reads <= 3  # once a thread at most
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["beta.npy"]
+    late = {key: samplers[1].draw(*key) for key in reversed(keys)}  # met at another time, replaced alike
+    assert all(same(sample, late[key]) for key, sample in zip(keys, drawn, strict=True))
+    sound = CropSampler(chips, recipe)  # what does not show it stays as it is
+    sound.false_alarms = samplers[0].false_alarms
+    unchanged = [same(sample, sound.draw(*key)) for key, sample in zip(keys, drawn, strict=True)]
+    assert 0 < sum(unchanged) < len(keys)
+    with pytest.raises(AnnotationError, match=r"100 images .* do not decode \(3 of 3 so far\).*data check"):
+        CropSampler(with_broken(chips, 0, 1, 2), recipe).draw(0, 0)
+
+
+def test_a_bad_image_is_not_searched_for_false_alarms(chips_dir, recipe_values, caplog):
+    chips = with_broken(load_chips(chips_dir, parse_recipe(recipe_values).model), 1)
+    network = get_model("rtmdet_r_test", num_classes=1, in_channels=4).eval()
+    with pytest.raises(AnnotationError, match=r"beta\.npy"):
+        find_false_alarms(network, chips, parse_recipe(recipe_values), score_threshold=0, max_iou=1)
+    recipe_values["data"]["on_bad_image"] = "skip"
+    recipe_values["validation"] = {"score_threshold": 0}
+    found = find_false_alarms(network, chips, parse_recipe(recipe_values), score_threshold=0, max_iou=1, limit=5)
+    assert set(found[:, 0]) == {0, 2} and "beta.npy does not decode; it is not searched" in caplog.text
 
 
 def test_crops_show_their_boxes(chips_dir, recipe_values):

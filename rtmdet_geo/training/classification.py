@@ -128,9 +128,9 @@ class ClassificationTask:
         finally:
             loader.close()
         parts = processes.gather((np.concatenate(ranks), np.concatenate(labels), sorted(sampler.bad_images), bad))
-        for *_, error in parts:
-            if error is not None:
-                raise error
+        failed = [part[3] for part in parts if part[3] is not None]
+        if failed:
+            raise failed[0]
         all_ranks, all_labels = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
         return Validation(
             figures={"top1": accuracy(all_ranks), "top5": accuracy(all_ranks, 5)},

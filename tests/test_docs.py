@@ -131,11 +131,11 @@ def test_readme_python_runs(workplace):
 
 def whole_recipe(part: dict) -> dict:
     """Return the values of a recipe of which a document shows a part, with the least that goes with it."""
-    if part.get("data", {}).get("format") == "folders":
-        model, augment = {"name": "cspnext_tiny", "classes": ["town"]}, {"augment": {"sampling": "classification"}}
-    else:
-        model, augment = {"classes": ["ship"]}, {}
-    return {"name": "documented", "model": model, "data": {"chips": "chips"}} | augment | part
+    sampling = {"folders": "classification", "chips": "crops"}.get(
+        part.get("data", {}).get("format", "chips"), "images"
+    )
+    model = {"name": "cspnext_tiny", "classes": ["town"]} if sampling == "classification" else {"classes": ["ship"]}
+    return {"name": "documented", "model": model, "data": {"chips": "chips"}, "augment": {"sampling": sampling}} | part
 
 
 def test_readme_recipes_are_recipes():

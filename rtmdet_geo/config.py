@@ -94,6 +94,11 @@ class Recipe(Section):
             raise ValueError(
                 f"model.bands: images have {', '.join(IMAGE_BANDS)}; for other bands cut chips from scenes"
             )
+        if data.format != "chips" and (model.stretch.kind == "percentile" or model.stretch.dark_percent is not None):
+            raise ValueError(
+                "model.stretch: images are trained on as they are, so scenes cannot be stretched by percentiles later; "
+                "take {kind: none}, or cut chips from scenes"
+            )
         if isinstance(augment, CropAugment) and self.optim.epochs is not None:
             raise ValueError("optim.epochs: random crops know no epoch; give optim.iterations")
         if isinstance(augment, ImageAugment):

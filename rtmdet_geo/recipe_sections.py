@@ -360,7 +360,7 @@ class OptimSection(Section):
     """
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1000)
     lr_for_batch: int | None = Field(None, gt=0)
     lr_min_factor: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.05, ge=0)

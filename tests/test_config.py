@@ -299,6 +299,10 @@ IMAGES = {"format": "coco", "train_images": "train", "train_labels": "train.json
         ({"data": {"format": "dota", "train_images": "a"}}, "train_labels or val_labels is missing"),
         ({"data": {"format": "chips"}}, "chips is missing"),
         (
+            {"data": IMAGES, "model": {"classes": ["s"], "stretch": {"kind": "percentile"}}},
+            "images are trained on as they",
+        ),
+        (
             {"data": IMAGES, "model": {"classes": ["s"], "bands": ["nir"], "mean": [1], "std": [1]}},
             "images have red, green",
         ),

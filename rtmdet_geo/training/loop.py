@@ -282,10 +282,10 @@ class _Training:
             (self.run / BAD_BATCH).write_text("\n".join(names) + "\n", encoding="utf-8")
         shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        back = f", or go back to {self.run / CHECKPOINT} with --resume" if (self.run / CHECKPOINT).exists() else ""
         raise TrainingError(
-            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} "
-            f"(all in {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
-            f"{self.run / CHECKPOINT} with --resume"
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} (all in "
+            f"{self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr{back}"
         )
 
     def _is_validation_due(self, done: int) -> bool:

@@ -237,7 +237,7 @@ def test_boxes_without_outlines(broken, recipe_values):
     nothing = LabelledImage(
         "empty.npy", "empty", np.zeros((4, 9, 9), np.uint8), np.zeros((0, 5)), np.zeros(0, int), np.zeros(0, bool)
     )
-    assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == ()
+    assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == []
 
 
 @pytest.mark.parametrize(

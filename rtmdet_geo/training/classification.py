@@ -131,9 +131,9 @@ class ClassificationTask:
         finally:
             loader.close()
         parts = processes.gather((np.concatenate(ranks), np.concatenate(labels), sorted(sampler.bad_images), bad))
-        for *_, error in parts:
-            if error is not None:
-                raise error
+        for *_, failed in parts:
+            if failed is not None:
+                raise failed
         all_ranks, all_labels = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
         return Validation(
             figures={"top1": accuracy(all_ranks), "top5": accuracy(all_ranks, 5)},

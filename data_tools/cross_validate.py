@@ -25,7 +25,8 @@ from rtmdet_geo.evaluation.rotated import precision_recall
 from rtmdet_geo.models.weights import build_from_weights
 from rtmdet_geo.training.chips import load_chips, split_chips
 from rtmdet_geo.training.loop import CHECKPOINT, train_model
-from rtmdet_geo.training.validate import average_of, chip_truths, find_objects, mask_overlaps
+from rtmdet_geo.training.search import find_objects
+from rtmdet_geo.training.validate import average_of, chip_truths, mask_overlaps
 
 COLUMNS = (
     "recipe", "model", "parameters", "iterations", "scene", "class", "bands", "iou", "ap", "best_f1", "best_score",

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.chips import parse_chip
 from rtmdet_geo.annotations.findings import MEANINGS, SEVERITIES, Findings
 from rtmdet_geo.annotations.folders import FoldersSource, folders_source, list_folders
 from rtmdet_geo.annotations.labels import make_labels
-from rtmdet_geo.annotations.outlines import as_outline
 from rtmdet_geo.annotations.parts import LabelledFile, PartSource, part_source, read_part
 from rtmdet_geo.annotations.usable import Usable, sift
 from rtmdet_geo.config import Recipe
@@ -144,8 +144,8 @@ def _read_chips(folder: Path, findings: Findings) -> Iterator[LabelledFile]:
     for number, entry in enumerate(entries, 1):
         try:
             chip = _chip(path, entry, classes)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            findings.add("malformed labels", f"{path}, chip {number}", repr(error))
+        except AnnotationError as error:
+            findings.add("malformed labels", f"{path}, chip {number}", str(error))
             continue
         if chip.path.is_file():
             yield chip
@@ -154,19 +154,11 @@ def _read_chips(folder: Path, findings: Findings) -> Iterator[LabelledFile]:
 
 
 def _chip(path: Path, entry: Mapping[str, Any], classes: list[str]) -> LabelledFile:
-    boxes = np.array(entry["boxes"], np.float64).reshape(-1, 5)
-    labels, ignored, outlines = entry["labels"], entry["ignore"], entry.get("outlines", ())
-    if not len(boxes) == len(labels) == len(ignored) or len(outlines) not in (0, len(boxes)):
-        raise ValueError(f"{len(boxes)} boxes, {len(labels)} labels, {len(ignored)} ignore, {len(outlines)} outlines")
-    if not np.isfinite(boxes).all() or (boxes[:, 2:4] < 0).any() or min(labels, default=0) < 0:
-        raise ValueError("boxes are not finite, or sides or labels are negative")
-    names, numbers = [classes[label] for label in labels], range(1, len(boxes) + 1)
-    shapes = [as_outline(parts) for parts in outlines]
-    unit = f"{entry['file']} object"
-    found = make_labels(path, boxes, names, numbers, crowd=ignored, outlines=shapes, unit=unit)
-    return LabelledFile(
-        path.parent / entry["file"], str(entry["file"]), int(entry["width"]), int(entry["height"]), found
-    )
+    chip = parse_chip(entry, len(classes))
+    names, numbers = [classes[label] for label in chip.labels], range(1, len(chip.labels) + 1)
+    unit = f"{chip.file} object"
+    found = make_labels(path, chip.boxes, names, numbers, crowd=chip.ignored, outlines=chip.outlines, unit=unit)
+    return LabelledFile(path.parent / chip.file, chip.file, chip.width, chip.height, found)
 
 
 def _list_images(

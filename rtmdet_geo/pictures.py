@@ -1,6 +1,7 @@
 """Ordinary image files - JPEG, PNG, BMP, TIFF and what else Pillow reads - with 8 bits a channel.
 
-Pixels are taken as they are stored: an EXIF orientation is ignored, because labels count stored pixels.
+Pixels are taken as they are stored: an EXIF orientation is ignored, because labels count stored pixels. Images of more
+than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 Mpx unless the host has changed it) are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from rtmdet_geo.errors import AnnotationError
 
-#: What Pillow and its codecs raise over a file that is broken, huge or no image.
+#: What Pillow and its codecs raise over a file that is broken or no image, or that turns out huge while it decodes.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 #: Number of the EXIF tag that says how a viewer should turn an image; 1 is "not at all".
 _EXIF_ORIENTATION = 0x0112
@@ -27,7 +28,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return width and height in px as a file's header has them, without decoding.
 
     Raises:
-        AnnotationError: the file is missing, no image, or has more than 8 bits a channel.
+        AnnotationError: the file is missing, no image, too large, or has more than 8 bits a channel.
     """
     with _open(path) as image:
         return image.size
@@ -40,7 +41,7 @@ def decode_image(path: Path) -> NDArray[np.uint8]:
         (H, W) uint8 of a grey image, else (H, W, 3) uint8 in the order red, green, blue; transparency is dropped.
 
     Raises:
-        AnnotationError: the file is missing, no image, cut off or corrupt, or has more than 8 bits a channel.
+        AnnotationError: the file is missing, no image, corrupt, cut off, too large, or has more than 8 bits a channel.
     """
     with _open(path) as image:
         try:
@@ -79,6 +80,8 @@ def _open(path: Path) -> Image.Image:
             f"{str(path)!r} is no image that can be read here (JPEG, PNG, BMP, 8-bit TIFF): repair or remove it; "
             "scenes of other kinds are cut into chips (rtmdet-geo data chips)"
         ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, error) from error
     except _DECODE_ERRORS as error:
         raise _broken(path, error) from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16") or ";16" in _stored_mode(image):
@@ -99,3 +102,29 @@ def _stored_mode(image: Image.Image) -> str:
 
 def _broken(path: Path, error: Exception) -> AnnotationError:
     return AnnotationError(f"image {str(path)!r} does not decode ({error}): replace it, or remove it with its labels")
+
+
+def _too_large(path: Path, error: Exception) -> AnnotationError:
+    """Say how large an image is that Pillow does not open because of that."""
+    size = _header_size(path)
+    if size is None or Image.MAX_IMAGE_PIXELS is None:
+        return _broken(path, error)
+    return AnnotationError(
+        f"image {str(path)!r} is {size[0]} x {size[1]} px; training and data check take images of up to "
+        f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} Mpx: cut it into tiles first ('rtmdet-geo data chips' cuts GeoTIFFs)"
+    )
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    """Return width and height in px by the first of Pillow's formats that takes the file; None if none does."""
+    with path.open("rb") as stream:
+        start = stream.read(16)
+        for factory, accepts in list(Image.OPEN.values()):
+            if accepts is not None and accepts(start) is not True:
+                continue
+            stream.seek(0)
+            try:
+                return factory(stream, str(path)).size
+            except _DECODE_ERRORS:
+                continue
+    return None

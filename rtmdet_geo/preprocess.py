@@ -126,25 +126,29 @@ def resize_bicubic(image: NDArray[np.uint8], height: int, width: int) -> NDArray
     return np.stack([np.asarray(channel) for channel in channels], axis=-1)
 
 
-def crop_centre(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize an image until its shorter side is 236 / 224 of ``side``, and cut the square out of its centre.
+def crop_centre(image: NDArray[np.uint8], side: int, short_side: int | None = None) -> NDArray[np.uint8]:
+    """Resize an image until its shorter side has so many px, and cut the square out of its centre.
 
     Args:
         image: (height, width, C) uint8, channels in the order of the network.
-        side: px; published: 224, so that the shorter side is resized to 236.
+        side: of the square in px; published: 224.
+        short_side: px, at least ``side``; None takes 236 / 224 of it, as published.
 
     Returns:
         (side, side, C) uint8.
 
     Raises:
-        ValueError: the image is not (height, width, C) uint8, or is empty; or ``side`` is below 1.
+        ValueError: the image is not (height, width, C) uint8, or is empty; ``side`` is below 1 or above ``short_side``.
 
     Example:
         >>> crop_centre(np.zeros((480, 640, 3), np.uint8), 224).shape
         (224, 224, 3)
     """
     _check_image(image)
-    short_side = round(side * _SHORT_SIDE / _CROP_SIDE)
+    if short_side is None:
+        short_side = round(side * _SHORT_SIDE / _CROP_SIDE)
+    if short_side < side:
+        raise ValueError(f"cannot cut {side} px out of a shorter side of {short_side} px")
     height, width = short_side_size(image.shape[0], image.shape[1], short_side)
     top, left = round((height - side) / 2), round((width - side) / 2)  # half to even, as mmcv's CenterCrop
     return resize_bicubic(image, height, width)[top : top + side, left : left + side]

@@ -136,6 +136,7 @@ def test_clipping_by_hand():
     ((ring, hole),) = clip_outline(SQUARE_WITH_HOLE, 7, 30)
     assert sorted(map(tuple, ring)) == [(2, 2), (2, 12), (7, 2), (7, 12)]
     assert sorted(map(tuple, hole)) == [(5, 5), (5, 9), (7, 5), (7, 9)]
+    assert clip_outline(SQUARE_WITH_HOLE, 40, 30) is SQUARE_WITH_HOLE
     assert clip_outline(SQUARE_WITH_HOLE, 1, 1) == () == clip_outline((), 9, 9)
 
 

@@ -205,6 +205,7 @@ def test_chips(chips):
     assert kinds(chips(lambda index: index["chips"][1].pop("boxes"))) == {"malformed labels": 1}
     assert kinds(chips(lambda index: index["chips"][1].update(labels=[4]))) == {"malformed labels": 1}
     assert kinds(chips(lambda index: index["chips"][1].update(labels=[0, 0]))) == {"malformed labels": 1}
+    assert kinds(chips(lambda index: index["chips"][1]["boxes"][0].__setitem__(3, 0))) == {"malformed labels": 1}
     assert kinds(chips(lambda index: index["chips"][1].update(file="gone.npy"))) == {"labels without image": 1}
     assert kinds(chips(lambda index: index["chips"][1].update(width=99))) == {"broken image": 1}
     summary = chips(lambda index: index["chips"][2].update(boxes=[[15, 8, 6, 4, 0]]))

@@ -66,9 +66,24 @@ def test_floats_are_refused(tmp_path):
         image_size(path)
 
 
-def test_a_huge_file_is_refused(tmp_path, monkeypatch, colours):
-    path = tmp_path / "huge.png"
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "jpg"])
+def test_a_scene_too_large_is_no_broken_image(tmp_path, monkeypatch, colours, suffix):
+    path = tmp_path / f"huge.{suffix}"
     Image.fromarray(colours).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(AnnotationError, match=r"huge\.png.*exceeds limit"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 17)
+    for look in (image_size, decode_image, is_turned):
+        with pytest.raises(
+            AnnotationError, match=rf"huge\.{suffix}' is 7 x 5 px; .* cut it into tiles first"
+        ) as caught:
+            look(path)
+        assert "replace it" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 18)  # 35 px are allowed now
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert image_size(path) == (7, 5)
+
+
+def test_the_largest_size_is_told(tmp_path):
+    path = tmp_path / "scene.png"
+    Image.new("1", (15000, 12000)).save(path, compress_level=1)
+    with pytest.raises(AnnotationError, match=r"scene\.png' is 15000 x 12000 px; .* of up to 179 Mpx"):
         image_size(path)

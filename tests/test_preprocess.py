@@ -187,6 +187,14 @@ def test_crop_of_classifiers(size: tuple[int, int], resized: tuple[int, int], of
         np.testing.assert_array_equal(whole, image)
 
 
+def _middle(image: np.ndarray) -> np.ndarray:
+    """Cut the largest square out of the centre; half a pixel goes to the even side."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    return image[top : top + side, left : left + side]
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 6), st.integers(1, 64), st.integers(0, 255))
 def test_crop_properties(height: int, width: int, channels: int, side: int, grey: int) -> None:
@@ -197,6 +205,8 @@ def test_crop_properties(height: int, width: int, channels: int, side: int, grey
     assert np.array_equal(image, before)
     assert np.array_equal(crop_centre(image[:, :, -1:], side)[:, :, 0], cropped[:, :, -1])  # channels do not mix
     assert (crop_centre(np.full_like(image, grey), side) == grey).all()
+    assert np.array_equal(crop_centre(image, side, round(side * 236 / 224)), cropped)
+    assert np.array_equal(crop_centre(image, min(height, width), min(height, width)), _middle(image))
     new_height, new_width = short_side_size(height, width, 236)
     assert min(new_height, new_width) == 236
     assert short_side_size(width, height, 236) == (new_width, new_height)
@@ -207,6 +217,8 @@ def test_odd_inputs_to_crops_are_refused() -> None:
         short_side_size(5, 5, 0)
     with pytest.raises(ValueError, match="sides start at 1"):
         crop_centre(np.zeros((4, 4, 3), np.uint8), 0)
+    with pytest.raises(ValueError, match="32 px out of a shorter side of 31 px"):
+        crop_centre(np.zeros((4, 4, 3), np.uint8), 32, 31)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 0, 3), np.uint8)):
         for resize in (lambda image: crop_centre(image, 8), lambda image: resize_bicubic(image, 8, 8)):
             with pytest.raises(ValueError, match="uint8"):

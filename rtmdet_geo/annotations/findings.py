@@ -29,7 +29,7 @@ SEVERITIES: dict[str, Severity] = {
 
 #: What each kind is, and what training does about it.
 MEANINGS: dict[str, str] = {
-    "broken image": "it does not decode, or has more than 8 bits a channel; data.on_bad_image says what training does",
+    "broken image": "it does not decode, is too large, or has more than 8 bits a channel; see data.on_bad_image",
     "malformed labels": "a label file or an object in it cannot be read; training refuses it",
     "labels without image": "labels of, or a list with, an image that is not there; training refuses it",
     "ambiguous image": "two images whose names differ in their ending only; training refuses it",

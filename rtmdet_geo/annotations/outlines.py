@@ -124,8 +124,12 @@ def clip_outline(outline: Outline, width: float, height: float) -> Outline:
     """Return what of an outline lies in an image of width x height px (Sutherland and Hodgman 1974, ring by ring).
 
     Where a ring leaves the image and comes back, its pieces stay connected along the image's edge, by lines without
-    area: :func:`fill_outline` is exact, corners may be more than needed.
+    area: :func:`fill_outline` is exact, corners may be more than needed. An outline within the image is returned
+    as it is.
     """
+    points = outline_points(outline)
+    if (points >= 0).all() and (points <= (width, height)).all():
+        return outline
     parts = []
     for part in outline:
         rings = part

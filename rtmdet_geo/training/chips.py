@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rtmdet_geo.annotations.outlines import as_outline
+from rtmdet_geo.annotations.chips import ChipEntry, parse_chip
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RTMDetGeoError
 from rtmdet_geo.recipe_sections import ModelSection
@@ -45,7 +45,10 @@ def load_chips(folder: Path, model: ModelSection) -> list[LabelledImage]:
         _check_fits(index, model, index_path)
         order = [index["bands"].index(band) for band in model.bands]
         label_of = {position: _class_index(name, model, index_path) for position, name in enumerate(index["classes"])}
-        return [_read_chip(folder, entry, order, label_of) for entry in index["chips"]]
+        return [
+            _read_chip(folder, _entry(index_path, number, entry, len(label_of)), order, label_of)
+            for number, entry in enumerate(index["chips"], 1)
+        ]
     except RTMDetGeoError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # ValueError: JSON, text, numbers, stretch
@@ -70,8 +73,15 @@ def _class_index(name: str, model: ModelSection, path: Path) -> int:
     return model.classes.index(name)
 
 
-def _read_chip(folder: Path, entry: dict[str, Any], order: list[int], label_of: dict[int, int]) -> LabelledImage:
-    path = folder / entry["file"]
+def _entry(path: Path, number: int, entry: dict[str, Any], num_classes: int) -> ChipEntry:
+    try:
+        return parse_chip(entry, num_classes)
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}, chip {number}: {error}: cut the chips again") from error
+
+
+def _read_chip(folder: Path, entry: ChipEntry, order: list[int], label_of: dict[int, int]) -> LabelledImage:
+    path = folder / entry.file
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
@@ -80,21 +90,12 @@ def _read_chip(folder: Path, entry: dict[str, Any], order: list[int], label_of: 
         ) from error
     except (ValueError, OSError, EOFError) as error:
         raise AnnotationError(f"chip {str(path)!r} is broken ({error}): cut the chips again") from error
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (entry["height"], entry["width"]) or len(pixels) <= max(order):
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (entry.height, entry.width) or len(pixels) <= max(order):
         raise AnnotationError(f"chip {str(path)!r} is {pixels.dtype} {pixels.shape}, not what chips.json says")
-    boxes = np.array(entry["boxes"], float).reshape(-1, 5)
-    labels = np.array([label_of[label] for label in entry["labels"]], np.int64)
-    ignored = np.array(entry["ignore"], bool)
-    if not (len(boxes) == len(labels) == len(ignored)) or not np.isfinite(boxes).all() or (boxes[:, 2:4] <= 0).any():
-        raise AnnotationError(
-            f"labels of chip {entry['file']!r} in chips.json are not finite boxes with one label each"
-        )
-    outlines = tuple(as_outline(parts) for parts in entry.get("outlines", ()))
-    if outlines and len(outlines) != len(boxes):
-        raise AnnotationError(f"chip {entry['file']!r} in chips.json has {len(boxes)} boxes, {len(outlines)} outlines")
+    labels = np.array([label_of[label] for label in entry.labels], np.int64)
     if order != list(range(len(pixels))):
         pixels = pixels[order]
-    return LabelledImage(entry["file"], entry["scene"], pixels, boxes, labels, ignored, outlines)
+    return LabelledImage(entry.file, entry.scene, pixels, entry.boxes, labels, entry.ignored, entry.outlines)
 
 
 def check_outlines(chips: list[LabelledImage]) -> None:

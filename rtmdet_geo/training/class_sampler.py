@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError
-from rtmdet_geo.preprocess import resize_bicubic, short_side_size
+from rtmdet_geo.preprocess import crop_centre
 from rtmdet_geo.recipe_sections import ClassificationAugment
 from rtmdet_geo.training.classification_augment import Palette, augment_image
 from rtmdet_geo.training.image_folders import ClassImage
@@ -156,26 +156,8 @@ class CentreSampler:
             logger.warning("%s; it is left out", error)
             self.bad_images.add(image.name)
             return None
-        crop = cut_centre(np.moveaxis(pixels, 0, -1), self.section.eval_size, self.section.image_size)
+        crop = crop_centre(np.moveaxis(pixels, 0, -1), self.section.image_size, self.section.eval_size)
         return ClassSample(np.ascontiguousarray(np.moveaxis(crop, -1, 0)), (image.name,), image.label, number)
-
-
-def cut_centre(image: Array, short_side: int, side: int) -> Array:
-    """Resize an image until its shorter side has so many px, and cut a square out of its centre.
-
-    :func:`rtmdet_geo.preprocess.crop_centre` does the same with 236 px to 224 and whatever has their ratio.
-
-    Args:
-        image: (H, W, C) uint8.
-        short_side: px.
-        side: of the square, px, at most ``short_side``.
-
-    Returns:
-        (side, side, C) uint8.
-    """
-    height, width = short_side_size(image.shape[0], image.shape[1], short_side)
-    top, left = round((height - side) / 2), round((width - side) / 2)
-    return resize_bicubic(image, height, width)[top : top + side, left : left + side]
 
 
 @functools.lru_cache(maxsize=2)  # of the epochs that meet in one batch

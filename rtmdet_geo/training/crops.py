@@ -165,7 +165,7 @@ class CropSampler:
         if self.kind == "rotated":
             sides = boxes[:, 2:4]
         else:
-            shapes = [chip.shapes[index] for index in seen]
+            shapes = chip.shapes_of(seen)
             boxes = augment.crop_bounds(shapes, matrix, size)
             if self.kind == "mask":
                 masks = augment.crop_masks(shapes, matrix, size)

@@ -94,7 +94,7 @@ def frame_objects(
             cut, is_inside = cut | ~is_inside, np.ones(len(rows), bool)
         sides = np.where((is_inside | cut)[:, None], boxes[:, 2:4], 0.0)
     else:
-        outlines = framing.outlines_in_sample([image.shapes[row] for row in rows], index)
+        outlines = framing.outlines_in_sample(image.shapes_of(rows), index)
         boxes = np.array([_bounds(outline, framing.shown) for outline in outlines]).reshape(-1, 4)
         sides = boxes[:, 2:] - boxes[:, :2]
     large = np.flatnonzero(sides.min(axis=1, initial=np.inf) >= max(section.min_size_px, _MIN_SIDE_PX))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.pictures import decode_image
-from rtmdet_geo.recipe_sections import IMAGE_BANDS
+from rtmdet_geo.recipe_sections import IMAGE_BANDS, DataSection
 
 Array = NDArray[Any]
 
@@ -38,6 +38,11 @@ class ImageCache:
         self._decoding: dict[Any, Future[Array]] = {}
         self._num_bytes = 0
         self._lock = threading.Lock()
+
+    @classmethod
+    def of_recipe(cls, data: DataSection) -> ImageCache:
+        """Return a cache of ``data.cache_mb``, megabytes of a million bytes."""
+        return cls(data.cache_mb * 1_000_000)
 
     @property
     def num_bytes(self) -> int:
@@ -116,22 +121,41 @@ class ImageFile:
         Raises:
             AnnotationError: the file is gone, does not decode, or its size is not what its header said before.
         """
-        return np.moveaxis(self.cache.get((self.path, self.bands), self._decode), -1, 0)
-
-    def _decode(self) -> Array:
-        """Return (H, W, C) uint8."""
-        image = decode_image(self.path)
-        if image.shape[:2] != (self.height, self.width):
+        image = read_image(self.path, self.bands, self.cache)
+        if image.shape[1:] != (self.height, self.width):
             raise AnnotationError(
-                f"image {str(self.path)!r} is {image.shape[1]} x {image.shape[0]} px now, it was {self.width} x "
+                f"image {str(self.path)!r} is {image.shape[2]} x {image.shape[1]} px now, it was {self.width} x "
                 f"{self.height} px when the labels were read: leave images alone while training runs"
             )
-        order = [IMAGE_BANDS.index(band) for band in self.bands]
-        if image.ndim == 2:
-            image = np.repeat(image[..., None], len(order), axis=2)
-        elif order != [0, 1, 2]:
-            ordered = np.empty((*image.shape[:2], len(order)), np.uint8)
-            cv2.mixChannels([image], [ordered], [index for pair in enumerate(order) for index in reversed(pair)])
-            image = ordered
-        image.flags.writeable = False
         return image
+
+
+def read_image(path: Path, bands: tuple[str, ...], cache: ImageCache) -> Array:
+    """Return the pixels of an image file; it is not opened if they are kept.
+
+    Args:
+        path: of the file.
+        bands: channels in order, some of red, green, blue; a grey image gives the same plane for each.
+        cache: keeps decoded images.
+
+    Returns:
+        (C, H, W) uint8, not to be written to: a view of (H, W, C) memory, which OpenCV takes as it is.
+
+    Raises:
+        AnnotationError: the file is gone or does not decode.
+    """
+    return np.moveaxis(cache.get((path, bands), lambda: _decode(path, bands)), -1, 0)
+
+
+def _decode(path: Path, bands: tuple[str, ...]) -> Array:
+    """Return (H, W, C) uint8."""
+    image = decode_image(path)
+    order = [IMAGE_BANDS.index(band) for band in bands]
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], len(order), axis=2)
+    elif order != [0, 1, 2]:
+        ordered = np.empty((*image.shape[:2], len(order)), np.uint8)
+        cv2.mixChannels([image], [ordered], [index for pair in enumerate(order) for index in reversed(pair)])
+        image = ordered
+    image.flags.writeable = False
+    return image

@@ -21,8 +21,7 @@ from rtmdet_geo.annotations.folders import (
 )
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
-from rtmdet_geo.pictures import image_size
-from rtmdet_geo.training.image_files import ImageCache, ImageFile
+from rtmdet_geo.training.image_files import ImageCache, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class ClassImage:
-    """One image and its class; nothing is read before it is asked for.
+    """One image and its class; nothing is opened before it is asked for.
 
     Attributes:
         name: folder and file, "tench/1.jpg".
@@ -53,9 +52,7 @@ class ClassImage:
         Raises:
             AnnotationError: the file is gone or does not decode.
         """
-        path = self.root / self.name
-        width, height = image_size(path)
-        return ImageFile(path, width, height, self.bands, self.cache).read()
+        return read_image(self.root / self.name, self.bands, self.cache)
 
 
 def load_class_images(recipe: Recipe, folder: Path | None = None) -> tuple[list[ClassImage], list[ClassImage]]:
@@ -74,7 +71,7 @@ def load_class_images(recipe: Recipe, folder: Path | None = None) -> tuple[list[
     data, model = recipe.data, recipe.model
     if folder is not None:
         data = data.model_copy(update={"root": str(folder)})
-    cache = ImageCache(data.cache_mb * 1_000_000)
+    cache = ImageCache.of_recipe(data)
     training = load_folders(folders_source(data, model, "train"), model.bands, cache, data.unknown_classes)
     if data.val_images is None:
         return training, []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,13 +71,21 @@ class LabelledImage:
         """In px."""
         return int(self.source.shape[2])
 
-    @cached_property
-    def shapes(self) -> tuple[Outline, ...]:
-        """N outlines cut off at the image's edges, beyond which nothing is known; of the box where there is none."""
-        corners = boxes_to_polygons(self.boxes)
-        outlines = self.outlines or ((),) * len(corners)
+    @property
+    def shapes(self) -> list[Outline]:
+        """N outlines as :meth:`shapes_of` returns them."""
+        return self.shapes_of(np.arange(len(self.boxes)))
+
+    def shapes_of(self, rows: Array) -> list[Outline]:
+        """Return the outlines of the objects (K,) asked for, of the box where there is none.
+
+        They are cut off at the image's edges, beyond which nothing is known. They are not kept: for a large data set
+        that would be more memory than all labels take.
+        """
+        corners = boxes_to_polygons(self.boxes[rows])
+        outlines = [self.outlines[row] for row in rows] if self.outlines else [()] * len(corners)
         whole = [outline or ((box,),) for outline, box in zip(outlines, corners, strict=True)]
-        return tuple(clip_outline(outline, self.width, self.height) or outline for outline in whole)
+        return [clip_outline(outline, self.width, self.height) or outline for outline in whole]
 
     def boxes_of(self, kind: Kind) -> Array:
         """Return the boxes that a model of some kind should find, (N, 5): rotated, or with angle 0 and w along x."""

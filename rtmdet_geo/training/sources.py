@@ -50,7 +50,7 @@ def load_datasets(recipe: Recipe, folder: Path | None = None) -> tuple[list[Labe
         return split_chips(load_chips(Path(folder or data.chips or ""), recipe.model), recipe)
     if folder is not None:
         data = data.model_copy(update={"root": str(folder)})
-    cache = ImageCache(data.cache_mb * 10**6)
+    cache = ImageCache.of_recipe(data)
     training = load_images(data, recipe.model, "train", cache)
     if not any((~image.ignored).any() for image in training):
         raise ConfigError(
@@ -93,7 +93,7 @@ def load_images(
     _refuse(data, files, usable, findings)
     _report(part, files, usable, findings)
     if cache is None:
-        cache = ImageCache(data.cache_mb * 10**6)
+        cache = ImageCache.of_recipe(data)
     images = [_labelled_image(file, *usable.of_image(index), data, model, cache) for index, file in enumerate(files)]
     if part == "val" or data.empty_images == "keep":
         return images

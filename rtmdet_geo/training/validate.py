@@ -24,22 +24,7 @@ from rtmdet_geo.masks import CroppedMask, crop_outline
 from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.structures import Detections, Kind
 from rtmdet_geo.training.labelled import LabelledImage
-from rtmdet_geo.training.search import Found, detect_chip, find_objects, search
-
-__all__ = [
-    "Found",
-    "NamedCurve",
-    "Share",
-    "Validation",
-    "average_of",
-    "chip_masks",
-    "chip_truths",
-    "detect_chip",
-    "find_false_alarms",
-    "find_objects",
-    "mask_overlaps",
-    "validate",
-]
+from rtmdet_geo.training.search import Found, detect_chip, search
 
 logger = logging.getLogger(__name__)
 
@@ -371,8 +356,8 @@ def find_false_alarms(
     Args:
         network: in eval mode.
         chips: training images with labels.
-        recipe: see :func:`detect_chip`.
-        dropped: see :func:`detect_chip`.
+        recipe: see :func:`rtmdet_geo.training.search.find_objects`.
+        dropped: likewise.
         device: where the network is.
         score_threshold: lowest score that alarms.
         max_iou: detections that overlap no label by more are false.

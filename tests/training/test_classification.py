@@ -17,8 +17,7 @@ from rtmdet_geo.class_names import IMAGENET
 from rtmdet_geo.config import load_recipe, parse_recipe
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
 from rtmdet_geo.evaluation.classification import accuracy, accuracy_by_class, true_ranks
-from rtmdet_geo.preprocess import crop_centre
-from rtmdet_geo.training.class_sampler import CentreSampler, ClassSampler, cut_centre
+from rtmdet_geo.training.class_sampler import CentreSampler, ClassSampler
 from rtmdet_geo.training.image_files import ImageCache
 from rtmdet_geo.training.image_folders import load_class_images, load_folders
 
@@ -77,6 +76,20 @@ def test_folders_are_classes_in_the_order_of_the_recipe(pets):
     pixels = left_out[0].read()
     assert pixels.shape == (3, 40, 48) and pixels[:, 7, 7].tolist() == [200, 100, 50]
     assert load_class_images(recipe_of("elsewhere", data={"val_images": "val"}), pets)[0][0].root == pets / "train"
+
+
+def test_a_kept_image_is_not_opened_again(tmp_path):
+    path = write_image(tmp_path / "cat" / "1.png")
+    for budget, is_kept in ((10_000_000, True), (0, False)):
+        write_image(path)
+        (image,) = load_folders(FoldersSource(tmp_path, None, ("cat",)), BANDS, ImageCache(budget))
+        pixels = image.read()
+        path.unlink()
+        if is_kept:
+            np.testing.assert_array_equal(image.read(), pixels)
+        else:
+            with pytest.raises(AnnotationError, match="is missing"):
+                image.read()
 
 
 def test_what_is_no_image_is_passed_over(pets, tmp_path, caplog):
@@ -299,14 +312,6 @@ def test_centres_are_shown_once_and_bad_ones_left_out(pets, tmp_path):
         else:
             with pytest.raises(AnnotationError, match=r"2\.png"):
                 sampler.draw(0, 1)
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(10, 300), st.integers(10, 300))
-def test_the_centre_is_that_of_classify(height, width):
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(cut_centre(image, 236, 224), crop_centre(image, 224))
-    assert cut_centre(image, 40, 32).shape == (32, 32, 3)
 
 
 # --- accuracy

@@ -237,7 +237,7 @@ def test_boxes_without_outlines(broken, recipe_values):
     nothing = LabelledImage(
         "empty.npy", "empty", np.zeros((4, 9, 9), np.uint8), np.zeros((0, 5)), np.zeros(0, int), np.zeros(0, bool)
     )
-    assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == ()
+    assert nothing.boxes_of("mask").shape == (0, 5) and nothing.shapes == []
 
 
 @pytest.mark.parametrize(
@@ -249,15 +249,24 @@ def test_boxes_without_outlines(broken, recipe_values):
         (lambda index: index.update(gsd_m=None), ConfigError, "own resolution"),
         (lambda index: index["stretch"].update(high=0.5), ConfigError, "stretched"),
         (lambda index: index["stretch"].update(kind="log"), AnnotationError, "not an index"),
-        (lambda index: index["chips"][0].update(boxes=[["a"] * 5]), AnnotationError, "not an index"),
+        (lambda index: index["chips"][0].update(boxes=[["a"] * 5]), AnnotationError, "chip 1: it is not an entry"),
         (lambda index: index.update(classes=["boat"]), ConfigError, "'boat'"),
         (lambda index: index["chips"][0].update(file="gone.npy"), DatasetNotFoundError, "gone.npy"),
         (lambda index: index["chips"][0].update(width=99), AnnotationError, "not what chips.json says"),
-        (lambda index: index["chips"][0].update(labels=[0]), AnnotationError, "one label each"),
-        (lambda index: index["chips"][0]["boxes"][0].__setitem__(2, -3), AnnotationError, "finite boxes"),
-        (lambda index: index["chips"][0]["outlines"].pop(), AnnotationError, "4 boxes, 3 outlines"),
-        (lambda index: index["chips"][0].update(outlines=[[[[1, 2, 3]]]] * 4), AnnotationError, "not an index"),
-        (lambda index: index["chips"][0].update(outlines=7), AnnotationError, "not an index"),
+        (lambda index: index["chips"][0].update(labels=[0]), AnnotationError, "4 boxes, 1 labels"),
+        (lambda index: index["chips"][1].update(labels=[0, 0, 1, 0]), AnnotationError, r"labels \[1\], .* 1 classes"),
+        (lambda index: index["chips"][1].update(labels=[0, 0, -1, 0]), AnnotationError, r"chip 2: .*labels \[-1\]"),
+        (lambda index: index["chips"][1].update(labels=[0, 0, 0.5, 0]), AnnotationError, r"labels \[0.5\]"),
+        (lambda index: index["chips"][2].pop("scene"), AnnotationError, "chip 3: .*'scene'.*cut the chips again"),
+        (
+            lambda index: index["chips"][0]["boxes"][0].__setitem__(2, -3),
+            AnnotationError,
+            "not finite, or have no area",
+        ),
+        (lambda index: index["chips"][0]["boxes"][0].__setitem__(3, 0), AnnotationError, "not finite, or have no area"),
+        (lambda index: index["chips"][0]["outlines"].pop(), AnnotationError, "4 boxes, .* 3 outlines"),
+        (lambda index: index["chips"][0].update(outlines=[[[[1, 2, 3]]]] * 4), AnnotationError, "not an entry"),
+        (lambda index: index["chips"][0].update(outlines=7), AnnotationError, "not an entry"),
     ],
 )
 def test_an_index_that_is_wrong_says_where(broken, recipe, change, error, message):

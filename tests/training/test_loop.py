@@ -27,7 +27,8 @@ from rtmdet_geo.models import HorizontalOutputs, get_model
 from rtmdet_geo.models.weights import build_from_weights, load_weights
 from rtmdet_geo.training.chips import load_chips
 from rtmdet_geo.training.loop import train_model
-from rtmdet_geo.training.validate import find_false_alarms, find_objects, mask_overlaps, validate
+from rtmdet_geo.training.search import find_objects
+from rtmdet_geo.training.validate import find_false_alarms, mask_overlaps, validate
 
 LOSSES = ("iteration", "lr", "loss", "loss_cls", "loss_bbox", "grad_norm")
 

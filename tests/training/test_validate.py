@@ -31,8 +31,9 @@ from rtmdet_geo.nms import rotated_iou_aligned
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.training import search
 from rtmdet_geo.training.labelled import LabelledImage
+from rtmdet_geo.training.search import find_objects
 from rtmdet_geo.training.task import make_spec as spec_of
-from rtmdet_geo.training.validate import Share, find_objects, validate
+from rtmdet_geo.training.validate import Share, validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

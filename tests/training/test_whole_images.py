@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from painted_images import (
     painted_images,
 )
 
+from rtmdet_geo.annotations.outlines import outline_points
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import AnnotationError, ConfigError
 from rtmdet_geo.recipe_sections import ImageAugment
@@ -79,6 +80,29 @@ def one_image(pixels, boxes=(), labels=None, ignored=None, outlines=(), name="on
 
 
 # Labels and pixels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_keep_nothing_of_what_was_drawn(kind):
+    """Whatever images kept would grow with the data set, outside the budget of the cache."""
+    images = painted_images(kind)
+    sampler = sampler_of(kind, images, image_size=64)
+    for step in range(6):
+        sampler.draw(step, 0)
+    own = {field.name for field in fields(LabelledImage)}
+    assert all(vars(image).keys() == own and len(image.boxes) for image in images)
+
+
+def test_shapes_are_outlines_or_boxes_cut_off_at_the_edges():
+    image = painted_images("mask")[0]
+    outlines = (*image.outlines[:1], (), *image.outlines[2:])
+    boxes = np.array(image.boxes)
+    boxes[1] = [0, 30, 20, 8, 0]
+    image = replace(image, boxes=boxes, outlines=outlines)
+    shapes = image.shapes_of(np.array([1, 0]))
+    assert shapes[1] is image.outlines[0] and len(image.shapes) == len(boxes)
+    points = outline_points(shapes[0])
+    assert points.min(axis=0) == pytest.approx([0, 26]) and points.max(axis=0) == pytest.approx([10, 34])
 
 
 @pytest.fixture(scope="module")

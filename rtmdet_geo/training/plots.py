@@ -118,7 +118,7 @@ def draw_precision_recall(curves: Sequence[NamedCurve]) -> bytes | None:
         curve, colour = item.curve, _COLOURS[number % len(_COLOURS)]
         recall, precision = _monotone(curve)
         style = _STYLES[(number // len(_COLOURS) * 2 + number) % 4]
-        label = f"{_shortened(item.name)}  {item.measure} {curve.average_precision:.3f}"
+        label = f"{_shortened(item.name)}  {item.measure} {item.average:.3f}"
         axes.plot(recall, precision, drawstyle="steps-pre", color=colour, linestyle=style, label=label)
         f1, score = curve.best_f1
         at = int(np.argmin(np.abs(curve.scores - score)))

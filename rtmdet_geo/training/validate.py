@@ -36,10 +36,18 @@ _COCO_ROWS = (0.5, 0.75)
 
 @dataclass(frozen=True)
 class NamedCurve:
-    """Precision over recall of one class; ``measure`` says which IoU of what makes a hit, such as "mask AP50"."""
+    """Precision over recall of one class.
+
+    Attributes:
+        name: of the class.
+        measure: which IoU of what makes a hit, such as "mask AP50".
+        average: average precision by the recipe's protocol.
+        curve: with the points.
+    """
 
     name: str
     measure: str
+    average: float
     curve: Curve
 
 
@@ -274,7 +282,7 @@ def _judge_by_curves(seen: Sequence[_Seen], images: Sequence[LabelledImage], rec
             averages[measure].append(average)
             rows.append(_row(name, measure, iou, average, curve))
             if iou == shown and curve.num_objects:
-                curves.append(NamedCurve(name, measure, curve))
+                curves.append(NamedCurve(name, measure, average, curve))
     return _Verdict({measure: _mean(values) for measure, values in averages.items()}, rows, curves)
 
 
@@ -302,7 +310,8 @@ def _judge_by_coco(seen: Sequence[_Seen], images: Sequence[LabelledImage], recip
             curve = first.curve(label, iou)
             rows.append(_row(name, _measure(kind, iou), iou, curve.average_precision, curve))
         if first.num_objects[label]:
-            curves.append(NamedCurve(name, _measure(kind, 0.5), first.curve(label, 0.5)))
+            curve = first.curve(label, 0.5)
+            curves.append(NamedCurve(name, _measure(kind, 0.5), curve.average_precision, curve))
     return _Verdict(figures, rows, curves)
 
 

@@ -88,8 +88,8 @@ class ImageSampler(Sampler):
             samples_per_process: of a step; process r draws positions r * samples_per_process and up.
 
         Raises:
-            ConfigError: there is no image, masks are to be learnt from objects without outlines, or HSV jitter is asked
-                for of bands other than red, green and blue.
+            ConfigError: there is no image, the weak stage is the whole training, masks are to be learnt from objects
+                without outlines, or HSV jitter is asked for of bands other than red, green and blue.
         """
         if not isinstance(recipe.augment, ImageAugment):
             raise ConfigError(f"whole images need augment.sampling images, not {recipe.augment.sampling}")
@@ -103,6 +103,13 @@ class ImageSampler(Sampler):
         self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
         #: First iteration of the weak stage, whose epochs are whole steps; ``iterations`` if there is none.
         self.weak_from = max(0, iterations - self.section.weak_epochs * -(-self.epoch_length // samples_per_step))
+        if self.weak_from == 0 and (self.section.mosaic_prob > 0 or self.section.mixup_prob > 0):
+            raise ConfigError(
+                f"augment.weak_epochs {self.section.weak_epochs} covers the whole training of {iterations} iterations, so "
+                "mosaic and mixup would never be seen: lower it, or set their probabilities to 0"
+            )
+        if self.section.weak_epochs:
+            logger.info("mosaic and mixup rest from iteration %d on", self.weak_from)
         if self.kind == "mask":
             check_outlines(list(images))
         self._colours = _colour_order(self.section, recipe.model.bands)

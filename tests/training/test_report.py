@@ -80,7 +80,7 @@ def finished_run(run, *, classes=("ship",), steps=50):
             log.step(iteration, {"loss": sum(terms.values()), **terms, "grad_norm": 2, "lr": 1e-3, **times})
             if iteration % 20 == 0:
                 log.validation(iteration, {"AP25": math.sin(iteration / 30), "AP50": float("nan")})
-    curves = [NamedCurve(name, "AP25", curve(20 + number)) for number, name in enumerate(classes)]
+    curves = [NamedCurve(name, "AP25", 0.5, curve(20 + number)) for number, name in enumerate(classes)]
     rows = [
         {"bands": "red+green", "class": item.name, "measure": "AP25", "iou": 0.25, "ap": 0.123456 + number}
         | {"best_f1": 0.6, "best_score": 0.25, "num_objects": 1200 + number}
@@ -207,8 +207,8 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path, recipe):
     assert page.open == [] and {"script", "i"}.isdisjoint(page.tags) and "<b>'x'" not in text
     assert "<script" not in text and page.fact("<i>note") == "</pre><script>alert(3)</script>"
     assert [row[0] for row in page.rows if row[1:2] == ["AP25"]] == list(HOSTILE)
-    commands = next(item for item in page.texts if item.startswith("rtmdet-geo train")).splitlines()
-    assert shlex.split(commands[0])[2] == str(run / "recipe.yaml")
+    commands = next(item for item in page.texts if item.startswith("rtmdet-geo export")).splitlines()
+    assert shlex.split(commands[0])[2] == str(run / "model.safetensors")
 
 
 def test_commands_are_those_of_the_command_line(tmp_path, recipe):
@@ -216,12 +216,12 @@ def test_commands_are_those_of_the_command_line(tmp_path, recipe):
     values = {"name": "toy", "model": {"name": "cspnext_test", "classes": ["a", "b"]}}
     values |= {"augment": {"sampling": "classification"}, "data": {"format": "folders", "train_images": "train"}}
     for by, verbs in (
-        (recipe, ["train", "export", "detect"]),
-        (parse_recipe(values), ["train", "export", "classify"]),
+        (recipe, ["export", "detect"]),
+        (parse_recipe(values), ["export", "classify"]),
     ):
         write_report(tmp_path, by, validation=None, summary={})
         page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-        lines = next(item for item in page.texts if item.startswith("rtmdet-geo train")).splitlines()
+        lines = next(item for item in page.texts if item.startswith("rtmdet-geo export")).splitlines()
         words = [shlex.split(line) for line in lines]
         assert [line[1] for line in words] == verbs
         for _, verb, *arguments in words:
@@ -275,7 +275,7 @@ def test_pictures_leave_out_what_is_no_number():
     assert draw_history([{"iteration": "1", "AP50": "nan", "AP75": "0"}]) is not None
     assert draw_precision_recall([]) is None
     nothing = Curve(0.0, np.zeros(0), np.zeros(0), np.zeros(0), 5)
-    assert draw_precision_recall([NamedCurve("none found", "AP50", nothing)]) is None
+    assert draw_precision_recall([NamedCurve("none found", "AP50", 0.0, nothing)]) is None
 
 
 def test_pyplot_is_left_alone(tmp_path, recipe):
@@ -290,6 +290,6 @@ def test_pyplot_is_left_alone(tmp_path, recipe):
 
 @pytest.mark.parametrize("number", [1, MAX_NAMED, MAX_NAMED + 1, 80])
 def test_any_number_of_classes_is_drawn(number):
-    curves = [NamedCurve(f"class {index}", "AP50", curve(10 + index)) for index in range(number)]
+    curves = [NamedCurve(f"class {index}", "AP50", 0.5, curve(10 + index)) for index in range(number)]
     picture = Image.open(io.BytesIO(draw_precision_recall(curves)))
     assert picture.width == 1008 and len(picture.convert("RGB").getcolors(1 << 20)) > 50

@@ -291,6 +291,14 @@ def test_the_file_says_the_size_of_tile_that_it_was_trained_on(images, tmp_path)
     assert (spec.tile_size, spec.overlap) == (96, 32)
 
 
+def test_a_weak_stage_is_not_the_whole_training(images, tmp_path):
+    images["augment"]["weak_epochs"] = 4
+    with pytest.raises(ConfigError, match="weak_epochs 4 covers the whole training of 8 iterations"):
+        train_model(parse_recipe(images), tmp_path / "run")
+    images["augment"] |= {"mosaic_prob": 0, "mixup_prob": 0}
+    assert train_model(parse_recipe(images), tmp_path / "run")["iterations"] == 8
+
+
 # Bad input.
 
 

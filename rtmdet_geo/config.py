@@ -1,18 +1,19 @@
 """Recipes: one YAML file per dataset and task, read into frozen, typed objects.
 
 ``base: other.yaml`` inherits from one parent (two levels at most): mappings merge, lists and scalars replace. A table
-``by_size:`` holds what differs between the sizes of a network; the size in ``model.name`` decides which row is merged
-in. ``KEY=VALUE`` overrides (``optim.lr=1e-3``) go last. An unknown key is an error that names its nearest neighbour.
-Sections and their defaults stand in :mod:`rtmdet_geo.recipe_sections`.
+``by_size:`` holds what differs between the sizes of a network: the row of the size in ``model.name`` is merged over the
+other values of its file. ``KEY=VALUE`` overrides (``optim.lr=1e-3``) go last. An unknown key is an error that names its
+nearest neighbour. Sections and their defaults stand in :mod:`rtmdet_geo.recipe_sections`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -93,6 +94,11 @@ class Recipe(Section):
             raise ValueError(
                 f"model.bands: images have {', '.join(IMAGE_BANDS)}; for other bands cut chips from scenes"
             )
+        if data.format != "chips" and (model.stretch.kind == "percentile" or model.stretch.dark_percent is not None):
+            raise ValueError(
+                "model.stretch: images are trained on as they are, so scenes cannot be stretched by percentiles later; "
+                "take {kind: none}, or cut chips from scenes"
+            )
         if isinstance(augment, CropAugment) and self.optim.epochs is not None:
             raise ValueError("optim.epochs: random crops know no epoch; give optim.iterations")
         if isinstance(augment, ImageAugment):
@@ -101,7 +107,27 @@ class Recipe(Section):
                 raise ValueError(f"augment.axis_aligned_classes names {', '.join(unknown)}, not among model.classes")
         if self.validation.protocol == "coco" and model.kind not in ("horizontal", "mask"):
             raise ValueError(f"validation.protocol coco is for axis-aligned boxes and masks, {model.name} has neither")
+        idle = self._settings_without_effect()
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: no effect with {augment.sampling} of {data.format}; leave them out")
         return self
+
+    def _settings_without_effect(self) -> list[str]:
+        """Name what is set, to no avail, because samples are made in another way."""
+        data, validation, loop = self.data, self.validation, self.loop
+        is_crops, is_chips = isinstance(self.augment, CropAugment), data.format == "chips"
+        checks = {
+            "data.repeat": is_crops and data.repeat > 1,
+            "validation.interval_epochs": is_crops and validation.interval_epochs > 0,
+            "optim.warmup_epochs": is_crops and self.optim.warmup_epochs is not None,
+            "loop.mine_interval": not is_crops and loop.mine_interval > 0,
+            "data.train_ids": is_chips and data.train_ids is not None,
+            "data.val_ids": is_chips and data.val_ids is not None,
+            "data.holdout": not is_chips and bool(data.holdout),
+            "data.fold": not is_chips and data.fold is not None,
+            "loop.early_stop": loop.early_stop > 0 and not (validation.interval or validation.interval_epochs),
+        }
+        return [name for name, is_idle in checks.items() if is_idle]
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that :func:`load_recipe` reads back to an equal object."""
@@ -145,18 +171,16 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         ConfigError: unknown key (with the nearest known one), wrong type or range, malformed YAML or override.
     """
     path = find_recipe(name_or_path)
-    values = _read(path, depth=0)
     overrides = list(overrides)
-    by_size = values.pop("by_size", {})
-    if by_size:
-        chosen = dict(values)
-        for override in overrides:
-            if override.partition("=")[0].strip() == "model.name":
-                chosen = _merge(values, {"model": {"name": override.partition("=")[2].strip()}})
-        values = _merge(values, _of_size(by_size, chosen, path))
-    for override in overrides:
-        _apply_override(values, override)
-    return parse_recipe(values, source=str(path))
+    layers = _read(path, depth=0)
+    plain: dict[str, Any] = {}
+    for layer in layers:
+        plain = _merge(plain, layer.values)
+    size = _size(_overridden(plain, overrides))
+    values: dict[str, Any] = {}
+    for layer in layers:  # a file goes before what its base says of a size
+        values = _merge(_merge(values, layer.values), layer.by_size.get(size, {}))
+    return parse_recipe(_overridden(values, overrides), source=str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -171,7 +195,15 @@ def parse_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe
         raise ConfigError(f"{source}: {_explain(error)}") from error
 
 
-def _read(path: Path, depth: int) -> dict[str, Any]:
+class _Layer(NamedTuple):
+    """One file of a recipe: what it says of every size, and what of each."""
+
+    values: dict[str, Any]
+    by_size: dict[str, dict[str, Any]]
+
+
+def _read(path: Path, depth: int) -> list[_Layer]:
+    """Return a recipe file with the files that it is based on, the outermost base first."""
     if depth > _MAX_BASE_DEPTH:
         raise ConfigError(f"{path}: 'base:' goes deeper than {_MAX_BASE_DEPTH} levels; write the values out")
     try:
@@ -180,13 +212,40 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
-    base = values.pop("base", None)
+    base, by_size = values.pop("base", None), values.pop("by_size", None)
+    layer = _Layer(values, _checked_rows(by_size or {}, path))
     if base is None:
-        return values
+        return [layer]
     parent = path.parent / str(base)
     if not parent.is_file():
         raise ConfigError(f"{path}: base {base!r} is not a file beside it")
-    return _merge(_read(parent, depth + 1), values)
+    return [*_read(parent, depth + 1), layer]
+
+
+def _checked_rows(by_size: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Refuse a ``by_size:`` table that is no mapping of sizes to sections."""
+    sizes = {name.rpartition("_")[2] for name in VARIANTS}
+    if not isinstance(by_size, dict) or not all(isinstance(row, dict) for row in by_size.values()):
+        raise ConfigError(f"{path}: by_size must map sizes to sections, such as 'tiny: {{optim: {{lr: 1e-3}}}}'")
+    unknown = sorted(str(size) for size in by_size if size not in sizes)
+    if unknown:
+        raise ConfigError(f"{path}: by_size names {', '.join(unknown)}; sizes are {', '.join(sorted(sizes))}")
+    return by_size
+
+
+def _size(values: Mapping[str, Any]) -> str:
+    """Return the size in ``model.name``: "tiny", "s", ..."""
+    model = values.get("model")
+    name = model.get("name", ModelSection.model_fields["name"].default) if isinstance(model, dict) else ""
+    return str(name).rpartition("_")[2]
+
+
+def _overridden(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return values with ``KEY=VALUE`` overrides applied; the values given stay as they are."""
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(changed, override)
+    return changed
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -195,23 +254,6 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _of_size(by_size: Any, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the row of a recipe's ``by_size:`` table for the size in ``model.name``; {} where there is none.
-
-    Raises:
-        ConfigError: the table or the row is no mapping, or names a size that no network has.
-    """
-    sizes = {name.rpartition("_")[2] for name in VARIANTS}
-    if not isinstance(by_size, dict) or not all(isinstance(row, dict) for row in by_size.values()):
-        raise ConfigError(f"{path}: by_size must map sizes to sections, such as 'tiny: {{optim: {{lr: 1e-3}}}}'")
-    unknown = sorted(set(by_size) - sizes)
-    if unknown:
-        raise ConfigError(f"{path}: by_size names {', '.join(map(str, unknown))}; sizes are {', '.join(sorted(sizes))}")
-    model = values.get("model")
-    name = model.get("name") if isinstance(model, dict) else None
-    return dict(by_size.get(str(name).rpartition("_")[2], {}))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -102,6 +102,8 @@ class ModelSection(Section):
     def _one_value_per_band(self) -> ModelSection:
         if len(self.mean) != len(self.bands) or len(self.std) != len(self.bands):
             raise ValueError(f"mean and std need one value for each of the {len(self.bands)} bands")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, not {list(self.std)}")
         unknown = sorted(set(self.optional_bands) - set(self.bands))
         if unknown:
             raise ValueError(f"optional_bands names {', '.join(unknown)}, but bands are {', '.join(self.bands)}")
@@ -288,6 +290,8 @@ class ImageAugment(Section):
     def _scales_are_ordered(self) -> ImageAugment:
         if self.scale_min > self.scale_max:
             raise ValueError(f"scale_min {self.scale_min} is above scale_max {self.scale_max}")
+        if self.flip_prob > 0 and not self.flip_directions:
+            raise ValueError("flip_directions is empty: name some, or set flip_prob to 0")
         return self
 
 
@@ -356,7 +360,7 @@ class OptimSection(Section):
     """
 
     optimizer: Literal["adamw", "lamb"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1000)
     lr_for_batch: int | None = Field(None, gt=0)
     lr_min_factor: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
@@ -397,7 +401,7 @@ class LoopSection(Section):
     (CUDA). ``early_stop``: validations without improvement before training ends (0: never).
     """
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     log_interval: int = Field(20, gt=0)
     checkpoint_interval: int = Field(200, gt=0)
     mine_interval: int = Field(0, ge=0)
@@ -431,10 +435,10 @@ class ValidationSection(Section):
     late_interval_epochs: int = Field(1, ge=1)
     score_threshold: float = Field(0.05, ge=0, le=1)
     max_detections: int = Field(2000, gt=0)
-    iou_thresholds: tuple[float, ...] = (0.25, 0.5)
+    iou_thresholds: tuple[float, ...] = Field((0.25, 0.5), min_length=1)
     nms_iou_threshold: float = Field(NMS_IOU_THRESHOLDS["rotated"], ge=0, le=1)
     mask_threshold: float = Field(0.5, gt=0, lt=1)
-    drop_bands: tuple[tuple[str, ...], ...] = ((),)
+    drop_bands: tuple[tuple[str, ...], ...] = Field(((),), min_length=1)
 
 
 class CardSection(Section):

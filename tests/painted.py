@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 
 SIDE = 96
+#: Colours of objects in turn, as writers give them their classes in turn.
+COLOURS = ((210, 220, 230), (60, 200, 120))
 
 
 def canvas(seed):
@@ -32,7 +34,7 @@ def corners_of(box):
     return np.array([[cx, cy] + sx * width / 2 * axis + sy * height / 2 * side for sx, sy in signs])
 
 
-def paint(image, corners, colour=(210, 220, 230)):
+def paint(image, corners, colour=COLOURS[0]):
     """Fill a polygon."""
     cv2.fillPoly(image, [np.round((corners - 0.5) * 256).astype(np.int32)], colour, shift=8)
 
@@ -44,8 +46,8 @@ def painted_images(folder, number, suffix=".jpg", seed=0):
     for index in range(number):
         image, generator = canvas(seed + index)
         boxes = boxes_of(generator)
-        for box in boxes:
-            paint(image, corners_of(box))
+        for position, box in enumerate(boxes):
+            paint(image, corners_of(box), COLOURS[position % len(COLOURS)])
         name = f"{seed + index:06d}"
         cv2.imwrite(str(folder / f"{name}{suffix}"), image)
         found.append((name, boxes))

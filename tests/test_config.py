@@ -299,6 +299,10 @@ IMAGES = {"format": "coco", "train_images": "train", "train_labels": "train.json
         ({"data": {"format": "dota", "train_images": "a"}}, "train_labels or val_labels is missing"),
         ({"data": {"format": "chips"}}, "chips is missing"),
         (
+            {"data": IMAGES, "model": {"classes": ["s"], "stretch": {"kind": "percentile"}}},
+            "images are trained on as they",
+        ),
+        (
             {"data": IMAGES, "model": {"classes": ["s"], "bands": ["nir"], "mean": [1], "std": [1]}},
             "images have red, green",
         ),
@@ -315,3 +319,48 @@ def test_a_recipe_without_a_length_has_the_default_one():
     assert parse_recipe(MINIMAL).optim.iterations == 2000
     images = {"augment": {"sampling": "images"}, "optim": {"epochs": 3}}
     assert parse_recipe({**MINIMAL, **images}).optim.iterations is None
+
+
+def test_a_file_goes_before_what_its_base_says_of_a_size(tmp_path):
+    write(tmp_path / "a.yaml", "name: a\nmodel: {classes: [x]}\ndata: {chips: c}\nby_size: {tiny: {optim: {lr: 1}}}\n")
+    child = write(tmp_path / "b.yaml", "base: a.yaml\nname: b\noptim: {lr: 2, batch_size: 3}\n")
+    assert (load_recipe(child).optim.lr, load_recipe(child).optim.batch_size) == (2, 3)
+    row = write(tmp_path / "c.yaml", "base: a.yaml\nname: c\noptim: {lr: 2}\nby_size: {tiny: {optim: {lr: 4}}}\n")
+    assert load_recipe(row).optim.lr == 4
+    assert load_recipe(row, ['model.name="rtmdet_r_s"']).optim.lr == 2
+    scratch = load_recipe("hrsc_r_scratch")
+    assert scratch.model.weights is None and scratch.model.weights_parts is None
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"data": {"chips": "c", "repeat": 3}}, "data.repeat"),
+        (
+            {"validation": {"interval_epochs": 3}, "optim": {"warmup_epochs": 2}},
+            "validation.interval_epochs, optim.warmup_",
+        ),
+        ({"data": {"chips": "c", "train_ids": "a.txt"}}, "data.train_ids"),
+        ({"augment": {"sampling": "images"}, "loop": {"mine_interval": 5}}, "loop.mine_interval"),
+        ({"data": {**IMAGES, "holdout": ["a"]}}, "data.holdout"),
+        ({"loop": {"early_stop": 3}}, "loop.early_stop"),
+    ],
+)
+def test_settings_without_effect_are_refused(values, names):
+    with pytest.raises(ConfigError, match=f"{names}.*: no effect with"):
+        parse_recipe({**MINIMAL, **values})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loop": {"seed": -1}},
+        {"validation": {"iou_thresholds": []}},
+        {"validation": {"drop_bands": []}},
+        {"model": {"classes": ["s"], "std": [1, 0, 1]}},
+        {"augment": {"sampling": "images", "flip_directions": []}},
+    ],
+)
+def test_values_that_cannot_be_meant(values):
+    with pytest.raises(ConfigError):
+        parse_recipe({**MINIMAL, **values})

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
+
+from rtmdet_geo.config import parse_recipe, recipe_names
+from rtmdet_geo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -125,6 +129,29 @@ def test_readme_python_runs(workplace):
     assert done.returncode == 0, done.stderr
 
 
+def whole_recipe(part: dict) -> dict:
+    """Return the values of a recipe of which a document shows a part, with the least that goes with it."""
+    sampling = {"folders": "classification", "chips": "crops"}.get(
+        part.get("data", {}).get("format", "chips"), "images"
+    )
+    model = {"name": "cspnext_tiny", "classes": ["town"]} if sampling == "classification" else {"classes": ["ship"]}
+    return {"name": "documented", "model": model, "data": {"chips": "chips"}, "augment": {"sampling": sampling}} | part
+
+
+def test_readme_recipes_are_recipes():
+    """The YAML blocks, whole recipes or parts, have known keys and values that go together."""
+    blocks = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "yaml")
+    parts = [part for block in blocks for part in yaml.safe_load_all(block)]
+    assert len(parts) > 8
+    formats = {parse_recipe(whole_recipe(part)).data.format for part in parts}
+    assert formats == {"chips", "coco", "dota", "hrsc", "yolo_obb", "rbox", "folders"}
+
+
+def test_readme_names_every_recipe():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in recipe_names() if f"| `{name}` |" not in text] == []
+
+
 def test_readme_shows_the_two_commands():
     verbs = {arguments[0] for arguments in commands_of((ROOT / "README.md").read_text(encoding="utf-8"), "rtmdet-geo")}
     assert {"detect", "train"} <= verbs
@@ -199,6 +226,13 @@ class TestTheChecksThemselves:
 
     def test_right_command(self, group):
         assert command_faults(group, shlex.split("detect scene.tif -o a.gpkg --backend onnx --json")) == []
+
+    @pytest.mark.parametrize(
+        "part", [{"data": {"format": "dota", "train_imges": "a"}}, {"data": {"format": "dota"}}, {"optim": {"lrr": 1}}]
+    )
+    def test_wrong_recipe(self, part):
+        with pytest.raises(ConfigError):
+            parse_recipe(whole_recipe(part))
 
     def test_commands_are_found(self):
         text = "```sh\n# rtmdet-geo no\nrtmdet-geo detect a \\\n  -o b  # why\npip install x\n```\nrtmdet-geo no\n"

@@ -145,4 +145,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
     The flag is what ``cancelled()`` answers, in case that the exception is swallowed by a callback in foreign code.
     """
-    report.take_signal()
+    report.take_signal(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import threading
 import warnings
@@ -83,7 +84,7 @@ def reporting(ctx: click.Context) -> Iterator[None]:
 def signals_are_polled() -> Iterator[None]:
     """Let the first SIGINT or SIGTERM only set ``cancel_requested``, for work that saves itself when it is asked.
 
-    A second signal interrupts at once.
+    A second SIGINT interrupts at once; SIGTERM may come twice from a scheduler and what it started.
     """
     _is_polled.set()
     try:
@@ -92,15 +93,15 @@ def signals_are_polled() -> Iterator[None]:
         _is_polled.clear()
 
 
-def take_signal() -> None:
+def take_signal(number: int = signal.SIGINT) -> None:
     """Remember the wish to stop; interrupt unless the work polls.
 
     Raises:
-        KeyboardInterrupt: the work does not poll, or this is the second signal.
+        KeyboardInterrupt: the work does not poll, or this is a SIGINT after a first signal.
     """
     is_first = not cancel_requested.is_set()
     cancel_requested.set()
-    if not (_is_polled.is_set() and is_first):
+    if not _is_polled.is_set() or (number == signal.SIGINT and not is_first):
         raise KeyboardInterrupt
 
 

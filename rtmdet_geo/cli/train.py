@@ -52,7 +52,7 @@ def train(
     They must fit exactly; model.weights_parts=[backbone] takes a part of them, model.transfer=true fits them to other
     classes and bands.
 
-    
+    \b
     Several GPUs or processes, each with a batch of its own:
       torchrun --nproc-per-node 8 -m rtmdet_geo.cli train coco_det --set model.name=rtmdet_m
 

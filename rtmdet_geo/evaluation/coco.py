@@ -137,7 +137,7 @@ def evaluate_coco(
     masks = [*(item.masks for item in detections), *(item.masks for item in truths)]
     if measure == "masks" and any(item is None for item in masks):
         raise ValueError("masks are to be scored, but some detections or labels have none")
-    library = _library()
+    library = require_coco()
     content = {
         "images": [{"id": index, "height": 0, "width": 0} for index in range(1, len(truths) + 1)],  # masks have sizes
         "categories": [{"id": label, "name": str(label)} for label in range(1, num_classes + 1)],
@@ -158,7 +158,12 @@ def evaluate_coco(
     return CocoScores(figures, np.where(is_absent, np.nan, precision), np.where(is_absent, 0, scores), num_objects)
 
 
-def _library() -> Any:
+def require_coco() -> Any:
+    """Return faster-coco-eval, which is imported by nobody else.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         import faster_coco_eval
     except ImportError as error:

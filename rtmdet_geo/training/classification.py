@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ class ClassificationTask:
 
     Args:
         recipe: of a classifier.
-        folder: where the data lie, instead of where the recipe says.
         processes: that train together.
         load_weights: whether to start from ``model.weights``; a checkpoint to resume from holds what became of them.
         cancelled: asked during a download of weights.
@@ -45,7 +43,6 @@ class ClassificationTask:
         self,
         recipe: Recipe,
         *,
-        folder: Path | None,
         processes: Processes,
         load_weights: bool,
         cancelled: Callable[[], bool] | None = None,
@@ -53,7 +50,7 @@ class ClassificationTask:
         """List the images and build the network."""
         assert isinstance(recipe.augment, ClassificationAugment)
         self.recipe, self.section, model = recipe, recipe.augment, recipe.model
-        self.training, self.left_out = load_class_images(recipe, folder)
+        self.training, self.left_out = load_class_images(recipe)
         self.can_validate = bool(self.left_out)
         self.network: nn.Module = get_classifier(
             model.name, num_classes=len(model.classes), in_channels=len(model.bands)
@@ -94,7 +91,7 @@ class ClassificationTask:
         loss = functional.cross_entropy(outputs, targets, label_smoothing=self.section.label_smoothing)
         return {"loss_cls": loss}
 
-    def look_again(self, network: nn.Module, iteration: int, processes: Processes) -> None:
+    def look_again(self, averaged: Callable[[], nn.Module], iteration: int, processes: Processes) -> None:
         """Change nothing: samples depend on no network."""
 
     def take_state(self, state: dict[str, Any]) -> None:
@@ -131,9 +128,9 @@ class ClassificationTask:
         finally:
             loader.close()
         parts = processes.gather((np.concatenate(ranks), np.concatenate(labels), sorted(sampler.bad_images), bad))
-        for *_, failed in parts:
-            if failed is not None:
-                raise failed
+        failed = [part[3] for part in parts if part[3] is not None]
+        if failed:
+            raise failed[0]
         all_ranks, all_labels = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
         return Validation(
             figures={"top1": accuracy(all_ranks), "top5": accuracy(all_ranks, 5)},

@@ -33,24 +33,26 @@ from rtmdet_geo.training.loader import BatchLoader
 from rtmdet_geo.training.processes import Processes, join_processes
 from rtmdet_geo.training.report import write_report
 from rtmdet_geo.training.run_folder import (
+    BAD_BATCH,
     BEST_WEIGHTS,
     CHECKPOINT,
     WEIGHTS,
     TrainingState,
     begin_run,
     check_run,
-    load_checkpoint,
+    remove_leftovers,
+    resume_checkpoint,
     save_checkpoint,
 )
-from rtmdet_geo.training.run_log import RunLog, write_validation
+from rtmdet_geo.training.run_log import LOG, RunLog, read_table, write_validation
 from rtmdet_geo.training.schedule import freeze_parts, keep_norms_frozen, param_groups, scheduled_rate
-from rtmdet_geo.training.task import DetectionTask, Task, samples_per_process
+from rtmdet_geo.training.task import DetectionTask, Task, digest_of, samples_per_process
 from rtmdet_geo.training.validate import Validation
 
 logger = logging.getLogger(__name__)
 
-#: Names of images in the message of a loss that is not finite; all of them are written to this file.
-_NAMES_SHOWN, BAD_BATCH = 8, "bad_batch.txt"
+#: Names of images in a message; all those of a loss that is not finite are written to a file.
+_NAMES_SHOWN = 8
 
 
 def train_model(
@@ -96,6 +98,9 @@ def train_model(
     """
     with join_processes(device) as processes, _numbers(recipe):
         run = Path(out)
+        if data is not None:  # the saved recipe says which data they were
+            key = "chips" if recipe.data.format == "chips" else "root"
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={key: str(data)})})
         make_task: type[ClassificationTask] | type[DetectionTask] = (
             ClassificationTask if recipe.model.kind == "classification" else DetectionTask
         )
@@ -103,7 +108,6 @@ def train_model(
         processes.barrier()  # nobody begins the folder while others still look at it
         task: Task = make_task(
             recipe,
-            folder=None if data is None else Path(data),
             processes=processes,
             load_weights=not resume,
             cancelled=cancelled,
@@ -129,11 +133,15 @@ class _Training:
         dtypes["auto"] = torch.bfloat16 if device.type == "cuda" else None
         self.dtype = dtypes[recipe.loop.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.state = TrainingState(network, ema, _optimizer(optim, groups), scaler, samples={})
-        self.start = load_checkpoint(run, processes.world, self.state, device) if resume else 0
+        self.state = TrainingState(
+            network, ema, _optimizer(optim, groups), scaler, samples={}, data=digest_of(task.training)
+        )
+        self.start = resume_checkpoint(run, processes.world, self.state, device) if resume else 0
         task.take_state(self.state.samples)
-        if processes.is_first and not resume:  # an earlier run is untouched until weights, data and device are there
-            begin_run(run, recipe)
+        if processes.is_first:
+            remove_leftovers(run)
+            if not resume:  # an earlier run is untouched until weights, data and device are there
+                begin_run(run, recipe)
         processes.barrier()
         network.train()
         keep_norms_frozen(network, optim.freeze, norm_eval=optim.norm_eval)
@@ -155,59 +163,53 @@ class _Training:
     ) -> dict[str, Any]:
         """Train; see :func:`train_model`."""
         recipe, task, state, processes, run = self.recipe, self.task, self.state, self.processes, self.run
-        total, loop, own = task.iterations, recipe.loop, samples_per_process(recipe)
+        own, total, loop = samples_per_process(recipe), task.iterations, recipe.loop
         positions = range(processes.rank * own, (processes.rank + 1) * own)
         loader = BatchLoader(task.sampler, positions=positions, iterations=total, workers=loop.workers)
         log = RunLog(run, tensorboard=loop.tensorboard, resume_at=self.start) if processes.is_first else None
         self._announce()
-        began, done, waited, row, validation = time.perf_counter(), self.start, 0.0, {"loss": math.nan}, None
-        since, waited_since = began, 0.0
+        clock = _Clock(own * processes.world)
+        done, row, validation = self.start, {"loss": math.nan}, None
         try:
+            if self.start and self._is_validation_due(self.start) and state.validated < self.start:
+                validation = self._validate(self.start, log, cancelled)  # killed in the midst of it
             for iteration in range(self.start, total):
-                tick = time.perf_counter()
-                seen = task.look_again(state.ema.module, iteration, processes)
+                if self._is_stale():
+                    break
+                seen = task.look_again(self._averaged, iteration, processes)
                 if seen is not None:
                     task.take_state(seen)
                     state.samples = seen
                     loader.forget()
                 rate = self._set_rate(iteration)
-                asked = time.perf_counter()
+                clock.ask()
                 samples = loader.batch(iteration)
-                waited += time.perf_counter() - asked
+                clock.get()
                 row, stop = self._step(iteration, samples, cancelled is not None and cancelled())
 
-                done, now = iteration + 1, time.perf_counter()
-                row |= {"iteration": done, "lr": rate, "seconds": now - tick}
+                done, validation = iteration + 1, None
+                row |= {"iteration": done, "lr": rate, "seconds": clock.step()}
                 if log is not None and (done % loop.log_interval == 0 or done == total):
-                    steps = done - max(self.start, (iteration // loop.log_interval) * loop.log_interval)
-                    row["images_per_second"] = steps * own * processes.world / (now - since)
-                    row["data_wait"] = (waited - waited_since) / (now - since)
+                    row |= clock.row()
                     log.step(done, row)
-                    self._say(row, done, now - began)
-                    since, waited_since = now, waited
+                    self._say(row, done, clock)
                 if progress is not None:
                     progress(done, total)
                 is_due = self._is_validation_due(done)
-                if is_due:
-                    validation = self._validate(done, log)
                 if stop or is_due or done % loop.checkpoint_interval == 0 or done == total:
-                    if processes.is_first:
-                        save_checkpoint(run, done, processes.world, state)
-                    since, waited_since = time.perf_counter(), waited  # speed is that of training alone
+                    self._save(done)
                 if stop and done < total:
                     raise Cancelled(f"training stopped at iteration {done}; go on with --resume -o {run}")
-                if is_due and loop.early_stop and state.stale >= loop.early_stop:
-                    logger.info("no better figure in %d validations: training ends early", state.stale)
-                    break
+                if is_due:
+                    validation = self._validate(done, log, cancelled)
         finally:
             loader.close()
             if log is not None:
                 log.close()
 
         if validation is None and task.can_validate:
-            validation = task.validate(state.ema.module, processes)
-        seconds = time.perf_counter() - began
-        summary = self._summary(done, seconds, waited, row, validation)
+            validation = self._score(cancelled)
+        summary = self._summary(done, clock, row, validation)
         if processes.is_first:
             save_weights(state.ema.module, run / WEIGHTS, task.spec(validation), half=False)
             if validation is not None:
@@ -273,16 +275,17 @@ class _Training:
         bad = [name for name in checked if not math.isfinite(row[name])]
         if not bad:
             return
-        is_own = not all(bool(torch.isfinite(values[name])) for name in bad)
+        own = [name for name in bad if name != "grad_norm"] or bad  # a norm is that of all processes together
+        is_own = not all(bool(torch.isfinite(values[name])) for name in own)
         names = [name for part in self.processes.gather(_names(samples) if is_own else []) for name in part]
         if self.processes.is_first:
             (self.run / BAD_BATCH).write_text("\n".join(names) + "\n", encoding="utf-8")
         shown = ", ".join(names[:_NAMES_SHOWN])
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        back = f", or go back to {self.run / CHECKPOINT} with --resume" if (self.run / CHECKPOINT).exists() else ""
         raise TrainingError(
-            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} "
-            f"(all in {self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr, or go back to "
-            f"{self.run / CHECKPOINT} with --resume"
+            f"{' and '.join(bad)} not finite in iteration {iteration + 1}, on images {shown}{more} (all in "
+            f"{self.run / BAD_BATCH}): look at these images and their labels, lower optim.lr{back}"
         )
 
     def _is_validation_due(self, done: int) -> bool:
@@ -300,10 +303,32 @@ class _Training:
         late = number > epochs - section.late_epochs
         return number % (section.late_interval_epochs if late else section.interval_epochs) == 0
 
-    def _validate(self, done: int, log: RunLog | None) -> Validation:
+    def _is_stale(self) -> bool:
+        """Say whether training ends early, because validations have shown nothing better for long enough."""
+        patience = self.recipe.loop.early_stop
+        return bool(patience) and self.state.stale >= patience
+
+    def _averaged(self) -> nn.Module:
+        """Return the averaged network, the same in every process: batch statistics are each process's own."""
+        self.processes.share(self.state.ema.module.buffers())
+        return self.state.ema.module
+
+    def _save(self, done: int) -> None:
+        if self.processes.is_first:
+            save_checkpoint(self.run, done, self.processes.world, self.state)
+
+    def _score(self, cancelled: Callable[[], bool] | None) -> Validation:
+        """Score the averaged weights; one process alone may be stopped meanwhile, its last checkpoint is there."""
+
+        def poll(*_: int) -> None:
+            if self.processes.world == 1 and cancelled is not None and cancelled():
+                raise Cancelled(f"training stopped during a validation; go on with --resume -o {self.run}")
+
+        return self.task.validate(self._averaged(), self.processes, poll)
+
+    def _validate(self, done: int, log: RunLog | None, cancelled: Callable[[], bool] | None) -> Validation:
         """Score the averaged weights, and keep them if they are the best so far."""
-        state = self.state
-        validation = self.task.validate(state.ema.module, self.processes)
+        state, validation = self.state, self._score(cancelled)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in validation.figures.items())
         logger.info("iteration %d, left-out images: %s", done, figures)
         is_best = state.judge(next(iter(validation.figures.values()), math.nan), done)
@@ -311,6 +336,7 @@ class _Training:
             log.validation(done, validation.figures)
             if is_best:
                 save_weights(state.ema.module, self.run / BEST_WEIGHTS, self.task.spec(validation), half=False)
+        self._save(done)
         return validation
 
     def _announce(self) -> None:
@@ -323,8 +349,8 @@ class _Training:
             *(optim.batch_size * optim.accumulate * processes.world, self.base_lr),
         )
 
-    def _say(self, row: dict[str, float], done: int, elapsed: float) -> None:
-        remaining = elapsed / (done - self.start) * (self.task.iterations - done)
+    def _say(self, row: dict[str, float], done: int, clock: _Clock) -> None:
+        remaining = clock.spent / clock.steps * (self.task.iterations - done)
         terms = ", ".join(f"{name.removeprefix('loss_')} {row[name]:.4f}" for name in row if name.startswith("loss_"))
         logger.info(
             "iteration %d/%d  loss %.4f (%s)  lr %.2e  %.2f s/it  waits for data %.0f %%  %d min left",
@@ -333,22 +359,23 @@ class _Training:
         )
 
     def _summary(
-        self, done: int, seconds: float, waited: float, row: dict[str, float], validation: Validation | None
+        self, done: int, clock: _Clock, row: dict[str, float], validation: Validation | None
     ) -> dict[str, Any]:
         bad = sorted(set().union(*self.processes.gather(set(getattr(self.task.sampler, "bad_images", ())))))
         if bad:
             logger.warning("%d images did not decode and were left out: %s", len(bad), ", ".join(bad[:_NAMES_SHOWN]))
-        best = self.run / BEST_WEIGHTS
-        samples = (done - self.start) * samples_per_process(self.recipe) * self.processes.world
+        logged = read_table(self.run / LOG)
+        if not clock.steps and logged:  # nothing was left to do
+            row = {"loss": float(logged[-1]["loss"])}
         return {
             "weights": str(self.run / WEIGHTS),
-            "best": str(best) if self.state.best_iteration else None,
+            "best": str(self.run / BEST_WEIGHTS) if self.state.best_iteration else None,
             "best_iteration": self.state.best_iteration,
             "iterations": done,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - clock.began,
             "loss": row["loss"],
-            "images_per_second": samples / seconds,
-            "data_wait": waited / seconds,
+            "images_per_second": clock.samples_per_step * clock.steps / clock.spent if clock.steps else None,
+            "data_wait": clock.waited / clock.spent if clock.steps else None,
             "data": self.task.counts(),
             "parameters": sum(parameter.numel() for parameter in self.state.network.parameters()),
             "device": str(self.processes.device),
@@ -356,6 +383,48 @@ class _Training:
             "bad_images": bad,
             "figures": {} if validation is None else dict(validation.figures),
             "validation": [] if validation is None else validation.rows,
+        }
+
+
+class _Clock:
+    """Where the time of the steps goes; validations and checkpoints are not counted.
+
+    Attributes:
+        samples_per_step: over all processes.
+        began: reading of ``time.perf_counter`` at the start.
+        steps: taken so far.
+        spent: seconds in steps.
+        waited: seconds of these in which samples were waited for.
+    """
+
+    def __init__(self, samples_per_step: int) -> None:
+        self.samples_per_step = samples_per_step
+        self.began = self._tick = time.perf_counter()
+        self.steps, self.spent, self.waited = 0, 0.0, 0.0
+        self._row = (0, 0.0, 0.0)
+
+    def ask(self) -> None:
+        """A step begins: samples are asked for."""
+        self._tick = time.perf_counter()
+
+    def get(self) -> None:
+        """The samples are there."""
+        self.waited += time.perf_counter() - self._tick
+
+    def step(self) -> float:
+        """The step is done; return its seconds."""
+        seconds = time.perf_counter() - self._tick
+        self.steps, self.spent = self.steps + 1, self.spent + seconds
+        return seconds
+
+    def row(self) -> dict[str, float]:
+        """Return speed and share of waiting since the last call."""
+        steps, spent, waited = self._row
+        self._row = (self.steps, self.spent, self.waited)
+        seconds = self.spent - spent
+        return {
+            "images_per_second": (self.steps - steps) * self.samples_per_step / seconds,
+            "data_wait": (self.waited - waited) / seconds,
         }
 
 
@@ -373,8 +442,12 @@ def _names(samples: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def _numbers(recipe: Recipe) -> Iterator[None]:
-    """Seed all generators, and keep to operations that give the same bits again if the recipe asks for it."""
-    seed, before = recipe.loop.seed, torch.are_deterministic_algorithms_enabled()
+    """Seed all generators, and keep to operations that give the same bits again if the recipe asks for it.
+
+    The caller's generators and mode are restored at the end. Where CUDA has no such form of an operation, it warns.
+    """
+    seed, states = recipe.loop.seed, (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -384,4 +457,7 @@ def _numbers(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.use_deterministic_algorithms(mode, warn_only=warns)

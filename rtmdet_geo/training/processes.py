@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -51,6 +51,12 @@ class Processes:
         items: list[T | None] = [None] * self.world
         distributed.all_gather_object(items, item)
         return [part for part in items if part is not None]
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's tensors, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""

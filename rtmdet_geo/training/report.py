@@ -316,7 +316,6 @@ def _commands(run: Path, recipe: Recipe, summary: Mapping[str, Any]) -> str:
     weights = shlex.quote(str(summary.get("best") or summary.get("weights") or run / "model.safetensors"))
     model_file = run / "model.onnx"
     lines = [
-        f"rtmdet-geo train {shlex.quote(str(run / 'recipe.yaml'))} -o {shlex.quote(str(run))} --resume",
         f"rtmdet-geo export {weights} -o {shlex.quote(str(model_file))}",
     ]
     if recipe.model.kind == "classification":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rtmdet_geo.config import Recipe, load_recipe
 from rtmdet_geo.errors import ConfigError, OutputError, TrainingError
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.training.ema import ModelEMA
+from rtmdet_geo.training.run_log import HISTORY, LOG, VALIDATION
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,12 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "last.pt"
 #: EMA weights of the end, and of the best validation.
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"
+#: Names of the images of a batch whose loss is not finite.
+BAD_BATCH = "bad_batch.txt"
 #: What a run leaves beside its recipe.
 PRODUCTS = (
-    *(CHECKPOINT, WEIGHTS, BEST_WEIGHTS, "log.csv", "history.csv", "validation.csv", "report.html"),
-    *("losses.png", "lr.png", "ap.png", "pr.png"),
+    *(CHECKPOINT, WEIGHTS, BEST_WEIGHTS, LOG, HISTORY, VALIDATION, "report.html"),
+    *("losses.png", "lr.png", "ap.png", "pr.png", BAD_BATCH),
 )
 
 
@@ -44,6 +48,8 @@ class TrainingState:
         best: highest deciding figure of a validation so far.
         best_iteration: iterations done then; 0: there was none.
         stale: validations since.
+        validated: iterations done at the last validation.
+        data: digest of the images and labels to train on.
     """
 
     network: nn.Module
@@ -54,10 +60,12 @@ class TrainingState:
     best: float = float("-inf")
     best_iteration: int = 0
     stale: int = 0
+    validated: int = 0
+    data: str = ""
 
     def judge(self, figure: float, iteration: int) -> bool:
         """Take in the deciding figure of a validation and say whether it is the best so far."""
-        is_best = figure > self.best
+        is_best, self.validated = figure > self.best, iteration
         if is_best:
             self.best, self.best_iteration, self.stale = figure, iteration, 0
         else:
@@ -93,11 +101,16 @@ def begin_run(run: Path, recipe: Recipe) -> None:
         run.mkdir(parents=True, exist_ok=True)
         for name in PRODUCTS:
             (run / name).unlink(missing_ok=True)
-        for events in (run / "tensorboard").glob("events.out.tfevents.*"):
-            events.unlink()
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write the run folder {str(run)!r}: {error.strerror}") from error
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed run was writing when it ended."""
+    for name in PRODUCTS:
+        for folder in run.glob(f".{name}.*.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(run: Path, iteration: int, world: int, state: TrainingState) -> None:
@@ -123,6 +136,8 @@ def save_checkpoint(run: Path, iteration: int, world: int, state: TrainingState)
         "best": state.best,
         "best_iteration": state.best_iteration,
         "stale": state.stale,
+        "validated": state.validated,
+        "data": state.data,
         "versions": {
             "rtmdet_geo": rtmdet_geo.__version__,
             "torch": str(torch.__version__),
@@ -138,7 +153,7 @@ def save_checkpoint(run: Path, iteration: int, world: int, state: TrainingState)
         raise OutputError(f"cannot write {run / CHECKPOINT}: {reason}{kept}; make room and --resume") from error
 
 
-def load_checkpoint(run: Path, world: int, state: TrainingState, device: torch.device) -> int:
+def resume_checkpoint(run: Path, world: int, state: TrainingState, device: torch.device) -> int:
     """Take up a run where its checkpoint left it, and return the iterations done.
 
     Raises:
@@ -153,11 +168,16 @@ def load_checkpoint(run: Path, world: int, state: TrainingState, device: torch.d
                 f"{path} is of a training on {content['world']} processes, not {world}: start as many, or the samples "
                 "would be others"
             )
+        if content["data"] != state.data:
+            raise ConfigError(
+                f"{path} is of a training on other data: images or numbers of objects have changed; put them back, or "
+                "begin anew in another folder"
+            )
         state.network.load_state_dict(content["network"])
         state.ema.load_state_dict(content["ema"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.scaler.load_state_dict(content["scaler"])
-        state.samples, state.stale = content["samples"], content["stale"]
+        state.samples, state.stale, state.validated = content["samples"], content["stale"], content["validated"]
         state.best, state.best_iteration = content["best"], content["best_iteration"]
     except ConfigError:
         raise

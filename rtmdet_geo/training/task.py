@@ -5,9 +5,9 @@ The loop knows tasks only, not what they learn.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import rtmdet_geo
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.evaluation.coco import require_coco
 from rtmdet_geo.models import get_model
 from rtmdet_geo.models.weights import load_checkpoint
 from rtmdet_geo.recipe_sections import CropAugment, ModelSection
@@ -44,6 +45,10 @@ class Task(Protocol):
         """Draws the samples."""
 
     @property
+    def training(self) -> Sequence[Any]:
+        """The labelled images to train on."""
+
+    @property
     def iterations(self) -> int:
         """Length of the training."""
 
@@ -64,8 +69,10 @@ class Task(Protocol):
     def losses(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return the terms of the loss, named ``loss_*``, float32 scalars to be summed."""
 
-    def look_again(self, network: nn.Module, iteration: int, processes: Processes) -> dict[str, Any] | None:
-        """Let the averaged network look at the data before an iteration.
+    def look_again(
+        self, averaged: Callable[[], nn.Module], iteration: int, processes: Processes
+    ) -> dict[str, Any] | None:
+        """Let the averaged network look at the data before an iteration, if it is time.
 
         Returns:
             A state for :meth:`take_state` if samples change from now on.
@@ -88,7 +95,6 @@ class DetectionTask:
 
     Args:
         recipe: of a detector.
-        folder: where the data lie, instead of where the recipe says.
         processes: that train together.
         load_weights: whether to start from ``model.weights``; a checkpoint to resume from holds what became of them.
         cancelled: asked during a download of weights.
@@ -102,15 +108,16 @@ class DetectionTask:
         self,
         recipe: Recipe,
         *,
-        folder: Path | None,
         processes: Processes,
         load_weights: bool,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         """Read the data and build the network."""
         self.recipe = recipe
-        self.training, self.left_out = load_datasets(recipe, folder)
+        self.training, self.left_out = load_datasets(recipe)
         self.can_validate = bool(self.left_out)
+        if self.can_validate and recipe.validation.protocol == "coco":
+            require_coco()  # now, not after hours of training
         model = recipe.model
         self.network = get_model(model.name, num_classes=len(model.classes), in_channels=len(model.bands))
         if load_weights and model.weights is not None:
@@ -147,14 +154,16 @@ class DetectionTask:
         """See :class:`Task`."""
         return self.criterion(outputs, targets)
 
-    def look_again(self, network: nn.Module, iteration: int, processes: Processes) -> dict[str, Any] | None:
+    def look_again(
+        self, averaged: Callable[[], nn.Module], iteration: int, processes: Processes
+    ) -> dict[str, Any] | None:
         """Find false alarms of the averaged network on the training images, in turn with all bands and without some."""
         interval, sets = self.recipe.loop.mine_interval, self.recipe.validation.drop_bands
         if not isinstance(self.sampler, CropSampler) or not interval or not iteration or iteration % interval:
             return None
         dropped = sets[iteration // interval % len(sets)]
         mine = self.training[processes.rank :: processes.world]
-        alarms = find_false_alarms(network, mine, self.recipe, dropped=dropped, device=str(processes.device))
+        alarms = find_false_alarms(averaged(), mine, self.recipe, dropped=dropped, device=str(processes.device))
         alarms[:, 0] = alarms[:, 0] * processes.world + processes.rank
         alarms = np.concatenate(processes.gather(alarms))
         logger.info("iteration %d: %d false alarms mined", iteration, len(alarms))
@@ -175,8 +184,18 @@ class DetectionTask:
         )
 
     def spec(self, validation: Validation | None) -> ModelSpec:
-        """See :class:`Task`."""
-        return make_spec(self.recipe, validation)
+        """See :class:`Task`; a tile is as large as the images that it was trained on."""
+        spec = make_spec(self.recipe, validation)
+        if isinstance(self.recipe.augment, CropAugment):
+            return spec
+        side = self.recipe.augment.image_size
+        return spec.model_copy(update={"tile_size": side, "overlap": min(spec.overlap, side // 2)})
+
+
+def digest_of(images: Sequence[Any]) -> str:
+    """Return a digest of what is trained on: names of images in their order, and how many labels each has."""
+    text = "\n".join(f"{image.name} {np.size(getattr(image, 'labels', 0))}" for image in images)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def samples_per_process(recipe: Recipe) -> int:

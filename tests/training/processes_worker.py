@@ -22,16 +22,18 @@ def settle_norms(network: torch.nn.Module) -> None:
         network.train()(torch.randn(4, 4, 128, 128, generator=torch.Generator().manual_seed(0)))
 
 
-def main(recipe_path: str, out: str) -> None:
-    """Save loss terms and gradients of iteration 0 as ``OUT/RANK.pt``."""
+def main(recipe_path: str, out: str, positions: str = "") -> None:
+    """Save loss terms and gradients of iteration 0 as ``OUT/RANK.pt``; of samples at other positions if asked."""
     torch.set_num_threads(1)
     recipe = load_recipe(recipe_path)
     with join_processes("cpu") as processes, _numbers(recipe):
-        task = DetectionTask(recipe, folder=None, processes=processes, load_weights=True)
+        task = DetectionTask(recipe, processes=processes, load_weights=True)
         settle_norms(task.network)
         training = _Training(recipe, Path(out) / "run", task, processes, resume=False)
         own = samples_per_process(recipe)
-        samples = [task.sampler.draw(0, processes.rank * own + number) for number in range(own)]
+        chosen = [int(text) for text in positions.split(",") if text]
+        chosen = chosen or [processes.rank * own + number for number in range(own)]
+        samples = [task.sampler.draw(0, position) for position in chosen]
         losses = training._gradients(0, samples)
         gradients = {name: parameter.grad for name, parameter in task.network.named_parameters()}
         torch.save({"losses": losses, "gradients": gradients}, Path(out) / f"{processes.rank}.pt")

@@ -72,7 +72,7 @@ def recipe_of(root, *, data=None, augment=None, optim=None, model=None, loop=Non
 
 def task_of(recipe, **options):
     torch.manual_seed(0)
-    return ClassificationTask(recipe, **({"folder": None, "processes": Processes(CPU), "load_weights": True} | options))
+    return ClassificationTask(recipe, **({"processes": Processes(CPU), "load_weights": True} | options))
 
 
 def train(task, iterations):
@@ -261,7 +261,7 @@ def test_a_task_says_what_it_learns_from(colours):
     task = task_of(recipe_of(colours))
     assert task.counts() == {"images": 48, "left-out images": 24} and task.can_validate
     assert task.look_again(task.network, 5, Processes(CPU)) is None
-    blind = task_of(recipe_of("elsewhere", data={"val_images": None}), folder=colours)
+    blind = task_of(recipe_of(colours, data={"val_images": None}))
     assert not blind.can_validate and blind.counts()["left-out images"] == 0
     with pytest.raises(DatasetNotFoundError, match="elsewhere"):
         task_of(recipe_of("elsewhere"))

@@ -93,6 +93,7 @@ def test_resume_after_cancel_gives_the_unbroken_run_to_the_bit(recipe_values, tm
 @pytest.mark.slow
 def test_resume_after_sigkill_gives_the_unbroken_run_to_the_bit(recipe_values, tmp_path):
     recipe_values["optim"]["iterations"] = 40
+    recipe_values["loop"]["deterministic"] = True
     recipe = parse_recipe(recipe_values)
     train_model(recipe, tmp_path / "whole")
     run = tmp_path / "killed"

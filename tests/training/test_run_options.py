@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import resource
+import time
 
 import painted
 import pytest
@@ -56,8 +57,12 @@ def images(tmp_path):
 
 
 def stopped_after(count):
-    calls = iter(range(1000))
-    return lambda: next(calls) == count - 1
+    """Arguments that stop a run after so many iterations."""
+    seen = [0]
+    return {
+        "progress": lambda done, total: seen.__setitem__(0, done),
+        "cancelled": lambda: seen[0] == count - 1,
+    }
 
 
 # Resuming, to the bit.
@@ -70,7 +75,7 @@ def test_whole_images_resume_to_the_bit(images, tmp_path, more):
     recipe = parse_recipe(images)
     train_model(recipe, tmp_path / "whole")
     with pytest.raises(Cancelled, match="iteration 5"):
-        train_model(recipe, tmp_path / "broken", cancelled=stopped_after(5))
+        train_model(recipe, tmp_path / "broken", **stopped_after(5))
     train_model(recipe, tmp_path / "broken", resume=True)
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
     assert (tmp_path / "whole" / "history.csv").read_text() == (tmp_path / "broken" / "history.csv").read_text()
@@ -88,7 +93,7 @@ def test_a_classifier_resumes_to_the_bit(tmp_path):
     recipe = load_recipe("imagenet_cls", changes)
     train_model(recipe, tmp_path / "whole", data=tmp_path / "data")
     with pytest.raises(Cancelled):
-        train_model(recipe, tmp_path / "broken", data=tmp_path / "data", cancelled=stopped_after(3))
+        train_model(recipe, tmp_path / "broken", data=tmp_path / "data", **stopped_after(3))
     summary = train_model(recipe, tmp_path / "broken", data=tmp_path / "data", resume=True)
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
     assert summary["figures"].keys() == {"top1", "top5"}
@@ -112,20 +117,19 @@ def test_training_ends_early_without_a_better_figure(images, tmp_path, monkeypat
     images["loop"]["early_stop"] = 2
     images["validation"]["interval"] = 2
     figures = iter([0.3, 0.5, 0.4, 0.5, 0.9])
-    real = loop._Training._validate
+    real = loop._Training._score
 
-    def fake(self, done, log):
-        figure = next(figures)
-        validate = self.task.validate
-        self.task.validate = lambda *a, **k: replaced(validate(*a, **k), figure)
-        try:
-            return real(self, done, log)
-        finally:
-            self.task.validate = validate
-
-    monkeypatch.setattr(loop._Training, "_validate", fake)
+    monkeypatch.setattr(loop._Training, "_score", lambda *a: replaced(real(*a), next(figures)))
     summary = train_model(parse_recipe(images), tmp_path / "run")
     assert (summary["iterations"], summary["best_iteration"]) == (8, 4)
+    kept = tmp_path / "kept.safetensors"
+    kept.write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
+    monkeypatch.setattr(loop._Training, "_score", lambda *a: replaced(real(*a), 0.5))
+    again = train_model(parse_recipe(images), tmp_path / "run", resume=True)  # it has ended, and stays so
+    assert again["iterations"] == 8 and again["loss"] == pytest.approx(summary["loss"])
+    first, second = (load_weights(path)[0] for path in (kept, tmp_path / "run" / "model.safetensors"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(table(tmp_path / "run" / "log.csv")) == 8
     assert [row["AP50"] for row in table(tmp_path / "run" / "history.csv")] == ["0.3", "0.5", "0.4", "0.5"]
     assert (tmp_path / "run" / "best.safetensors").exists()
 
@@ -196,6 +200,97 @@ def test_deterministic_mode_ends_with_the_run(images, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_killed_in_its_validation_loses_nothing(images, tmp_path, monkeypatch, precision):
+    images["validation"]["interval"] = 3
+    images["loop"] |= {"checkpoint_interval": 100, "precision": precision}
+    recipe = parse_recipe(images)
+    train_model(recipe, tmp_path / "whole")
+    real = loop._Training._score
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "_score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(recipe, tmp_path / "broken")
+    monkeypatch.setattr(loop._Training, "_score", real)
+    train_model(recipe, tmp_path / "broken", resume=True)
+    assert (tmp_path / "whole" / "history.csv").read_text() == (tmp_path / "broken" / "history.csv").read_text()
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "broken")
+
+
+def test_a_wish_to_stop_is_heard_in_a_validation(images, tmp_path):
+    images["validation"]["interval"] = 3
+    asked = []
+    seen = stopped_after(10**9)
+
+    def cancelled():
+        asked.append(len(asked))
+        return len(asked) == 5  # three steps, and the second image of the validation
+
+    with pytest.raises(Cancelled, match="during a validation"):
+        train_model(parse_recipe(images), tmp_path / "run", progress=seen["progress"], cancelled=cancelled)
+    assert train_model(parse_recipe(images), tmp_path / "run", resume=True)["iterations"] == 8
+    assert [row["iteration"] for row in table(tmp_path / "run" / "history.csv")] == ["3", "6", "8"]
+
+
+def test_speed_is_that_of_the_steps_alone(images, tmp_path, monkeypatch):
+    images["loop"]["log_interval"] = 4
+    images["validation"]["interval"] = 3
+    real = loop._Training._score
+
+    def slow(*arguments):
+        time.sleep(1.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop._Training, "_score", slow)
+    summary = train_model(parse_recipe(images), tmp_path / "run")
+    rows = table(tmp_path / "run" / "log.csv")
+    assert [row["iteration"] for row in rows] == ["4", "8"]
+    for row in rows:  # two samples a step; a row says the seconds of its last step
+        speed = float(row["images_per_second"])
+        assert 2 / speed < 1.5 and 0 <= float(row["data_wait"]) < 1
+    assert summary["images_per_second"] == pytest.approx(16 / sum(8 / float(row["images_per_second"]) for row in rows))
+
+
+def test_other_data_are_not_resumed_with(images, tmp_path):
+    with pytest.raises(Cancelled):
+        train_model(parse_recipe(images), tmp_path / "run", **stopped_after(3))
+    labels = tmp_path / "data" / "trainval" / "annfiles" / "000001.txt"
+    kept = labels.read_text()
+    labels.write_text("\n".join(kept.splitlines()[:-1]) + "\n")
+    with pytest.raises(ConfigError, match="training on other data"):
+        train_model(parse_recipe(images), tmp_path / "run", resume=True)
+    labels.write_text(kept)
+    assert train_model(parse_recipe(images), tmp_path / "run", resume=True)["iterations"] == 8
+
+
+def test_the_saved_recipe_knows_its_data(images, tmp_path):
+    root = images["data"].pop("root")
+    recipe = parse_recipe(images)
+    with pytest.raises(Cancelled):
+        train_model(recipe, tmp_path / "run", data=root, **stopped_after(3))
+    saved = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert saved.data.root == root
+    assert train_model(saved, tmp_path / "run", resume=True)["iterations"] == 8
+
+
+def test_leftovers_of_a_kill_are_removed(images, tmp_path):
+    leftover = tmp_path / "run" / ".last.pt.abc.partial"
+    leftover.mkdir(parents=True)
+    (leftover / "last.pt").write_bytes(b"half")
+    (tmp_path / "run" / ".mine").mkdir()
+    train_model(parse_recipe(images), tmp_path / "run")
+    assert not leftover.exists() and (tmp_path / "run" / ".mine").exists()
+
+
+def test_the_file_says_the_size_of_tile_that_it_was_trained_on(images, tmp_path):
+    train_model(parse_recipe(images), tmp_path / "run")
+    _, spec = load_weights(tmp_path / "run" / "model.safetensors")
+    assert (spec.tile_size, spec.overlap) == (96, 32)
+
+
 # Bad input.
 
 
@@ -222,7 +317,7 @@ def test_an_image_that_breaks_in_the_middle_stops_or_is_left_out(images, tmp_pat
 def test_a_full_disk_keeps_the_former_checkpoint(images, tmp_path):
     recipe, run = parse_recipe(images), tmp_path / "run"
     with pytest.raises(Cancelled):
-        train_model(recipe, run, cancelled=stopped_after(3))
+        train_model(recipe, run, **stopped_after(3))
     former = (run / "last.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, limits[1]))

@@ -261,6 +261,20 @@ def test_boxes_follow_the_kind_of_model(tmp_path):
     assert np.array_equal(masks.boxes, horizontal.boxes)
 
 
+def test_areas_are_taken_where_they_are_stated(tmp_path):
+    stated = [12.5, None, 0, float("inf"), -3, 200]
+    annotations = [
+        {"id": number, "image_id": 4, "category_id": 1, "bbox": [1, 2, 3, 4]} | ({} if area is None else {"area": area})
+        for number, area in enumerate(stated)
+    ]
+    areas = labels_of(tmp_path, annotations, "horizontal").areas
+    nan = float("nan")
+    assert areas.tolist() == pytest.approx([12.5, nan, nan, nan, nan, 200], nan_ok=True) and areas.dtype == np.float64
+    assert labels_of(tmp_path, annotations[1:3], "mask").areas is None
+    with pytest.raises(AnnotationError, match=r"annotation 7: could not convert string to float: 'large'"):
+        labels_of(tmp_path, [annotations[0] | {"id": 7, "area": "large"}], "mask")
+
+
 @pytest.mark.parametrize("image", [{"width": None}, {"height": 0}])
 def test_sizes_may_be_open(tmp_path, image):
     labels = labels_of(tmp_path, [], "rotated", image)

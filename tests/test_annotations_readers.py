@@ -214,6 +214,11 @@ def test_hrsc_classes_are_one_table():
     assert HRSC_CLASSES["100000022"] == ("ship", "merchant ship", "Hovercraft")
     assert HRSC_CLASSES["100000027"] == ("ship", "submarine", "submarine")
     assert not {"100000021", "100000023"} & set(HRSC_CLASSES)
+    contested = {digits: HRSC_CLASSES[f"1000000{digits}"][1] for digits in ("16", "19", "20", "28", "29", "30")}
+    assert contested == {
+        "16": "aircraft carrier", "19": "warcraft", "20": "merchant ship", "28": "warcraft", "29": "warcraft",
+        "30": "merchant ship",
+    }  # fmt: skip
 
 
 def test_hrsc_classes_not_in_use(tmp_path):

@@ -39,6 +39,7 @@ class CocoObject:
         segmentation: polygons or run lengths as the file has them; None where it has a box only. See
             :func:`object_outline` and :func:`object_mask`.
         hbox: x1, y1, x2, y2 in px, the annotation's ``bbox``; None where it has a segmentation only.
+        area: px^2, the annotation's ``area``; nan where it has none above 0.
     """
 
     image_id: int
@@ -48,6 +49,7 @@ class CocoObject:
     annotation_id: int
     segmentation: Mapping[str, Any] | Sequence[Sequence[float]] | None = None
     hbox: tuple[float, float, float, float] | None = None
+    area: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +243,7 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
         [entry.annotation_id for entry in objects],
         crowd=[entry.is_crowd for entry in objects],
         outlines=outlines,
+        areas=[entry.area for entry in objects],
         unit="annotation",
         size=_stated_size(image),
     )
@@ -327,7 +330,14 @@ def _object(
         int(annotation.get("id", -1)),
         annotation.get("segmentation") or None,
         _hbox(annotation) if annotation.get("bbox") else None,
+        _area(annotation),
     )
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    """Return an annotation's ``area``; nan where it is missing or no area."""
+    area = float(annotation.get("area") or 0)
+    return area if 0 < area < float("inf") else float("nan")
 
 
 def _hbox(annotation: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -6,8 +6,10 @@ warcraft, merchant ships and submarines; level 3 tells their types. An object wh
 the name that it has: a ship of no known category is "ship" at every level.
 
 Digits and names are those of MMRotate's ``HRSCDataset`` (mmrotate/datasets/hrsc.py); 21 and 23 are not in use. These
-files do not say which type is in which category. Public lists of it agree on navies' and merchants' types by name; of
-those on which they differ, 16 is a carrier here (Tarawa has a flight deck from bow to stern), 19, 28 and 29 warcraft.
+files do not say which type is in which category; the data set's ``sysdata.xml``, which few copies hold, does
+(``HRS_Class_ID``). Public lists differ on six types. Here, as in one that says it was read from that file, 16 is an
+aircraft carrier (Tarawa has a flight deck from bow to stern), 19, 28 and 29 (hospital ships) are warcraft, 20 and 30
+(car carriers) merchant ships. On the other types the lists that were compared agree.
 """
 
 from __future__ import annotations

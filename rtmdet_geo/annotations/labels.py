@@ -31,6 +31,7 @@ class ImageLabels:
         outlines: N outlines in px, () for an object that has none; or nothing where no object has one.
         unit: what ``numbers`` count.
         size: width and height in px of the image that the file speaks of; None where it does not say.
+        areas: (N,) float64 px^2 as the file states them, nan where it does not; None where it states none.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class ImageLabels:
     outlines: tuple[Outline, ...] = ()
     unit: str = "line"
     size: tuple[int, int] | None = None
+    areas: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         """Return N."""
@@ -62,10 +64,12 @@ def make_labels(
     difficult: Sequence[bool] | NDArray[np.bool_] | None = None,
     crowd: Sequence[bool] | NDArray[np.bool_] | None = None,
     outlines: Sequence[Outline] = (),
+    areas: Sequence[float] = (),
     unit: str = "line",
     size: tuple[int, int] | None = None,
 ) -> ImageLabels:
     """Return labels of plain lists; ``difficult`` and ``crowd`` are False where they are not given."""
+    stated = np.asarray(areas, np.float64)
     return ImageLabels(
         path,
         np.asarray(boxes, np.float64).reshape(-1, 5),
@@ -76,6 +80,7 @@ def make_labels(
         tuple(outlines) if any(outlines) else (),
         unit,
         size,
+        None if np.isnan(stated).all() else stated,
     )
 
 

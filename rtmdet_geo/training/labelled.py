@@ -42,6 +42,7 @@ class LabelledImage:
         labels: (N,) int64.
         ignored: (N,) bool: neither object nor background.
         outlines: N outlines in px, () for an object that has none; or nothing where no object has one.
+        areas: (N,) float64 px^2 as the label file states them, nan where it does not; None where it states none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LabelledImage:
     labels: Array
     ignored: Array
     outlines: tuple[Outline, ...] = ()
+    areas: Array | None = None
 
     @property
     def pixels(self) -> Array:

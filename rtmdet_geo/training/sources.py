@@ -174,4 +174,5 @@ def _labelled_image(
         labels,
         ignored,
         tuple(found.outlines[position] for position in positions) if found.outlines else (),
+        None if found.areas is None else found.areas[positions],
     )

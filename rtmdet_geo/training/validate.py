@@ -316,11 +316,13 @@ def _judge_by_coco(seen: Sequence[_Seen], images: Sequence[LabelledImage], recip
 
 
 def _coco_truth(image: LabelledImage, kind: Kind) -> CocoTruth:
-    """Return an image's labels; an object with an outline is as large as its mask, as in COCO's files."""
+    """Return an image's labels; an object is as large as its file says, else as its mask, or its box if it has none."""
     boxes, masks = image.boxes_of(kind), chip_masks(image)
     has_outline = np.array([bool(outline) for outline in image.outlines] or [False] * len(boxes), bool)
     pixels = np.array([np.count_nonzero(item.mask) for item in masks], float)
     areas = np.where(has_outline, pixels, boxes[:, 2] * boxes[:, 3])
+    if image.areas is not None:
+        areas = np.where(np.isnan(image.areas), areas, image.areas)
     packed = [run_lengths(item, image.height, image.width) for item in masks] if kind == "mask" else None
     return CocoTruth(boxes_to_hboxes(boxes), image.labels, image.ignored, areas, packed)
 

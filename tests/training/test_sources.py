@@ -231,6 +231,20 @@ def test_a_broken_image_stops_or_is_left_out(tmp_path, caplog):
     assert "1 x broken image (left out)" in "\n".join(warnings_in(caplog))
 
 
+def test_areas_go_with_their_objects(tmp_path):
+    boxes = [
+        coco_box(1, 1, [1, 2, 9, 4], area=17, category=3),
+        coco_box(2, 1, [1, 1, 0, 9], area=1),  # without area: left out
+        coco_box(3, 1, [5, 5, 9, 4], area=30.5),
+        coco_box(4, 1, [5, 9, 9, 4]),
+    ]
+    root = coco_folder(tmp_path, boxes)
+    coco = {"format": "coco", "train_labels": "all.json", "name": "rtmdet_test"}
+    image, empty = load(root, classes=("ship",), unknown_classes="drop", **coco)
+    assert image.areas.tolist() == pytest.approx([30.5, float("nan")], nan_ok=True) and empty.areas is None
+    assert load(dota_folder(tmp_path / "dota", a=SHIP))[0].areas is None
+
+
 def test_masks_get_outlines_and_boxes_do_not(tmp_path):
     root = dota_folder(tmp_path, a="")
     write_text(root / "labels" / "a.txt", "0 0.25 0 0.5 0.5 0 0.5\n0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -207,6 +207,21 @@ def test_columns_and_figures():
     assert list(masks.figures) == [f"mask {name}" for name in FIGURES] + list(FIGURES)
     assert [row["measure"] for row in masks.rows] == ["mask AP", "mask AP50", "mask AP75"]
     assert all(value > 0.5 for name, value in masks.figures.items() if name in ("AP", "mask AP50"))
+
+
+@pytest.mark.parametrize("kind", ["horizontal", "mask"])
+def test_coco_takes_the_areas_that_the_file_states(kind):
+    """All objects are small, but called medium; where nothing is stated, they are as large as they are."""
+    image = labelled(kind, (256, 256), 2)
+    prefix = "mask " if kind == "mask" else ""
+    recipe = recipe_of(kind, protocol="coco")
+    plain = validate(Seer(kind), [image], recipe).figures
+    found = validate(Seer(kind), [replace(image, areas=np.full(len(image.boxes), 5000.0))], recipe).figures
+    for figures, own, other in ((plain, "APs", "APm"), (found, "APm", "APs")):
+        assert math.isnan(figures[prefix + other]) and not math.isnan(figures[prefix + own])
+    assert found[f"{prefix}AP"] == plain[f"{prefix}AP"] > 0.5
+    nothing = replace(image, areas=np.full(len(image.boxes), np.nan))
+    assert validate(Seer(kind), [nothing], recipe).figures == pytest.approx(plain, nan_ok=True)
 
 
 @pytest.mark.parametrize("protocol", ["area", "voc07", "coco"])

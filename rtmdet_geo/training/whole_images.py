@@ -105,8 +105,8 @@ class ImageSampler(Sampler):
         self.weak_from = max(0, iterations - self.section.weak_epochs * -(-self.epoch_length // samples_per_step))
         if self.weak_from == 0 and (self.section.mosaic_prob > 0 or self.section.mixup_prob > 0):
             raise ConfigError(
-                f"augment.weak_epochs {self.section.weak_epochs} covers the whole training of {iterations} iterations, so "
-                "mosaic and mixup would never be seen: lower it, or set their probabilities to 0"
+                f"augment.weak_epochs {self.section.weak_epochs} covers the whole training of {iterations} iterations, "
+                "so mosaic and mixup would never be seen: lower it, or set their probabilities to 0"
             )
         if self.section.weak_epochs:
             logger.info("mosaic and mixup rest from iteration %d on", self.weak_from)

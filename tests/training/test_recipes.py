@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: How each recipe is made small; the rest of it stays as published.
 SMALL = ("model.weights=null", "model.weights_parts=null", "model.transfer=false", "optim.warmup_iterations=2")
 SMALL += ("optim.batch_size=2", "loop.workers=0", "loop.log_interval=1", "loop.tensorboard=false", "optim.epochs=4")
-IMAGES = ("augment.image_size=96", "model.tile_size=96", "model.overlap=32")
+IMAGES = ("augment.image_size=96", "model.tile_size=96", "model.overlap=32", "augment.weak_epochs=1")
 
 
 def make_data(root, name):

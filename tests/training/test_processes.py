@@ -99,16 +99,16 @@ def test_norms_over_all_processes_keep_names_and_sharing(name):
 
 @pytest.mark.slow
 def test_processes_stop_together_and_resume_as_one_unbroken_run(recipe_values, tmp_path):
-    recipe_values["optim"] |= {"iterations": 40, "batch_size": 1}
-    recipe_values["loop"] |= {"mine_interval": 4, "checkpoint_interval": 1000}
-    recipe_values["validation"]["interval"] = 15
+    recipe_values["optim"] |= {"iterations": 150, "batch_size": 1}
+    recipe_values["loop"] |= {"mine_interval": 40, "checkpoint_interval": 1000}
+    recipe_values["validation"]["interval"] = 60
     path = tmp_path / "recipe.yaml"
     path.write_text(parse_recipe(recipe_values).to_yaml(), encoding="utf-8")
     train = ["-m", "rtmdet_geo.cli", "train", path, "--progress", "none", "--device", "cpu", "-o"]
     whole = torchrun(2, *train, tmp_path / "whole")
     _, errors = whole.communicate(timeout=200)
     assert whole.returncode == 0, errors
-    assert len(rows(tmp_path / "whole")) == 40
+    assert len(rows(tmp_path / "whole")) == 150
 
     broken = torchrun(2, *train, tmp_path / "broken")
     deadline = time.monotonic() + 100

@@ -250,7 +250,8 @@ def test_bad_images_of_a_validation_are_named_and_left_out(colours, tmp_path):
         assert validation.left_out == ("red/1.png",) and validation.num_images == 3
     for name in COLOURS:
         (tmp_path / "val" / name / "0.png").write_bytes(b"no image")
-    nothing = skips.validate(Constant(), Processes(CPU))
+    assert skips.validate(Constant(), Processes(CPU)).num_images == 3  # decoded before, and kept
+    nothing = task_of(skips.recipe).validate(Constant(), Processes(CPU))
     assert nothing.num_images == 0 and math.isnan(nothing.figures["top1"])
 
 

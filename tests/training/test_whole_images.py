@@ -466,6 +466,7 @@ def test_an_epoch_shows_every_image_as_often_as_asked():
     assert Counter(before) == dict.fromkeys(range(5), 12)
 
 
+@settings(deadline=None)
 @given(
     per_process=st.integers(1, 4),
     processes=st.integers(1, 3),

@@ -8,7 +8,6 @@ place are drawn anew from the same random numbers.
 from __future__ import annotations
 
 import logging
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from rtmdet_geo.recipe_sections import CropAugment
 from rtmdet_geo.structures import Kind
 from rtmdet_geo.training import augment
 from rtmdet_geo.training.chips import check_outlines
-from rtmdet_geo.training.labelled import LabelledImage, Sample
+from rtmdet_geo.training.labelled import LabelledImage, Reader, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +69,12 @@ class CropSampler:
         self.area_weight = area / area.sum()
         #: (M, 4) chip index, x, y (chip px), score of false alarms; what :func:`validate.find_false_alarms` returns.
         self.false_alarms: Array = np.zeros((0, 4))
-        self._skip_bad = recipe.data.on_bad_image == "skip"
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()
+        self._reader = Reader(chips, skip=recipe.data.on_bad_image == "skip")
 
     @property
     def bad_images(self) -> set[str]:
         """Names of the images that did not decode and were replaced by others."""
-        with self._lock:
-            return {self.chips[index].name for index in self._bad}
+        return self._reader.bad_images
 
     def draw(self, iteration: int, position: int) -> Sample:
         """Return the crop at a position of an iteration's batch; see :meth:`labelled.Sampler.draw`."""
@@ -124,37 +120,17 @@ class CropSampler:
         """
         for _ in range(_TRIES):
             index, centre = self._look_at(rng, width, height)
-            pixels = self._pixels(index)
+            pixels = self._reader.pixels(index)
             if pixels is not None:
                 break
         else:
             raise AnnotationError(
-                f"{_TRIES} images drawn one after another do not decode ({len(self._bad)} of {len(self.chips)} so far):"
-                " check them with 'rtmdet-geo data check'"
+                f"{_TRIES} images in a row do not decode ({len(self.bad_images)} of {len(self.chips)} so far): "
+                "check them with 'rtmdet-geo data check'"
             )
         matrix = augment.random_similarity(rng, self.section, (centre[0], centre[1]), (width, height))
         found = self._labels(self.chips[index], matrix, (width, height))
         return augment.warp_crop(pixels, matrix, (width, height)), found
-
-    def _pixels(self, index: int) -> Array | None:
-        """Return an image's pixels; None if it does not decode and the recipe says to go on.
-
-        Raises:
-            AnnotationError: it does not decode and the recipe says to stop.
-        """
-        if index in self._bad:
-            return None
-        try:
-            return self.chips[index].pixels
-        except AnnotationError as error:
-            if not self._skip_bad:
-                raise
-            with self._lock:
-                is_new = index not in self._bad
-                self._bad.add(index)
-            if is_new:
-                logger.warning("%s; another image takes its place (%d so far)", error, len(self._bad))
-            return None
 
     def _labels(self, chip: LabelledImage, matrix: Array, size: tuple[int, int]) -> _Labels:
         """What a crop shows of a chip's objects; those of which it shows too little are cut, specks are left out."""
@@ -197,7 +173,7 @@ class CropSampler:
             chip = self.chips[index]
             centre = rng.random(2) * (chip.width, chip.height)
             x0, y0 = np.maximum(centre.astype(int) - (width // 2, height // 2), 0)
-            pixels = self._pixels(index)
+            pixels = self._reader.pixels(index)
             liveliness = -1.0 if pixels is None else float(pixels[0, y0 : y0 + height : 8, x0 : x0 + width : 8].std())
             tries.append((liveliness, index, centre))
         _, index, centre = max(tries, key=lambda item: item[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +13,10 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.outlines import Outline, clip_outline, outline_points
 from rtmdet_geo.boxes import boxes_to_polygons, hboxes_to_boxes
+from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.structures import Kind
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -96,6 +102,47 @@ class LabelledImage:
         points = [outline_points(shape) for shape in self.shapes]
         corners = [np.concatenate((part.min(axis=0), part.max(axis=0))) for part in points]
         return hboxes_to_boxes(np.array(corners).reshape(-1, 4))
+
+
+class Reader:
+    """Pixels of labelled images, of which some may not decode; several threads may read.
+
+    Args:
+        images: by index.
+        skip: whether one that does not decode is passed over (``data.on_bad_image``).
+    """
+
+    def __init__(self, images: Sequence[LabelledImage], *, skip: bool) -> None:
+        """Read nothing yet."""
+        self._images, self._skip = images, skip
+        self._bad: set[int] = set()
+        self._lock = threading.Lock()
+
+    def pixels(self, index: int) -> Array | None:
+        """Return an image's pixels; None if it does not decode and is to be passed over, which the log says once.
+
+        Raises:
+            AnnotationError: it does not decode and is not to be passed over.
+        """
+        if index in self._bad:
+            return None
+        try:
+            return self._images[index].pixels
+        except AnnotationError as error:
+            if not self._skip:
+                raise
+            with self._lock:
+                is_new = index not in self._bad
+                self._bad.add(index)
+            if is_new:
+                logger.warning("%s; another image takes its place (%d so far)", error, len(self._bad))
+            return None
+
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of the images that did not decode."""
+        with self._lock:
+            return {self._images[index].name for index in self._bad}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rtmdet_geo.errors import OutputError
@@ -96,16 +95,6 @@ class RunLog:
         """End TensorBoard's file; the others are complete."""
         if self._board is not None:
             self._board.close()
-
-    def __enter__(self) -> RunLog:
-        """Return the log itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 def log_columns(values: Iterable[str]) -> list[str]:

@@ -41,7 +41,7 @@ from rtmdet_geo.training.framed_labels import (
     move_objects,
 )
 from rtmdet_geo.training.framing import Framing, compose, draw_view, flip_matrix, place_images, render
-from rtmdet_geo.training.labelled import LabelledImage, Sample, Sampler
+from rtmdet_geo.training.labelled import LabelledImage, Reader, Sample, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +115,14 @@ class ImageSampler(Sampler):
         self._colours = _colour_order(self.section, recipe.model.bands)
         classes = self.section.axis_aligned_classes
         self._axis_aligned = np.array([recipe.model.classes.index(name) for name in classes], np.int64)
-        self._skip_bad = recipe.data.on_bad_image == "skip"
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()
+        self._reader = Reader(images, skip=recipe.data.on_bad_image == "skip")
         self._order = lru_cache(maxsize=4)(self._draw_order)
         self._memo = _Memo(_MEMO_LENGTHS * self.section.mixup_cache)
 
     @property
     def bad_images(self) -> set[str]:
         """Names of the images that did not decode and were replaced by the next ones."""
-        with self._lock:
-            return {self.images[index].name for index in self._bad}
+        return self._reader.bad_images
 
     def draw(self, iteration: int, position: int) -> Sample:
         """Return the sample at a position of a step; see :meth:`labelled.Sampler.draw`."""
@@ -225,18 +222,9 @@ class ImageSampler(Sampler):
         order = self._order(epoch)
         for step in range(self.epoch_length):
             index = int(order[(place + step) % self.epoch_length])
-            if index in self._bad:
-                continue
-            try:
-                return self.images[index], self.images[index].pixels
-            except AnnotationError as error:
-                if not self._skip_bad:
-                    raise
-                with self._lock:
-                    is_new = index not in self._bad
-                    self._bad.add(index)
-                if is_new:
-                    logger.warning("%s; the next image takes its place (%d so far)", error, len(self._bad))
+            pixels = self._reader.pixels(index)
+            if pixels is not None:
+                return self.images[index], pixels
         raise AnnotationError(f"none of {len(self.images)} images decodes: check them with 'rtmdet-geo data check'")
 
     def _mixup_partner(self, rng: np.random.Generator, iteration: int, position: int, side: int) -> _Framed | None:

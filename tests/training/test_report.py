@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import sys
+from contextlib import closing
 from html.parser import HTMLParser
 
 import click
@@ -73,7 +74,7 @@ def curve(number=40, quality=0.9):
 
 def finished_run(run, *, classes=("ship",), steps=50):
     """Write the tables of a run; return its last validation."""
-    with RunLog(run, tensorboard=False) as log:
+    with closing(RunLog(run, tensorboard=False)) as log:
         for iteration in range(2, 2 * steps + 1, 2):
             terms = {"loss_cls": 1.5 / iteration, "loss_bbox": 0.5 / iteration}
             times = {"seconds": 0.4, "data_wait": 0.1 if iteration <= steps else 0.3, "images_per_second": 20}
@@ -149,7 +150,7 @@ def test_numbers_are_those_of_the_tables(tmp_path, recipe):
 def test_other_tables_give_other_numbers(tmp_path, recipe):
     """A negative control: the page follows the tables."""
     finished_run(tmp_path)
-    with RunLog(tmp_path, resume_at=1000, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, resume_at=1000, tensorboard=False)) as log:
         log.validation(120, {"AP25": 0.99919, "AP50": 0.5})
     write_report(tmp_path, recipe, validation=Validation({"AP25": 0.1, "AP50": 0.2}, [], [], 3, ("x.jpg",)), summary={})
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))

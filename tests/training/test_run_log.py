@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +48,7 @@ def texts(run):
 
 
 def test_columns_stand_in_their_order_and_rows_are_there_at_once(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, tensorboard=False)) as log:
         log.step(20, values(20))
         assert (tmp_path / "log.csv").read_text() == f"{HEADER}\n20,0.001,0.05,0.0125,0.0375,3,0.5,0.25,16\n"
         log.validation(20, figures(20))
@@ -56,7 +57,7 @@ def test_columns_stand_in_their_order_and_rows_are_there_at_once(tmp_path):
 
 
 def test_what_is_missing_is_empty_and_what_is_more_comes_last(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, tensorboard=False)) as log:
         log.step(1, {"loss": 2.0, "scale": 65536.0, "loss_mask": 1.0})
         log.step(2, {"loss": 2.0, "unforeseen": 1.0})  # the file keeps the columns it has
     assert (tmp_path / "log.csv").read_text().splitlines() == [
@@ -77,9 +78,9 @@ def test_what_is_missing_is_empty_and_what_is_more_comes_last(tmp_path):
 def test_a_run_broken_anywhere_leaves_the_rows_of_an_unbroken_one(tmp_path_factory, stop, back, cut, junk):
     """Killed after ``stop`` iterations within a line, resumed from a checkpoint some iterations before."""
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
-    with RunLog(whole, tensorboard=False) as log:
+    with closing(RunLog(whole, tensorboard=False)) as log:
         write(log, 1, 12)
-    with RunLog(broken, tensorboard=False) as log:
+    with closing(RunLog(broken, tensorboard=False)) as log:
         write(log, 1, stop)
     checkpoint = max(stop - back, 0)
     for path in broken.iterdir():  # of rows up to the checkpoint nothing is lost: they were written before it
@@ -90,7 +91,7 @@ def test_a_run_broken_anywhere_leaves_the_rows_of_an_unbroken_one(tmp_path_facto
             if number == 0 or int(line.split(b",")[0]) <= checkpoint
         )
         path.write_bytes(content[: max(len(content) - cut, safe)] + junk)
-    with RunLog(broken, resume_at=checkpoint, tensorboard=False) as log:
+    with closing(RunLog(broken, resume_at=checkpoint, tensorboard=False)) as log:
         write(log, checkpoint + 1, 12)
     assert texts(broken) == texts(whole)
 
@@ -99,9 +100,9 @@ def test_resuming_from_the_wrong_iteration_would_show(tmp_path):
     """A negative control of the test before: rows written twice are seen."""
     for run in ("whole", "broken"):
         (tmp_path / run).mkdir()
-        with RunLog(tmp_path / run, tensorboard=False) as log:
+        with closing(RunLog(tmp_path / run, tensorboard=False)) as log:
             write(log, 1, 10)
-    with RunLog(tmp_path / "broken", resume_at=10, tensorboard=False) as log:
+    with closing(RunLog(tmp_path / "broken", resume_at=10, tensorboard=False)) as log:
         write(log, 8, 10)
     assert texts(tmp_path / "broken") != texts(tmp_path / "whole")
 
@@ -109,7 +110,7 @@ def test_resuming_from_the_wrong_iteration_would_show(tmp_path):
 def test_a_log_of_an_earlier_version_keeps_its_columns(tmp_path):
     """Lines ended otherwise, and two columns were not known."""
     (tmp_path / "log.csv").write_bytes(b"iteration,lr,loss,grad_norm,seconds\r\n1,0.1,3,1,2\r\n2,0.1,2,1,2\r\n")
-    with RunLog(tmp_path, resume_at=1, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, resume_at=1, tensorboard=False)) as log:
         log.step(2, values(2))
     rows = read_table(tmp_path / "log.csv")
     assert [row["iteration"] for row in rows] == ["1", "2"] and rows[1]["loss"] == "0.5"
@@ -118,7 +119,7 @@ def test_a_log_of_an_earlier_version_keeps_its_columns(tmp_path):
 
 def test_a_run_that_begins_anew_forgets_the_earlier_one(tmp_path):
     for _ in range(2):
-        with RunLog(tmp_path) as log:
+        with closing(RunLog(tmp_path)) as log:
             write(log, 1, 5)
         assert len(read_table(tmp_path / "log.csv")) == 5 and len(read_table(tmp_path / "history.csv")) == 1
         assert len(list((tmp_path / "tensorboard").iterdir())) == 1
@@ -149,10 +150,10 @@ def scalars(run):
 
 
 def test_tensorboard_shows_what_the_tables_say_and_no_row_twice(tmp_path):
-    with RunLog(tmp_path) as log:
+    with closing(RunLog(tmp_path)) as log:
         write(log, 1, 10)
     time.sleep(1.1)  # its files are named by the second
-    with RunLog(tmp_path, resume_at=7) as log:
+    with closing(RunLog(tmp_path, resume_at=7)) as log:
         write(log, 8, 12)
     shown = scalars(tmp_path)
     assert [step for step, _ in shown["train/loss"]] == list(range(1, 13))
@@ -164,14 +165,14 @@ def test_tensorboard_shows_what_the_tables_say_and_no_row_twice(tmp_path):
 
 def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with caplog.at_level(logging.WARNING), RunLog(tmp_path) as log:
+    with caplog.at_level(logging.WARNING), closing(RunLog(tmp_path)) as log:
         write(log, 1, 5)
     assert len(caplog.records) == 1 and "pip install 'rtmdet-geo[train]'" in caplog.text
     assert len(read_table(tmp_path / "log.csv")) == 5 and not (tmp_path / "tensorboard").exists()
 
 
 def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, tensorboard=False)) as log:
         (tmp_path / "history.csv").mkdir()
         with pytest.raises(OutputError, match=r"cannot write .*history\.csv.*; is the disk full\?"):
             log.validation(1, {"AP50": 0.1})

@@ -533,7 +533,8 @@ def test_mosaic_and_mixup_rest_in_the_last_epochs():
     assert sampler.weak_from == 21  # an epoch of 10 samples takes 3 steps of 4
     assert {len(sampler.draw(step, 0).names) for step in range(21)} == {8}
     assert {len(sampler.draw(step, position).names) for step in range(21, 30) for position in range(4)} == {1}
-    assert sampler_of("rotated", images, iterations=5, **section).weak_from == 0
+    with pytest.raises(ConfigError, match="weak_epochs 3 covers the whole training of 5 iterations"):
+        sampler_of("rotated", images, iterations=5, **section)
     assert sampler_of("rotated", images, iterations=30, **section | {"weak_epochs": 0}).weak_from == 30
 
 

@@ -53,6 +53,18 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _sampling_of_the_format(cls, values: Any) -> Any:
+        """Fill in ``augment.sampling``: crops of chips, whole images of the other formats, classes of folders."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("data"), Mapping):
+            return values
+        augment, of_data = values.get("augment", {}), values["data"].get("format", "chips")
+        if not isinstance(augment, Mapping) or "sampling" in augment:
+            return values
+        sampling = {"chips": "crops", "folders": "classification"}.get(str(of_data), "images")
+        return {**values, "augment": {**augment, "sampling": sampling}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _nms_of_the_kind(cls, values: Any) -> Any:
         """Fill in the default of ``validation.nms_iou_threshold``; what is malformed is left to the sections."""
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
@@ -107,6 +119,8 @@ class Recipe(Section):
                 raise ValueError(f"augment.axis_aligned_classes names {', '.join(unknown)}, not among model.classes")
         if self.validation.protocol == "coco" and model.kind not in ("horizontal", "mask"):
             raise ValueError(f"validation.protocol coco is for axis-aligned boxes and masks, {model.name} has neither")
+        if self.loop.early_stop and not (self.validation.interval or self.validation.interval_epochs):
+            raise ValueError("loop.early_stop counts validations: set validation.interval_epochs or .interval")
         idle = self._settings_without_effect()
         if idle:
             raise ValueError(f"{', '.join(idle)}: no effect with {augment.sampling} of {data.format}; leave them out")
@@ -125,7 +139,6 @@ class Recipe(Section):
             "data.val_ids": is_chips and data.val_ids is not None,
             "data.holdout": not is_chips and bool(data.holdout),
             "data.fold": not is_chips and data.fold is not None,
-            "loop.early_stop": loop.early_stop > 0 and not (validation.interval or validation.interval_epochs),
         }
         return [name for name, is_idle in checks.items() if is_idle]
 

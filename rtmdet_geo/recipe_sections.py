@@ -109,6 +109,16 @@ class ModelSection(Section):
             raise ValueError(f"optional_bands names {', '.join(unknown)}, but bands are {', '.join(self.bands)}")
         return self
 
+    @field_validator("classes")
+    @classmethod
+    def _classes_differ(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        if twice or not classes:
+            raise ValueError(
+                f"each class must be named once; {', '.join(twice)}" if twice else "name at least one class"
+            )
+        return classes
+
     @model_validator(mode="after")
     def _weights_can_be_loaded_so(self) -> ModelSection:
         asked = {
@@ -318,6 +328,14 @@ class ClassificationAugment(Section):
     cutmix_alpha: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     repeats: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_size_of_the_image_size(cls, values: Any) -> Any:
+        """Validate at the published ratio of 236 px to 224 px unless told otherwise."""
+        if not isinstance(values, Mapping) or "eval_size" in values or not isinstance(values.get("image_size"), int):
+            return values
+        return {**values, "eval_size": round(values["image_size"] * 236 / 224)}
 
     @model_validator(mode="after")
     def _crop_fits(self) -> ClassificationAugment:

@@ -479,7 +479,13 @@ def test_train_hands_everything_on(monkeypatch, tmp_path):
     def train(recipe, out, **settings):
         calls.append((recipe.name, out, settings))
         settings["progress"](1, 2)
-        summary = {"weights": "w.safetensors", "iterations": 2, "seconds": 1.0, "loss": 0.5, "validation": []}
+        summary = {
+            "weights": "w.safetensors",
+            "iterations": 2,
+            "planned_iterations": 2,
+            "seconds": 1.0,
+            "validation": [],
+        }
         return {**summary, "figures": {"AP50": 0.25}}
 
     monkeypatch.setattr(loop, "train_model", train)

@@ -298,6 +298,9 @@ IMAGES = {"format": "coco", "train_images": "train", "train_labels": "train.json
         ({"data": {"format": "coco"}}, "train_images is missing"),
         ({"data": {"format": "dota", "train_images": "a"}}, "train_labels or val_labels is missing"),
         ({"data": {"format": "chips"}}, "chips is missing"),
+        ({"loop": {"early_stop": 3}}, "early_stop counts validations: set validation.interval_epochs"),
+        ({"model": {"classes": ["a", "b", "a"]}}, "each class must be named once; a"),
+        ({"model": {"classes": []}}, "name at least one class"),
         (
             {"data": IMAGES, "model": {"classes": ["s"], "stretch": {"kind": "percentile"}}},
             "images are trained on as they",
@@ -343,7 +346,6 @@ def test_a_file_goes_before_what_its_base_says_of_a_size(tmp_path):
         ({"data": {"chips": "c", "train_ids": "a.txt"}}, "data.train_ids"),
         ({"augment": {"sampling": "images"}, "loop": {"mine_interval": 5}}, "loop.mine_interval"),
         ({"data": {**IMAGES, "holdout": ["a"]}}, "data.holdout"),
-        ({"loop": {"early_stop": 3}}, "loop.early_stop"),
     ],
 )
 def test_settings_without_effect_are_refused(values, names):
@@ -364,3 +366,24 @@ def test_settings_without_effect_are_refused(values, names):
 def test_values_that_cannot_be_meant(values):
     with pytest.raises(ConfigError):
         parse_recipe({**MINIMAL, **values})
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "sampling"),
+    [
+        ({"chips": "c"}, {}, "crops"),
+        (IMAGES, {}, "images"),
+        ({"format": "folders", "train_images": "a"}, {"name": "cspnext_s"}, "classification"),
+    ],
+)
+def test_the_format_of_the_data_says_how_samples_are_made(data, model, sampling):
+    values = {"name": "t", "model": {"classes": ["ship"], **model}, "data": data}
+    assert parse_recipe(values).augment.sampling == sampling
+    assert parse_recipe({**values, "augment": {}}).augment.sampling == sampling
+
+
+def test_a_classifier_validates_at_the_published_ratio():
+    assert parse_recipe({**CLASSIFIER, "model": {"classes": ["a"], "name": "cspnext_s"}}).augment.eval_size == 236
+    smaller = {"sampling": "classification", "image_size": 64}
+    small = parse_recipe({**CLASSIFIER, "model": {"classes": ["a"], "name": "cspnext_s"}, "augment": smaller})
+    assert small.augment.eval_size == 67

@@ -100,5 +100,8 @@ def train(
     elif progress_mode == "jsonl":
         report.emit_event(ctx, {"event": "done", **summary})
     elif report.verbosity(ctx) >= 0:
-        figures = "".join(f", {name} {value:.3f}" for name, value in summary["figures"].items())
-        click.echo(f"{summary['weights']}: {summary['iterations']} iterations in {summary['seconds']:.0f} s{figures}")
+        known = [(name, value) for name, value in summary["figures"].items() if value is not None and value == value]
+        figures = "".join(f", {name} {value:.3f}" for name, value in known[:4])
+        early = f" of {summary['planned_iterations']}" if summary["iterations"] < summary["planned_iterations"] else ""
+        steps = f"{summary['iterations']}{early} iterations in {summary['seconds']:.0f} s"
+        click.echo(f"{summary['weights']}: {steps}{figures}")

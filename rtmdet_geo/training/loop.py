@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_geo.config import Recipe
-from rtmdet_geo.errors import Cancelled, TrainingError
+from rtmdet_geo.errors import Cancelled, ConfigError, TrainingError
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.recipe_sections import OptimSection
 from rtmdet_geo.training.classification import ClassificationTask
@@ -84,10 +84,10 @@ def train_model(
         cancelled: asked after every iteration; True saves a checkpoint and raises Cancelled.
 
     Returns:
-        ``weights``, ``best`` (paths; ``best`` is None without validation), ``iterations``, ``seconds``, ``loss`` (of
-        the last iteration), ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples),
-        ``data`` (counts), ``parameters``, ``device``, ``processes``, ``best_iteration``, ``bad_images`` (names),
-        ``figures`` and ``validation`` rows.
+        ``weights``, ``best`` (paths; ``best`` is None without validation), ``best_iteration``, ``iterations``,
+        ``planned_iterations`` (more if it ended early), ``seconds``, ``loss`` (of the last iteration),
+        ``images_per_second``, ``data_wait`` (share of the time spent waiting for samples), ``data`` (counts),
+        ``parameters``, ``device``, ``processes``, ``bad_images`` (names), ``figures`` and ``validation`` rows.
 
     Raises:
         DatasetNotFoundError, AnnotationError, ConfigError: data are missing, broken, or made for another recipe.
@@ -148,6 +148,17 @@ class _Training:
         self.forward = self._wrap(network)
         share = optim.batch_size * optim.accumulate * processes.world
         self.base_lr = optim.lr * share / (optim.lr_for_batch or share)
+        if recipe.loop.early_stop and not task.can_validate:
+            raise ConfigError("loop.early_stop counts validations, but nothing is left out: name data.val_images")
+        self._warn_of_warmup()
+
+    def _warn_of_warmup(self) -> None:
+        """Say when the rate rises for most of the training."""
+        optim, epoch, total = self.recipe.optim, self.task.epoch or 0, self.task.iterations
+        warmup = optim.warmup_iterations if optim.warmup_epochs is None else optim.warmup_epochs * epoch
+        if warmup > total / 2 and self.processes.is_first:
+            key = "optim.warmup_iterations" if optim.warmup_epochs is None else "optim.warmup_epochs"
+            logger.warning("the rate rises for %d of %d iterations, little is learnt: lower %s", warmup, total, key)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         """Return what is called for a forward pass: the network, over all processes, perhaps compiled."""
@@ -372,6 +383,7 @@ class _Training:
             "best": str(self.run / BEST_WEIGHTS) if self.state.best_iteration else None,
             "best_iteration": self.state.best_iteration,
             "iterations": done,
+            "planned_iterations": self.task.iterations,
             "seconds": time.perf_counter() - clock.began,
             "loss": row["loss"],
             "images_per_second": clock.samples_per_step * clock.steps / clock.spent if clock.steps else None,

@@ -277,7 +277,8 @@ def _facts(
     facts |= {
         "did not decode": ", ".join(summary.get("bad_images", ())),
         "batch": _batch(recipe, summary),
-        "optimiser": f"{optim.optimizer}, learning rate {optim.lr:g}, weight decay {optim.weight_decay:g}",
+        "optimiser": f"{optim.optimizer}, weight decay {optim.weight_decay:g}",
+        "learning rate": _rate(recipe, int(summary.get("processes", 1))),
         "best state at iteration": f"{summary['best_iteration']:,}" if summary.get("best_iteration") else None,
         "images per second": _speed(log),
         "seed": str(recipe.loop.seed),
@@ -297,6 +298,15 @@ def _batch(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     if number == optim.batch_size:
         return text
     return f"{text}: {optim.batch_size} x {optim.accumulate} accumulated x {processes or 1} processes"
+
+
+def _rate(recipe: Recipe, processes: int) -> str:
+    """Return the rate for the batch there was, and what the recipe says where that is another."""
+    optim = recipe.optim
+    batch = optim.batch_size * optim.accumulate * processes
+    if optim.lr_for_batch in (None, batch):
+        return f"{optim.lr:g}"
+    return f"{optim.lr * batch / (optim.lr_for_batch or batch):.3g} ({optim.lr:g} for {optim.lr_for_batch} images)"
 
 
 def _speed(log: Sequence[Mapping[str, str]]) -> str | None:

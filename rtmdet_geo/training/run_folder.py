@@ -64,12 +64,11 @@ class TrainingState:
     data: str = ""
 
     def judge(self, figure: float, iteration: int) -> bool:
-        """Take in the deciding figure of a validation and say whether it is the best so far."""
-        is_best, self.validated = figure > self.best, iteration
+        """Take in the deciding figure of a validation and say whether it is the best; of equals the later one is."""
+        self.validated, self.stale = iteration, 0 if figure > self.best else self.stale + 1
+        is_best = figure >= self.best
         if is_best:
-            self.best, self.best_iteration, self.stale = figure, iteration, 0
-        else:
-            self.stale += 1
+            self.best, self.best_iteration = figure, iteration
         return is_best
 
 

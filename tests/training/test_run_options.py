@@ -116,12 +116,12 @@ def test_training_ends_early_without_a_better_figure(images, tmp_path, monkeypat
     images["optim"]["epochs"] = 50
     images["loop"]["early_stop"] = 2
     images["validation"]["interval"] = 2
-    figures = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+    figures = iter([0.3, 0.5, 0.4, 0.5, 0.9])  # equals: the later one counts, but is no progress
     real = loop._Training._score
 
     monkeypatch.setattr(loop._Training, "_score", lambda *a: replaced(real(*a), next(figures)))
     summary = train_model(parse_recipe(images), tmp_path / "run")
-    assert (summary["iterations"], summary["best_iteration"]) == (8, 4)
+    assert (summary["iterations"], summary["best_iteration"]) == (8, 8)
     kept = tmp_path / "kept.safetensors"
     kept.write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
     monkeypatch.setattr(loop._Training, "_score", lambda *a: replaced(real(*a), 0.5))

@@ -2,8 +2,8 @@
 
 The recipes ``coco_det`` (RTMDet-tiny) and ``coco_ins`` (RTMDet-Ins-tiny) train from random initialisation, through the
 real command, on images that are also those of the validation: what COCO's protocol says of them is how well a network
-of this size can know them, and a fault in labels, losses, decoding or scoring shows. Only augmentation, length and rates
-are set otherwise than published. Reads ``$RTMDET_DATA/coco8_seg``; takes about an hour on one core.
+of this size can know them, and a fault in labels, losses, decoding or scoring shows. Only augmentation, length and
+rates are set otherwise than published. Reads ``$RTMDET_DATA/coco8_seg``; takes about an hour on one core.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Every object of the 8 photographs of ``$RTMDET_DATA/coco8_seg`` gets logits at s
 that trains masks fits them, they are enlarged as a mask is for validation, and COCO's protocol scores them: what a
 network of instances could reach there that knew all boxes and classes for certain.
 
-``published``: the loss compares with every fourth pixel from the third on, as published: hard labels, whose centre lies
-half a pixel beyond that of the 4 x 4 px they stand for, so masks come out half a pixel up and to the left. ``read half a
-pixel off``: the same logits, read where they were taught. ``centred``: the loss compares with the mean of the 4 pixels
-in the middle.
+``published``: the loss compares with every fourth pixel from the third on, as published: hard labels, whose centre
+lies half a pixel beyond that of the 4 x 4 px they stand for, so masks come out half a pixel up and to the left. ``read
+half a pixel off``: the same logits, read where they were taught. ``centred``: the loss compares with the mean of the 4
+pixels in the middle.
 """
 
 from __future__ import annotations

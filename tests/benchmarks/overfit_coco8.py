@@ -3,7 +3,11 @@
 The recipes ``coco_det`` (RTMDet-tiny) and ``coco_ins`` (RTMDet-Ins-tiny) train from random initialisation, through the
 real command, on images that are also those of the validation: what COCO's protocol says of them is how well a network
 of this size can know them, and a fault in labels, losses, decoding or scoring shows. Only augmentation, length and
-rates are set otherwise than published. Reads ``$RTMDET_DATA/coco8_seg``; takes about an hour on one core.
+rates are set otherwise than published. Reads ``$RTMDET_DATA/coco8_seg``; takes more than an hour on one core.
+
+A batch is all 8 images: with 4, batch norm sees other statistics in every step, and boxes stay imprecise for long. The
+rate is high for large objects that are alone in their image: boxes begin small, and a box's loss weighs as much as its
+IoU, so these learn last. Masks need large images: ``mask_ceiling.py`` says how well stride 8 can fit the labels at all.
 """
 
 from __future__ import annotations

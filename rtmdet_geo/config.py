@@ -142,6 +142,13 @@ class Recipe(Section):
         }
         return [name for name, is_idle in checks.items() if is_idle]
 
+    def with_data(self, folder: str | Path | None) -> Recipe:
+        """Return the recipe with its data elsewhere: a folder for ``data.chips`` or ``data.root``; None: as it is."""
+        if folder is None:
+            return self
+        key = "chips" if self.data.format == "chips" else "root"
+        return self.model_copy(update={"data": self.data.model_copy(update={key: str(folder)})})
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that :func:`load_recipe` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

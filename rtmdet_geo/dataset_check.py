@@ -50,18 +50,11 @@ class _Look(NamedTuple):
     faults: tuple[tuple[str, str], ...]
 
 
-def recipe_parts(recipe: Recipe, folder: Path | None = None) -> dict[str, Source]:
-    """Return the parts of a recipe's data by name.
-
-    Args:
-        recipe: of a detector or classifier.
-        folder: replaces ``data.chips``, or ``data.root`` for the other formats.
-    """
+def recipe_parts(recipe: Recipe) -> dict[str, Source]:
+    """Return the parts of the data of a recipe, for a detector or classifier, by name."""
     data, model = recipe.data, recipe.model
     if data.format == "chips":
-        return {"chips": ChipsSource(Path(folder or data.chips or ""), model.classes)}
-    if folder is not None:
-        data = data.model_copy(update={"root": str(folder)})
+        return {"chips": ChipsSource(Path(data.chips or ""), model.classes)}
     source = folders_source if data.format == "folders" else part_source
     parts: dict[str, Source] = {"train": source(data, model, "train")}
     if data.val_images is not None:

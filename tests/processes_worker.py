@@ -34,7 +34,7 @@ def main(recipe_path: str, out: str, positions: str = "") -> None:
         chosen = [int(text) for text in positions.split(",") if text]
         chosen = chosen or [processes.rank * own + number for number in range(own)]
         samples = [task.sampler.draw(0, position) for position in chosen]
-        losses = training._gradients(0, samples)
+        losses = training._gradients(samples)
         gradients = {name: parameter.grad for name, parameter in task.network.named_parameters()}
         torch.save({"losses": losses, "gradients": gradients}, Path(out) / f"{processes.rank}.pt")
 

@@ -283,7 +283,7 @@ def test_parts_of_recipes(tmp_path):
         values = {"name": "toy", "model": {"name": model, "classes": ["ship"]}, "data": data}
         if data["format"] == "folders":
             values["augment"] = {"sampling": "classification"}
-        return recipe_parts(parse_recipe(values), tmp_path if data.get("root") is None else None)
+        return recipe_parts(parse_recipe(values).with_data(tmp_path if data.get("root") is None else None))
 
     assert parts("rtmdet_r_tiny", format="chips", chips="elsewhere") == {"chips": ChipsSource(tmp_path, ("ship",))}
     labelled = parts("rtmdet_tiny", format="dota", train_images="i", train_labels="l", val_images="v", val_labels="w")

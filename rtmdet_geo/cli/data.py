@@ -213,8 +213,8 @@ def check(
             raise click.UsageError("--images, --labels, --ids and --class go with --format, not with a RECIPE.")
         from rtmdet_geo.config import load_recipe
 
-        loaded = load_recipe(recipe, overrides)
-        parts, drops_unknown = recipe_parts(loaded, folder), loaded.data.unknown_classes == "drop"
+        loaded = load_recipe(recipe, overrides).with_data(folder)
+        parts, drops_unknown = recipe_parts(loaded), loaded.data.unknown_classes == "drop"
     else:
         if overrides or folder:
             raise click.UsageError("--set and --data go with a RECIPE, not with --format.")

@@ -20,6 +20,7 @@ from rtmdet_geo.preprocess import crop_centre
 from rtmdet_geo.recipe_sections import ClassificationAugment
 from rtmdet_geo.training.classification_augment import Palette, augment_image
 from rtmdet_geo.training.image_folders import ClassImage
+from rtmdet_geo.training.labelled import Reader
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,6 @@ class ClassSampler:
 
     Attributes:
         epoch_length: samples of an epoch.
-        bad_images: names of images that did not decode and were replaced by the next one.
     """
 
     def __init__(
@@ -73,9 +73,13 @@ class ClassSampler:
         self.images, self.section, self.seed = images, recipe.augment, recipe.loop.seed
         self.palette = Palette.of_model(recipe.model)
         self.samples_per_step, self.samples_per_process = samples_per_step, samples_per_process
-        self.epoch_length: int | None = len(images) * recipe.data.repeat
-        self.skips_bad = recipe.data.on_bad_image == "skip"
-        self.bad_images: set[str] = set()
+        self.epoch_length = len(images) * recipe.data.repeat
+        self._reader = Reader(images, skip=recipe.data.on_bad_image == "skip")
+
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of the images that did not decode and were replaced by the next ones."""
+        return self._reader.bad_images
 
     def draw(self, iteration: int, position: int) -> ClassSample:
         """Return the sample at a position of an iteration's batch; the same arguments give the same sample.
@@ -96,25 +100,17 @@ class ClassSampler:
 
     def _index(self, number: int) -> int:
         """Return which image a sample shows."""
-        assert self.epoch_length is not None
         epoch, place = divmod(number, self.epoch_length)
         return int(_order(self.seed, epoch, self.epoch_length)[place // self.section.repeats]) % len(self.images)
 
     def _read(self, index: int) -> tuple[ClassImage, Array]:
         """Return an image and its pixels, or the next one that decodes."""
-        reason = ""
         for step in range(len(self.images)):
-            image = self.images[(index + step) % len(self.images)]
-            try:
-                return image, image.read()
-            except AnnotationError as error:
-                if not self.skips_bad:
-                    raise
-                reason = str(error)
-                if image.name not in self.bad_images:
-                    logger.warning("%s; the next image takes its place", reason)
-                self.bad_images.add(image.name)
-        raise AnnotationError(f"none of {len(self.images)} images decodes; the last: {reason}")
+            place = (index + step) % len(self.images)
+            pixels = self._reader.pixels(place)
+            if pixels is not None:
+                return self.images[place], pixels
+        raise AnnotationError(f"none of {len(self.images)} images decodes: check them with 'rtmdet-geo data check'")
 
 
 class CentreSampler:
@@ -126,7 +122,6 @@ class CentreSampler:
         batch_size: images an iteration.
 
     Attributes:
-        epoch_length: number of images.
         bad_images: names of images that did not decode.
     """
 
@@ -134,7 +129,6 @@ class CentreSampler:
         """Read nothing yet."""
         assert isinstance(recipe.augment, ClassificationAugment)
         self.images, self.section, self.batch_size = images, recipe.augment, batch_size
-        self.epoch_length: int | None = len(images)
         self.skips_bad = recipe.data.on_bad_image == "skip"
         self.bad_images: set[str] = set()
 
@@ -149,7 +143,7 @@ class CentreSampler:
             return None
         image = self.images[number]
         try:
-            pixels = image.read()
+            pixels = image.pixels
         except AnnotationError as error:
             if not self.skips_bad:
                 raise

@@ -68,9 +68,8 @@ class ClassificationTask:
         """See :class:`rtmdet_geo.training.task.Task`."""
         return {"images": len(self.training), "left-out images": len(self.left_out)}
 
-    def batch(self, samples: Sequence[ClassSample], iteration: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def batch(self, samples: Sequence[ClassSample], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return normalised images (N, C, S, S) and the shares of the classes (N, K) float32, mixed by the recipe."""
-        del iteration  # samples know their numbers
         images = normalised(np.stack([sample.image for sample in samples]), self.recipe, device)
         labels = torch.tensor([sample.label for sample in samples], device=device)
         targets = functional.one_hot(labels, len(self.recipe.model.classes)).float()

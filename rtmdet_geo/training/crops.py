@@ -58,7 +58,6 @@ class CropSampler:
         assert isinstance(recipe.augment, CropAugment)
         self.section = recipe.augment
         self.seed = recipe.loop.seed
-        self.epoch_length: int | None = None
         self.num_bands = len(recipe.model.bands)
         bands, fill = recipe.model.bands, recipe.model.optional_bands
         self.dropout = {bands.index(band): share for band, share in self.section.band_dropout.items()}

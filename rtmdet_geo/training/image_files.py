@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,76 +16,22 @@ from numpy.typing import NDArray
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.pictures import decode_image
 from rtmdet_geo.recipe_sections import IMAGE_BANDS, DataSection
+from rtmdet_geo.training.thread_cache import ThreadCache
 
 Array = NDArray[Any]
 
 
-class ImageCache:
-    """Keeps the images that were asked for last, as many as fit into a budget; any number of threads may share it.
-
-    An image larger than the whole budget is not kept, and a budget of 0 keeps nothing. Threads that ask for the same
-    image at the same time wait for one of them to decode it.
-    """
+class ImageCache(ThreadCache[Array]):
+    """Decoded images, by their bytes; see :class:`ThreadCache`."""
 
     def __init__(self, budget_bytes: int) -> None:
         """Keep images of ``budget_bytes`` together at most; images in use elsewhere stay in memory beyond that."""
-        self.budget_bytes = budget_bytes
-        self._images: OrderedDict[Any, Array] = OrderedDict()  # the image that was asked for last is last
-        self._decoding: dict[Any, Future[Array]] = {}
-        self._num_bytes = 0
-        self._lock = threading.Lock()
+        super().__init__(budget_bytes, lambda image: image.nbytes)
 
     @classmethod
     def of_recipe(cls, data: DataSection) -> ImageCache:
         """Return a cache of ``data.cache_mb``, megabytes of a million bytes."""
         return cls(data.cache_mb * 1_000_000)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the images kept now."""
-        return self._num_bytes
-
-    def __len__(self) -> int:
-        """Return the number of images kept now."""
-        return len(self._images)
-
-    def get(self, key: Any, decode: Callable[[], Array]) -> Array:
-        """Return the image of a key, decoded now if it is not kept.
-
-        Args:
-            key: hashable name of the image.
-            decode: makes the image; what it raises goes to every thread that waits for it.
-        """
-        with self._lock:
-            if key in self._images:
-                self._images.move_to_end(key)
-                return self._images[key]
-            is_first = key not in self._decoding
-            promise = self._decoding.setdefault(key, Future())
-        if not is_first:
-            return promise.result()
-        try:
-            image = decode()
-        except BaseException as error:
-            with self._lock:
-                del self._decoding[key]
-            promise.set_exception(error)
-            raise
-        with self._lock:
-            del self._decoding[key]
-            self._keep(key, image)
-        promise.set_result(image)
-        return image
-
-    def _keep(self, key: Any, image: Array) -> None:
-        """Make room for an image and keep it."""
-        if image.nbytes > self.budget_bytes:
-            return
-        while self._num_bytes + image.nbytes > self.budget_bytes:
-            _, oldest = self._images.popitem(last=False)
-            self._num_bytes -= oldest.nbytes
-        self._images[key] = image
-        self._num_bytes += image.nbytes
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ class ClassImage:
     bands: tuple[str, ...]
     cache: ImageCache
 
-    def read(self) -> NDArray[Any]:
-        """Return (C, H, W) uint8, not to be written to.
+    @property
+    def pixels(self) -> NDArray[Any]:
+        """(C, H, W) uint8, not to be written to; decoded now if need be.
 
         Raises:
             AnnotationError: the file is gone or does not decode.
@@ -55,12 +56,11 @@ class ClassImage:
         return read_image(self.root / self.name, self.bands, self.cache)
 
 
-def load_class_images(recipe: Recipe, folder: Path | None = None) -> tuple[list[ClassImage], list[ClassImage]]:
+def load_class_images(recipe: Recipe) -> tuple[list[ClassImage], list[ClassImage]]:
     """List the images of a recipe of format "folders".
 
     Args:
         recipe: see ``data``.
-        folder: taken for ``data.root``.
 
     Returns:
         Images to train on, and images left out to validate on (perhaps none).
@@ -69,8 +69,6 @@ def load_class_images(recipe: Recipe, folder: Path | None = None) -> tuple[list[
         DatasetNotFoundError, AnnotationError: see :func:`load_folders`.
     """
     data, model = recipe.data, recipe.model
-    if folder is not None:
-        data = data.model_copy(update={"root": str(folder)})
     cache = ImageCache.of_recipe(data)
     training = load_folders(folders_source(data, model, "train"), model.bands, cache, data.unknown_classes)
     if data.val_images is None:

@@ -104,6 +104,18 @@ class LabelledImage:
         return hboxes_to_boxes(np.array(corners).reshape(-1, 4))
 
 
+class HasPixels(Protocol):
+    """An image with a name."""
+
+    @property
+    def name(self) -> str:
+        """Of its file, for messages."""
+
+    @property
+    def pixels(self) -> Array:
+        """(C, H, W) uint8, decoded now if need be."""
+
+
 class Reader:
     """Pixels of labelled images, of which some may not decode; several threads may read.
 
@@ -112,7 +124,7 @@ class Reader:
         skip: whether one that does not decode is passed over (``data.on_bad_image``).
     """
 
-    def __init__(self, images: Sequence[LabelledImage], *, skip: bool) -> None:
+    def __init__(self, images: Sequence[HasPixels], *, skip: bool) -> None:
         """Read nothing yet."""
         self._images, self._skip = images, skip
         self._bad: set[int] = set()
@@ -170,10 +182,12 @@ class Sampler(Protocol):
     """Makes the samples of a training; a sample is a pure function of seed, iteration and position.
 
     Attributes:
-        epoch_length: samples of an epoch; None where there is no such thing.
+        bad_images: names of images that did not decode.
     """
 
-    epoch_length: int | None
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of images that did not decode and were replaced by others."""
 
     def draw(self, iteration: int, position: int) -> Any:
         """Return the sample at a position of an iteration's batch; the same arguments give the same sample.

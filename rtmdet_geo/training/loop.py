@@ -45,7 +45,7 @@ from rtmdet_geo.training.run_folder import (
     save_checkpoint,
 )
 from rtmdet_geo.training.run_log import LOG, RunLog, read_table, write_validation
-from rtmdet_geo.training.schedule import freeze_parts, keep_norms_frozen, param_groups, scheduled_rate
+from rtmdet_geo.training.schedule import freeze_parts, keep_norms_frozen, param_groups, scheduled_rate, warmup_length
 from rtmdet_geo.training.task import DetectionTask, Task, digest_of, samples_per_process
 from rtmdet_geo.training.validate import Validation
 
@@ -98,20 +98,13 @@ def train_model(
     """
     with join_processes(device) as processes, _numbers(recipe):
         run = Path(out)
-        if data is not None:  # the saved recipe says which data they were
-            key = "chips" if recipe.data.format == "chips" else "root"
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={key: str(data)})})
+        recipe = recipe.with_data(data)  # the saved recipe says which data they were
         make_task: type[ClassificationTask] | type[DetectionTask] = (
             ClassificationTask if recipe.model.kind == "classification" else DetectionTask
         )
         check_run(run, recipe, resume=resume, overwrite=overwrite)
         processes.barrier()  # nobody begins the folder while others still look at it
-        task: Task = make_task(
-            recipe,
-            processes=processes,
-            load_weights=not resume,
-            cancelled=cancelled,
-        )
+        task: Task = make_task(recipe, processes=processes, load_weights=not resume, cancelled=cancelled)
         return _Training(recipe, run, task, processes, resume=resume).run_to_end(progress, cancelled)
 
 
@@ -122,6 +115,8 @@ class _Training:
         """Put everything on the device and take up a checkpoint, or begin the run folder."""
         self.recipe, self.run, self.task, self.processes = recipe, run, task, processes
         optim, device = recipe.optim, processes.device
+        if recipe.loop.early_stop and not task.can_validate:
+            raise ConfigError("loop.early_stop counts validations, but nothing is left out: name data.val_images")
         network = task.network
         freeze_parts(network, optim.freeze)
         network.to(device, memory_format=torch.channels_last if recipe.loop.channels_last else torch.contiguous_format)
@@ -148,14 +143,12 @@ class _Training:
         self.forward = self._wrap(network)
         share = optim.batch_size * optim.accumulate * processes.world
         self.base_lr = optim.lr * share / (optim.lr_for_batch or share)
-        if recipe.loop.early_stop and not task.can_validate:
-            raise ConfigError("loop.early_stop counts validations, but nothing is left out: name data.val_images")
         self._warn_of_warmup()
 
     def _warn_of_warmup(self) -> None:
         """Say when the rate rises for most of the training."""
-        optim, epoch, total = self.recipe.optim, self.task.epoch or 0, self.task.iterations
-        warmup = optim.warmup_iterations if optim.warmup_epochs is None else optim.warmup_epochs * epoch
+        optim, total = self.recipe.optim, self.task.iterations
+        warmup = warmup_length(optim, self.task.epoch)
         if warmup > total / 2 and self.processes.is_first:
             key = "optim.warmup_iterations" if optim.warmup_epochs is None else "optim.warmup_epochs"
             logger.warning("the rate rises for %d of %d iterations, little is learnt: lower %s", warmup, total, key)
@@ -245,7 +238,7 @@ class _Training:
         """One step of the optimiser; returns its numbers, and whether any process wants to stop."""
         state, optim = self.state, self.recipe.optim
         state.optimizer.zero_grad(set_to_none=True)
-        losses = self._gradients(iteration, samples)
+        losses = self._gradients(samples)
         state.scaler.unscale_(state.optimizer)
         limit = math.inf if optim.clip_grad_norm is None else optim.clip_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), limit)
@@ -259,14 +252,14 @@ class _Training:
         state.ema.update(state.network)
         return row, mean[-1] > 0
 
-    def _gradients(self, iteration: int, samples: Sequence[Any]) -> dict[str, Tensor]:
+    def _gradients(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """Add up the gradients of the parts of a batch; returns the mean terms of the loss."""
         parts, size = self.recipe.optim.accumulate, self.recipe.optim.batch_size
         device = self.processes.device
         total: dict[str, Tensor] = {}
         for number in range(parts):
             is_last = number == parts - 1
-            inputs, targets = self.task.batch(samples[number * size : (number + 1) * size], iteration, device)
+            inputs, targets = self.task.batch(samples[number * size : (number + 1) * size], device)
             with nullcontext() if is_last or self.processes.world == 1 else self.forward.no_sync():
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
                     outputs = self.forward(inputs)
@@ -372,7 +365,7 @@ class _Training:
     def _summary(
         self, done: int, clock: _Clock, row: dict[str, float], validation: Validation | None
     ) -> dict[str, Any]:
-        bad = sorted(set().union(*self.processes.gather(set(getattr(self.task.sampler, "bad_images", ())))))
+        bad = sorted(set().union(*self.processes.gather(self.task.sampler.bad_images)))
         if bad:
             logger.warning("%d images did not decode and were left out: %s", len(bad), ", ".join(bad[:_NAMES_SHOWN]))
         logged = read_table(self.run / LOG)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -48,9 +48,9 @@ class Processes:
         """Return the items of all processes in order of their ranks; any object that pickles."""
         if self.world == 1:
             return [item]
-        items: list[T | None] = [None] * self.world
+        items: list[Any] = [None] * self.world
         distributed.all_gather_object(items, item)
-        return [part for part in items if part is not None]
+        return items
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's tensors, in place."""

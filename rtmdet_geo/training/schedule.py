@@ -76,6 +76,19 @@ def learning_rate(
     return eta_min + (rate - eta_min) * (cosine(iteration) / cosine(index))
 
 
+def warmup_length(optim: OptimSection, iterations_per_epoch: int | None) -> int:
+    """Return the iterations of the warm-up.
+
+    Raises:
+        ConfigError: a warm-up in epochs where there are none.
+    """
+    if optim.warmup_epochs is None:
+        return optim.warmup_iterations
+    if iterations_per_epoch is None:
+        raise ConfigError("optim.warmup_epochs: random crops know no epoch; give optim.warmup_iterations")
+    return optim.warmup_epochs * iterations_per_epoch
+
+
 def scheduled_rate(
     optim: OptimSection, iteration: int, *, total_iterations: int, iterations_per_epoch: int | None, base_lr: float
 ) -> float:
@@ -91,14 +104,10 @@ def scheduled_rate(
         base_lr: rate of the flat part, for the batch there is.
 
     Raises:
-        ConfigError: a warm-up in epochs where there are none.
+        ConfigError: see :func:`warmup_length`.
         ValueError: see :func:`learning_rate`.
     """
-    warmup = optim.warmup_iterations
-    if optim.warmup_epochs is not None:
-        if iterations_per_epoch is None:
-            raise ConfigError("optim.warmup_epochs: random crops know no epoch; give optim.warmup_iterations")
-        warmup = optim.warmup_epochs * iterations_per_epoch
+    warmup = warmup_length(optim, iterations_per_epoch)
     return learning_rate(
         iteration,
         base_lr=base_lr,

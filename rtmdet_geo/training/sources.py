@@ -31,14 +31,13 @@ _WHAT_HAPPENS = {
 }
 
 
-def load_datasets(recipe: Recipe, folder: Path | None = None) -> tuple[list[LabelledImage], list[LabelledImage]]:
+def load_datasets(recipe: Recipe) -> tuple[list[LabelledImage], list[LabelledImage]]:
     """Return (images to train on, images left out to validate on) of a recipe for detectors.
 
     ``data.repeat`` is left to the sampler. Both parts share one cache of ``data.cache_mb``.
 
     Args:
         recipe: with ``data.format`` anything but "folders".
-        folder: replaces ``data.chips``, or ``data.root`` for the other formats.
 
     Raises:
         DatasetNotFoundError: a folder or file is missing or empty.
@@ -47,9 +46,7 @@ def load_datasets(recipe: Recipe, folder: Path | None = None) -> tuple[list[Labe
     """
     data = recipe.data
     if data.format == "chips":
-        return split_chips(load_chips(Path(folder or data.chips or ""), recipe.model), recipe)
-    if folder is not None:
-        data = data.model_copy(update={"root": str(folder)})
+        return split_chips(load_chips(Path(data.chips or ""), recipe.model), recipe)
     cache = ImageCache.of_recipe(data)
     training = load_images(data, recipe.model, "train", cache)
     if not any((~image.ignored).any() for image in training):

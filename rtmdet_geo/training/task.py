@@ -27,7 +27,7 @@ from rtmdet_geo.training.crops import CropSampler
 from rtmdet_geo.training.labelled import Sample, Sampler
 from rtmdet_geo.training.processes import Processes
 from rtmdet_geo.training.sources import load_datasets
-from rtmdet_geo.training.validate import Share, Validation, find_false_alarms, validate
+from rtmdet_geo.training.validate import Validation, find_false_alarms, validate
 from rtmdet_geo.training.whole_images import ImageSampler
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Task(Protocol):
     def counts(self) -> dict[str, int]:
         """Say what there is to learn from, by name: "images", "objects", "left-out images", ..."""
 
-    def batch(self, samples: Sequence[Any], iteration: int, device: torch.device) -> tuple[Tensor, Any]:
+    def batch(self, samples: Sequence[Any], device: torch.device) -> tuple[Tensor, Any]:
         """Return normalised images (N, C, H, W) float32 on the device, and what :meth:`losses` compares with."""
 
     def losses(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -144,9 +144,8 @@ class DetectionTask:
         objects = sum(int((~image.ignored).sum()) for image in self.training)
         return {"images": len(self.training), "objects": objects, "left-out images": len(self.left_out)}
 
-    def batch(self, samples: Sequence[Sample], iteration: int, device: torch.device) -> tuple[Tensor, list[Target]]:
+    def batch(self, samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, list[Target]]:
         """See :class:`Task`."""
-        del iteration
         images = normalised(np.stack([sample.image for sample in samples]), self.recipe, device)
         return images, [_target(sample, device) for sample in samples]
 
@@ -178,10 +177,8 @@ class DetectionTask:
         self, network: nn.Module, processes: Processes, progress: Callable[[int, int], None] | None = None
     ) -> Validation:
         """See :class:`Task`."""
-        share = Share(processes.rank, processes.world, processes.gather) if processes.world > 1 else None
-        return validate(
-            network, self.left_out, self.recipe, device=str(processes.device), progress=progress, share=share
-        )
+        device = str(processes.device)
+        return validate(network, self.left_out, self.recipe, device=device, progress=progress, processes=processes)
 
     def spec(self, validation: Validation | None) -> ModelSpec:
         """See :class:`Task`; a tile is as large as the images that it was trained on."""

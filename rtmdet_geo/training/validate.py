@@ -24,6 +24,7 @@ from rtmdet_geo.masks import CroppedMask, crop_outline
 from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.structures import Detections, Kind
 from rtmdet_geo.training.labelled import LabelledImage
+from rtmdet_geo.training.processes import Processes
 from rtmdet_geo.training.search import Found, detect_chip, search
 
 logger = logging.getLogger(__name__)
@@ -71,18 +72,6 @@ class Validation:
     curves: list[NamedCurve]
     num_images: int
     left_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of the images that one of several processes searches: every ``size``-th, from ``rank`` on.
-
-    ``gather`` takes a list of each process and gives all of them the lists of all, by rank.
-    """
-
-    rank: int
-    size: int
-    gather: Callable[[list[Any]], list[list[Any]]]
 
 
 @dataclass(frozen=True)
@@ -142,7 +131,7 @@ def validate(
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-    share: Share | None = None,
+    processes: Processes | None = None,
 ) -> Validation:
     """Score a network on left-out images by the recipe's protocol; for models of instances by the IoU of masks.
 
@@ -155,7 +144,7 @@ def validate(
             becomes of one that does not decode.
         device: where the network is.
         progress: called with (images done, images in all), those of this process, once for each set of bands.
-        share: of several processes, each of which calls this with the same images; None: there is one.
+        processes: that share the search; each of them calls this with the same images. None: there is one.
 
     Returns:
         Figures, rows and curves, the same in every process.
@@ -166,11 +155,12 @@ def validate(
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
+    processes = processes if processes is not None else Processes(torch.device(device))
     try:
         parts: list[_Verdict] = []
         bad: dict[str, None] = {}
         for run, dropped in enumerate(recipe.validation.drop_bands):
-            seen = _search_share(network, images, recipe, dropped, device, share, _step(progress, run, recipe))
+            seen = _search_share(network, images, recipe, dropped, device, processes, _step(progress, run, recipe))
             good, failed = _sort_out(images, seen, recipe)
             bad |= dict.fromkeys(failed)
             parts.append(_judge([entry for _, entry in good], [image for image, _ in good], recipe, dropped))
@@ -198,12 +188,11 @@ def _search_share(
     recipe: Recipe,
     dropped: Sequence[str],
     device: str,
-    share: Share | None,
+    processes: Processes,
     tell: Callable[[int, int], None],
 ) -> list[_Seen | AnnotationError]:
     """Return what was seen in every image that was come to, in order: this process's own part and what it is sent."""
-    share = share if share is not None else Share(0, 1, lambda own: [own])
-    mine = images[share.rank :: share.size]
+    mine = images[processes.rank :: processes.world]
 
     def keep(image: LabelledImage, found: Found) -> _Seen:
         return _keep(image, found, recipe)
@@ -214,12 +203,12 @@ def _search_share(
         tell(len(own), len(mine))
         if isinstance(entry, AnnotationError) and recipe.data.on_bad_image == "stop":
             break  # the others hear of it when all have come so far
-    parts = share.gather(own)
+    parts = processes.gather(own)
     if recipe.data.on_bad_image == "stop":
         for entry in (entry for part in parts for entry in part):
             if isinstance(entry, AnnotationError):
                 raise entry
-    return [parts[number % share.size][number // share.size] for number in range(len(images))]
+    return [parts[number % processes.world][number // processes.world] for number in range(len(images))]
 
 
 def _keep(image: LabelledImage, found: Found, recipe: Recipe) -> _Seen:

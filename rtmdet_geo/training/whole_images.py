@@ -16,9 +16,7 @@ recipes for RTMDet do not (``ratio_range=(1.0, 1.0)``), nor does this.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -42,6 +40,7 @@ from rtmdet_geo.training.framed_labels import (
 )
 from rtmdet_geo.training.framing import Framing, compose, draw_view, flip_matrix, place_images, render
 from rtmdet_geo.training.labelled import LabelledImage, Reader, Sample, Sampler
+from rtmdet_geo.training.thread_cache import ThreadCache
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class ImageSampler(Sampler):
         self._axis_aligned = np.array([recipe.model.classes.index(name) for name in classes], np.int64)
         self._reader = Reader(images, skip=recipe.data.on_bad_image == "skip")
         self._order = lru_cache(maxsize=4)(self._draw_order)
-        self._memo = _Memo(_MEMO_LENGTHS * self.section.mixup_cache)
+        self._memo: ThreadCache[_Framed] = ThreadCache(_MEMO_LENGTHS * self.section.mixup_cache, lambda framed: 1)
 
     @property
     def bad_images(self) -> set[str]:
@@ -243,33 +242,6 @@ class ImageSampler(Sampler):
             matrix = compose(flip_matrix("horizontal", (side, side)), matrix)
             planes = cv2.flip(planes.reshape(-1, side), 1).reshape(planes.shape)
         return _Framed(planes, move_objects(framed.objects, matrix, self.kind))
-
-
-class _Memo:
-    """The last finished samples before mixup; several threads may ask for one, only the first makes it."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._lock = threading.Lock()
-        self._entries: dict[tuple[int, int], Future[_Framed]] = {}
-
-    def get(self, key: tuple[int, int], make: Callable[[], _Framed]) -> _Framed:
-        """Return the sample of an (iteration, position), made now if it is not at hand."""
-        with self._lock:
-            entry = self._entries.get(key)
-            is_mine = entry is None
-            if entry is None:
-                entry = self._entries[key] = Future()
-                if len(self._entries) > self._length:
-                    del self._entries[min(self._entries)]
-        if is_mine:
-            try:
-                entry.set_result(make())
-            except BaseException as error:
-                with self._lock:
-                    self._entries.pop(key, None)  # whoever asks next tries again
-                entry.set_exception(error)
-        return entry.result()
 
 
 def _ages(rng: np.random.Generator, cache: int, random_pop: bool, count: int) -> list[int]:

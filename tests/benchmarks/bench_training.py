@@ -73,7 +73,7 @@ def bare_seconds(recipe, device, steps, *, with_loss):
     processes = Processes(torch.device(device))
     task = DetectionTask(recipe, processes=processes, load_weights=False)
     samples = [task.sampler.draw(0, position) for position in range(recipe.optim.batch_size)]
-    inputs, targets = task.batch(samples, 0, processes.device)
+    inputs, targets = task.batch(samples, processes.device)
     network = get_model(recipe.model.name, num_classes=1).to(device, memory_format=torch.channels_last).train()
 
     def step():

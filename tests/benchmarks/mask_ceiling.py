@@ -83,7 +83,7 @@ def measure(data, side):
 
     values = COMMON | {"augment.image_size": side, "optim.iterations": 1}
     recipe = load_recipe("coco_ins", [f"{key}={value}" for key, value in values.items()])
-    images, _ = load_datasets(recipe, data)
+    images, _ = load_datasets(recipe.with_data(data))
     number = len(images)
     sampler = ImageSampler(images, recipe, iterations=1, samples_per_step=number, samples_per_process=number)
     shown, published, shifted, centred = [], [], [], []

@@ -73,9 +73,12 @@ def test_folders_are_classes_in_the_order_of_the_recipe(pets):
         *((f"dog/sub/{number}.PNG", 0) for number in range(6)),
     ]
     assert [(image.name, image.label) for image in left_out] == [("cat/a.png", 1), ("cat/b.png", 1), ("dog/c.png", 0)]
-    pixels = left_out[0].read()
+    pixels = left_out[0].pixels
     assert pixels.shape == (3, 40, 48) and pixels[:, 7, 7].tolist() == [200, 100, 50]
-    assert load_class_images(recipe_of("elsewhere", data={"val_images": "val"}), pets)[0][0].root == pets / "train"
+    assert (
+        load_class_images(recipe_of("elsewhere", data={"val_images": "val"}).with_data(pets))[0][0].root
+        == pets / "train"
+    )
 
 
 def test_a_kept_image_is_not_opened_again(tmp_path):
@@ -83,13 +86,13 @@ def test_a_kept_image_is_not_opened_again(tmp_path):
     for budget, is_kept in ((10_000_000, True), (0, False)):
         write_image(path)
         (image,) = load_folders(FoldersSource(tmp_path, None, ("cat",)), BANDS, ImageCache(budget))
-        pixels = image.read()
+        pixels = image.pixels
         path.unlink()
         if is_kept:
-            np.testing.assert_array_equal(image.read(), pixels)
+            np.testing.assert_array_equal(image.pixels, pixels)
         else:
             with pytest.raises(AnnotationError, match="is missing"):
-                image.read()
+                _ = image.pixels
 
 
 def test_what_is_no_image_is_passed_over(pets, tmp_path, caplog):

@@ -86,7 +86,7 @@ def train(task, iterations):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         samples = [task.sampler.draw(iteration, position) for position in range(optim.batch_size)]
-        images, targets = task.batch(samples, iteration, CPU)
+        images, targets = task.batch(samples, CPU)
         loss = sum(task.losses(task.network(images), targets).values())
         optimizer.zero_grad()
         loss.backward()
@@ -158,7 +158,7 @@ def test_a_batch_is_normalised_and_one_hot(colours):
     task = task_of(recipe_of(colours, model={"mean": [100, 110, 120], "std": [10, 20, 40]}))
     image = np.full((3, 32, 32), 130, np.uint8)
     samples = [ClassSample(image, ("a",), 2, 0), ClassSample(image, ("b",), 0, 1)]
-    images, targets = task.batch(samples, 0, CPU)
+    images, targets = task.batch(samples, CPU)
     assert images.dtype == torch.float32 and images.shape == (2, 3, 32, 32)
     assert images[0, :, 3, 3].tolist() == pytest.approx([3, 1, 0.25])
     assert targets.tolist() == [[0, 0, 1], [1, 0, 0]]
@@ -169,12 +169,12 @@ def test_batches_are_mixed_by_their_samples_alone(colours):
     one, two = task_of(recipe), task_of(recipe)
     for iteration in (0, 3):
         samples = [one.sampler.draw(iteration, position) for position in range(6)]
-        images, targets = one.batch(samples, iteration, CPU)
-        again, same = two.batch(samples, iteration, CPU)
+        images, targets = one.batch(samples, CPU)
+        again, same = two.batch(samples, CPU)
         assert torch.equal(images, again) and torch.equal(targets, same)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
         assert ((targets > 0) & (targets < 1)).any()
-    other, _ = one.batch(samples[::-1], 3, CPU)
+    other, _ = one.batch(samples[::-1], CPU)
     assert not torch.equal(other.flip(0), images)  # another first sample, other partners
 
 

@@ -134,7 +134,7 @@ def test_the_cache_is_never_above_its_budget_and_forgets_the_oldest(budget, aske
             while sum(kept) * 5 + size > budget:
                 kept.pop(0)
             kept.append(key)
-        assert cache.num_bytes == 5 * sum(kept) <= budget
+        assert cache.weight == 5 * sum(kept) <= budget
         assert len(cache) == len(kept)
 
 
@@ -191,7 +191,7 @@ def test_many_threads_and_little_room(tmp_path):
     def look(number):
         value = number * 7 % 4
         pixels = sources[value].read()
-        return bool((pixels == value).all()) and cache.num_bytes <= cache.budget_bytes
+        return bool((pixels == value).all()) and cache.weight <= cache.budget
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(look, range(400)))

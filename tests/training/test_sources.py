@@ -53,7 +53,7 @@ def test_datasets_share_a_cache_and_folder_replaces_the_root(tmp_path):
     dota_folder(tmp_path / "data", a=SHIP, b=SHIP)
     dota_folder(tmp_path / "data" / "more", c=SHIP)
     recipe = recipe_of("elsewhere", val_images="more/images", val_labels="more/labels")
-    training, left_out = load_datasets(recipe, tmp_path / "data")
+    training, left_out = load_datasets(recipe.with_data(tmp_path / "data"))
     assert [image.name for image in training] == ["a.png", "b.png"] and [image.name for image in left_out] == ["c.png"]
     assert training[0].source.cache is left_out[0].source.cache
     assert training[0].source.cache.budget_bytes == recipe.data.cache_mb * 1_000_000
@@ -66,7 +66,7 @@ def test_chips_are_loaded_and_split(chips_dir, recipe, tmp_path):
     training, left_out = load_datasets(recipe)
     assert [chip.scene for chip in training] == ["beta", "gamma"] and [chip.scene for chip in left_out] == ["alpha"]
     shutil.copytree(chips_dir, tmp_path / "copy")
-    assert len(load_datasets(recipe, tmp_path / "copy")[0]) == 2
+    assert len(load_datasets(recipe.with_data(tmp_path / "copy"))[0]) == 2
     with pytest.raises(ConfigError, match="chips has no label files"):
         load_images(recipe.data, recipe.model, "train")
     with pytest.raises(ConfigError, match=r"data\.val_images"):

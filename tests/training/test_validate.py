@@ -31,9 +31,10 @@ from rtmdet_geo.nms import rotated_iou_aligned
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.training import search
 from rtmdet_geo.training.labelled import LabelledImage
+from rtmdet_geo.training.processes import Processes
 from rtmdet_geo.training.search import find_objects
 from rtmdet_geo.training.task import make_spec as spec_of
-from rtmdet_geo.training.validate import Share, validate
+from rtmdet_geo.training.validate import validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -315,6 +316,14 @@ def test_the_best_of_nms_are_found_without_all_candidates(kind, seed, number, li
     assert len(whole) <= number and (np.diff(whole.scores) <= 0).all()
 
 
+class Thread(Processes):
+    """A thread that stands for a process."""
+
+    def __init__(self, rank, world, gather):
+        super().__init__(torch.device("cpu"), rank, world)
+        object.__setattr__(self, "gather", gather)
+
+
 class Threads:
     """Gathers over threads, each standing for a process."""
 
@@ -329,7 +338,7 @@ class Threads:
             self.barrier.wait()
             return parts
 
-        return Share(rank, self.size, gather)
+        return Thread(rank, self.size, gather)
 
 
 def in_threads(size, call):
@@ -362,7 +371,7 @@ def test_several_processes_come_to_the_result_of_one(protocol, number):
     results = in_threads(
         3,
         lambda share: validate(
-            seers[share.rank], images, recipe, share=share, progress=lambda *step: steps.append((share.rank, *step))
+            seers[share.rank], images, recipe, processes=share, progress=lambda *step: steps.append((share.rank, *step))
         ),
     )
     for result in results:
@@ -408,7 +417,7 @@ def test_an_image_that_does_not_decode_stops_or_is_left_out(sampling, caplog):
 
 def test_an_image_that_does_not_decode_stops_every_process():
     images = [labelled("rotated", (256, 256), 0), broken(), *(labelled("rotated", (256, 256), n) for n in (1, 2))]
-    results = in_threads(2, lambda share: validate(Seer("rotated"), images, recipe_of("rotated"), share=share))
+    results = in_threads(2, lambda share: validate(Seer("rotated"), images, recipe_of("rotated"), processes=share))
     assert [str(item) for item in results] == ["bad.jpg does not decode"] * 2
 
 

@@ -434,7 +434,7 @@ def test_partners_are_made_once(monkeypatch, random_pop):
     own = [number for (step, _), number in made.items() if step >= 10]
     assert len(own) == 100 and max(own) <= (2 if random_pop else 1)
     assert sum(made.values()) <= (125 if random_pop else 105)
-    assert len(sampler._memo._entries) <= 15
+    assert len(sampler._memo) <= 15
 
 
 def test_two_threads_wait_for_the_same_partner():

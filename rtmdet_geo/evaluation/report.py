@@ -153,7 +153,8 @@ def check_report_outputs(
     if csv is not None:
         check_folder(csv, overwrite)
     if plots is not None:
-        from rtmdet_geo.evaluation.plots import PICTURES, require_matplotlib
+        from rtmdet_geo.charts import require_matplotlib
+        from rtmdet_geo.evaluation.plots import PICTURES
 
         require_matplotlib()
         folder = Path(plots)

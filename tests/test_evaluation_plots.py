@@ -45,7 +45,7 @@ def test_confusion_shows_numbers_while_classes_are_few():
         count_confusion(["c"] * number, *np.indices((number, number)).reshape(2, -1))
         for number in (MAX_NUMBERED, MAX_NUMBERED + 1)
     )
-    assert dark_pixels(draw_confusion(few)) > 2 * dark_pixels(draw_confusion(many))
+    assert dark_pixels(draw_confusion(few)) > 1.2 * dark_pixels(draw_confusion(many))
 
 
 def test_nothing_is_no_picture():

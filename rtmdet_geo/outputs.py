@@ -73,6 +73,40 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def staged_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder to fill; rename it to ``path`` when the block ends well, remove it when it does not.
+
+    Args:
+        path: final name, in a folder that is made if it is missing; a folder of that name is replaced, so the caller
+            sees to it that nothing else than an earlier output is lost.
+
+    Raises:
+        OutputError: the operating system refuses (folder not writable, disk full).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(path.parent)!r}: {error.strerror or error}") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+        if path.exists():
+            old = path.rename(folder.with_name(folder.name + ".old"))
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+    except OSError as error:
+        if isinstance(error, RTMDetGeoError):
+            raise
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_not_input(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
     """Refuse an output that is the very file that is read.
 

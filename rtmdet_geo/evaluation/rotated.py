@@ -111,11 +111,7 @@ class ClassMatches:
     def curve(self, iou_threshold: float, *, is_strict: bool = False) -> Curve:
         """Return precision over recall at an IoU in (0, 1]."""
         is_hit, is_counted = self.judge(iou_threshold, is_strict=is_strict)
-        hits = np.cumsum(is_hit[is_counted])
-        precision = hits / np.maximum(np.arange(1, len(hits) + 1), 1)
-        recall = hits / max(self.num_objects, 1)
-        area = _area(precision, recall, self.num_objects)
-        return Curve(area, precision, recall, self.scores[is_counted], self.num_objects)
+        return curve_of(self.scores[is_counted], is_hit[is_counted], self.num_objects)
 
 
 def match_class(scores: Array, best: Array, overlap: Array, ignored: Array) -> ClassMatches:
@@ -198,6 +194,26 @@ def _best_of(overlaps: Sequence[Array], rows: Sequence[Array], columns: Sequence
         overlap.append(part.max(axis=1))
         begin += len(own_columns)
     return np.concatenate(best), np.concatenate(overlap)
+
+
+def curve_of(scores: Array, hits: Array, num_objects: int, *, join_ties: bool = False) -> Curve:
+    """Return precision over recall of detections of which it is known whether they hit.
+
+    Args:
+        scores: (D,), any order; of equal ones the first comes first.
+        hits: (D,) bool.
+        num_objects: labelled objects that count.
+        join_ties: equal scores make one point of the curve, so that their order does not matter.
+    """
+    order = np.argsort(-scores, kind="stable")
+    score, hit = scores[order].astype(float), hits[order]
+    true_positives = np.cumsum(hit)
+    precision = true_positives / np.maximum(np.arange(1, len(hit) + 1), 1)
+    recall = true_positives / max(num_objects, 1)
+    if join_ties:
+        last = np.flatnonzero(np.append(np.diff(score) != 0, [True] * (len(score) > 0)))
+        precision, recall, score = precision[last], recall[last], score[last]
+    return Curve(_area(precision, recall, num_objects), precision, recall, score, num_objects)
 
 
 def _area(precision: Array, recall: Array, num_objects: int) -> float:

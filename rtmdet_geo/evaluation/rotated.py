@@ -125,12 +125,26 @@ def precision_recall(
         scores.append(found.scores[rows])
     score = np.concatenate(scores) if scores else np.zeros(0)
     keep = np.array(counted, bool)
-    score, hit = score[keep].astype(float), np.array(hits, bool)[keep]
-    order = np.argsort(-score, kind="stable")
-    score, hit = score[order], hit[order]
+    return curve_of(score[keep], np.array(hits, bool)[keep], num_objects)
+
+
+def curve_of(scores: Array, hits: Array, num_objects: int, *, join_ties: bool = False) -> Curve:
+    """Return precision over recall of detections of which it is known whether they hit.
+
+    Args:
+        scores: (D,), any order; of equal ones the first comes first.
+        hits: (D,) bool.
+        num_objects: labelled objects that count.
+        join_ties: equal scores make one point of the curve, so that their order does not matter.
+    """
+    order = np.argsort(-scores, kind="stable")
+    score, hit = scores[order].astype(float), hits[order]
     true_positives = np.cumsum(hit)
     precision = true_positives / np.maximum(np.arange(1, len(hit) + 1), 1)
     recall = true_positives / max(num_objects, 1)
+    if join_ties:
+        last = np.flatnonzero(np.append(np.diff(score) != 0, [True] * (len(score) > 0)))
+        precision, recall, score = precision[last], recall[last], score[last]
     return Curve(_area(precision, recall, num_objects), precision, recall, score, num_objects)
 
 

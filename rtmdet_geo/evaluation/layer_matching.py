@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.evaluation import ground
 from rtmdet_geo.evaluation.layers import Layer
+from rtmdet_geo.evaluation.rotated import match_class
 
 Array = NDArray[Any]
 Shape = Literal["auto", "rectangle", "outline"]
@@ -44,20 +45,29 @@ class Rule:
 
 @dataclass(frozen=True)
 class Matches:
-    """What each of N predictions found.
+    """The closest labelled object of each of N predictions.
 
     Attributes:
-        best: (N,) int64 index of the labelled object that it looks at: the closest; -1 where there is none.
-        near: (N,) bool: that is close enough.
-        hit: (N,) bool: and no surer prediction has taken it.
+        scores: (N,) float64 of the predictions.
+        best: (N,) int64 index of the object; -1 where there is none.
+        closeness: (N,) float64 IoU with it, or minus the geodesic distance in m; -inf where there is none.
+        threshold: closeness from which on it is found.
     """
 
+    scores: Array
     best: Array
-    near: Array
-    hit: Array
+    closeness: Array
+    threshold: float
+
+    @property
+    def near(self) -> Array:
+        """Tell which predictions (N,) are close enough to their object, be it taken or not."""
+        return np.asarray(self.closeness >= self.threshold)
 
     def counted(self, found_in: Array, truth_in: Array) -> tuple[Array, Array]:
         """Return which predictions hit and which count where only some objects do.
+
+        Of predictions that are near the same object the one with the highest score hits, the closest of equal scores.
 
         Args:
             found_in: (N,) bool: predictions that count where they hit nothing.
@@ -66,9 +76,12 @@ class Matches:
         Returns:
             Two (N,) bool: hits of objects that count; these and the false alarms that count.
         """
-        counts = np.append(truth_in, False)[self.best]
-        hit = self.hit & counts
-        return hit, hit | (found_in & ~(self.near & ~counts))
+        closest = np.argsort(-self.closeness, kind="stable")
+        matches = match_class(self.scores[closest], self.best[closest], self.closeness[closest], ~truth_in)
+        is_hit, is_counted = matches.judge(self.threshold)
+        hit, counted = np.zeros((2, len(self.best)), bool)
+        hit[closest[matches.order]], counted[closest[matches.order]] = is_hit, is_counted
+        return hit, hit | (counted & found_in)
 
 
 def layer_rule(
@@ -105,8 +118,7 @@ def match_layers(
 ) -> tuple[Matches, Matches]:
     """Match predictions to objects of their class, and to objects of any class.
 
-    Each prediction looks at the closest object; of those that look at the same one and are close enough the one with
-    the highest score hits, the closest of equal scores.
+    Each prediction looks at the closest object, taken or not.
 
     Args:
         found: N predictions.
@@ -130,22 +142,18 @@ def match_layers(
             index = index[np.lexsort((columns[index], -closeness[index], rows[index]))]
             index = index[np.unique(rows[index], return_index=True)[1]]
             best[number, rows[index]], value[number, rows[index]] = columns[index], closeness[index]
-    return _take(found, truth, best[0], value[0], rule), _take(found, truth, best[1], value[1], rule)
+    if rule.iou is not None:
+        return Matches(found.scores, best[0], value[0], rule.iou), Matches(found.scores, best[1], value[1], rule.iou)
+    within, without = (_at_distance(found, truth, one, rule) for one in best)
+    return within, without
 
 
-def _take(found: Layer, truth: Layer, best: Array, value: Array, rule: Rule) -> Matches:
-    """Let predictions take their objects in order of score."""
-    near = best >= 0
-    if rule.distance_m is None:
-        near &= value >= rule.iou
-    else:
-        rows = np.flatnonzero(near)
-        near[rows] = ground.ground_distances(found.objects, truth.objects, rows, best[rows]) <= rule.distance_m
-    order = np.lexsort((-value, -found.scores))
-    order = order[near[order]]
-    hit = np.zeros(len(best), bool)
-    hit[order[np.unique(best[order], return_index=True)[1]]] = True
-    return Matches(best, near, hit)
+def _at_distance(found: Layer, truth: Layer, best: Array, rule: Rule) -> Matches:
+    """Return matches by the distance over the ground, not straight through it."""
+    value = np.full(len(best), -np.inf)
+    rows = np.flatnonzero(best >= 0)
+    value[rows] = -ground.ground_distances(found.objects, truth.objects, rows, best[rows])
+    return Matches(found.scores, best, value, -float(rule.distance_m or 0))
 
 
 def pair_errors(found: Layer, truth: Layer, best: Array, rule: Rule) -> dict[str, Array]:

@@ -119,11 +119,11 @@ def show_data(
             progress(done, len(chosen))
     sheet = _lay_out(cells)
     legend = [
-        (f"{class_names[label]} {counts[label]}", class_colour(int(label)))
+        (f"{class_names[label]}: {counts[label]}", class_colour(int(label)))
         for label in np.argsort(-counts[:-1], kind="stable")
         if counts[label]
     ]
-    legend += [(f"unknown class {counts[-1]}", _UNKNOWN)] if counts[-1] else []
+    legend += [(f"unknown class: {counts[-1]}", _UNKNOWN)] if counts[-1] else []
     title = f"{len(chosen)} of {len(shown)} images, {int(counts.sum())} objects"
     _write(_stacked(sheet, caption_strip(title, legend, sheet.shape[1])), output)
     objects = {name: int(count) for name, count in zip(class_names, counts, strict=False) if count}

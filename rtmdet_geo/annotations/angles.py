@@ -1,7 +1,7 @@
 """Conventions for the angle of a rotated box and for the order of its corners, by name.
 
-The package itself has one convention (:mod:`rtmdet_geo.boxes`): rad, positive clockwise on screen. Files come in others,
-which no number in them tells apart, so a convention is always stated: range, unit and sense, as in ``le135,deg,cw``.
+The package itself has one convention (:mod:`rtmdet_geo.boxes`): rad, positive clockwise on screen. Files come in
+others, which their numbers do not tell apart, so one is always stated: range, unit and sense, as ``le135,deg,cw``.
 
 ======== ============== ======================= =====================================================
 range    degrees        w                       who

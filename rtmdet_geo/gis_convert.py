@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 #: Attributes of a feature; ``scene_id`` is the name of its image without ending.
 COLUMNS = ("id", "class_id", "class_name", "scene_id", "difficult", "crowd")
+#: What the way over the ground takes off a coordinate in px, at most.
+_ROUNDING_PX = 1e-6
 
 
 def raster_place(path: Path) -> RasterPlace:
@@ -225,7 +227,7 @@ def read_label_layer(
         objects = list(layer.objects(place, None if scene_ids is None else scene_ids == stem))
         rows = np.array([entry.row for entry in objects], np.int64)
         used[rows] = True
-        outlines = [_open_rings(entry.outline) for entry in objects]
+        outlines = [_cleaned(entry.outline) for entry in objects]
         labels = make_labels(
             source,
             _boxes([entry.points for entry in objects], options.kind),
@@ -254,9 +256,12 @@ def _flags(layer: LabelLayer, column: str) -> NDArray[np.bool_]:
     return np.asarray(values.where(values.notna(), False).astype(bool), np.bool_)
 
 
-def _open_rings(outline: Outline) -> Outline:
-    """Return an outline whose rings do not repeat their first point."""
-    return tuple(tuple(ring[:-1] if (ring[0] == ring[-1]).all() else ring for ring in part) for part in outline)
+def _cleaned(outline: Outline) -> Outline:
+    """Return an outline whose rings do not repeat their first point; of a mask: along the edges of pixels again."""
+    rings = [[ring[:-1] if (ring[0] == ring[-1]).all() else ring for ring in part] for part in outline]
+    if all((np.abs(ring - np.rint(ring)) < _ROUNDING_PX).all() for part in rings for ring in part):
+        rings = [[np.rint(ring) for ring in part] for part in rings]
+    return tuple(map(tuple, rings))
 
 
 def _boxes(points: Sequence[NDArray[np.float64]], kind: Kind) -> NDArray[np.float64]:

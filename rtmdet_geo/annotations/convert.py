@@ -206,9 +206,8 @@ def _check_replaceable(target: Path, suffix: str, overwrite: bool) -> None:
         raise OutputError(f"output {str(target)!r} exists; add --overwrite to replace it")
     if target.is_symlink() or not target.is_dir():
         raise OutputError(f"output {str(target)!r} is no folder of labels; give another name")
-    foreign = sorted(
-        path.name for path in target.iterdir() if path.is_dir() or path.suffix.lower() not in (suffix, ".txt")
-    )
+    names = sorted(path.name for path in target.iterdir())
+    foreign = [name for name in names if name != CLASS_LIST and not name.lower().endswith(suffix)]
     if foreign:
         raise OutputError(
             f"folder {str(target)!r} holds other files than labels ({', '.join(foreign[:3])}), which would be deleted; "

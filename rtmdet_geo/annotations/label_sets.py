@@ -281,7 +281,8 @@ def _read_one(
     if label_format == "hrsc":
         return read_hrsc(path, options.hrsc_level, kind)
     if label_format == "rbox":
-        return read_rbox(path, names[0] if names else "object", kind, angle=options.angle)
+        only = names[0] if names is not None and len(names) == 1 else "object"
+        return read_rbox(path, only, kind, angle=options.angle)
     if label_format == "yolo_obb":
         assert size is not None
         labels = read_yolo(path, *size, names, kind, with_outlines=with_outlines)

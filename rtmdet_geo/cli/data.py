@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from rtmdet_geo.cli import options, report
-from rtmdet_geo.cli.group import EXIT_VERDICT_NO
+from rtmdet_geo.cli.group import EXIT_VERDICT_NO, LazyGroup
 
 
-@click.group()
+@click.group(cls=LazyGroup, commands_at={"convert": "rtmdet_geo.cli.data_convert:convert"})
 def data() -> None:
     """Prepare and check training data.
 
@@ -141,7 +141,7 @@ def chips(
 
 
 #: Formats whose images and labels lie apart.
-_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox")
+_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox", "voc")
 
 
 @data.command()

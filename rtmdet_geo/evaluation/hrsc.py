@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from rtmdet_geo.annotations.dota_results import read_result_file, read_results
+from rtmdet_geo.annotations.dota_results import read_result_file
 from rtmdet_geo.annotations.hrsc import read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels
 from rtmdet_geo.annotations.rbox import read_rbox
@@ -43,10 +43,13 @@ def evaluate_hrsc(
         AnnotationError: a file is malformed, or speaks of an image without labels; it is named with the line.
     """
     folder, path = Path(labels), Path(results)
+    (ship,) = HRSC
+    path = path / f"Task1_{ship}.txt" if path.is_dir() else path
+    if not path.is_file():
+        raise DatasetNotFoundError(f"result file {str(path)!r} is missing")
     is_xml = any(folder.glob("*.xml"))
     if is_xml and any(folder.glob("*.txt")):
         raise DatasetNotFoundError(f"{str(folder)!r} holds .xml and .txt files; which are the labels? Give them apart")
-    (ship,) = HRSC
 
     def read_text(file: Path) -> ImageLabels:
         return read_rbox(file, ship)
@@ -54,8 +57,7 @@ def evaluate_hrsc(
     read: Callable[[Path], ImageLabels] = read_hrsc if is_xml else read_text
     objects = read_objects(folder, "*.xml" if is_xml else "*.txt", read)
     warn_of_other_classes(objects, HRSC)
-    found = {ship: read_result_file(path, 1)} if path.is_file() else read_results(path, 1, HRSC)
-    scores = score_results(found, objects, HRSC, protocol="mmrotate", difficult=difficult)
+    scores = score_results({ship: read_result_file(path, 1)}, objects, HRSC, protocol="mmrotate", difficult=difficult)
     title = f"HRSC2016, difficult ships: {difficult}"
     return voc_report(
         scores, title, points="11" if points == "voc07" else "area", suffixes={"11": "voc07", "area": "voc12"}

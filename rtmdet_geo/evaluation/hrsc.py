@@ -49,7 +49,7 @@ def evaluate_hrsc(
         raise DatasetNotFoundError(f"result file {str(path)!r} is missing")
     is_xml = any(folder.glob("*.xml"))
     if is_xml and any(folder.glob("*.txt")):
-        raise DatasetNotFoundError(f"{str(folder)!r} holds .xml and .txt files; which are the labels? Give them apart")
+        raise DatasetNotFoundError(f"{str(folder)!r} holds .xml and .txt files; leave one kind of labels in it")
 
     def read_text(file: Path) -> ImageLabels:
         return read_rbox(file, ship)

@@ -5,12 +5,12 @@
   after they are resized. An object that a window cuts is replaced by what the window shows of it, if that has four
   corners, or five, of which the two that are nearest to each other become one; it is difficult (2) unless more than
   ``iof_threshold`` of it is inside.
-* "bboxtoolkit": MMRotate's tools/data/dota/split/img_split.py, which is BboxToolkit's. The image stays as it is, windows
-  of size / rate go over it. Patches are ``image__size__x___y``. Objects keep all their corners, also those outside, and
+* "bboxtoolkit": MMRotate's tools/data/dota/split/img_split.py, which is BboxToolkit's. The image stays as it is,
+  windows of size / rate go over it. Patches are ``image__size__x___y``. Objects keep all their corners, also those outside, and
   belong to a patch if at least ``iof_threshold`` of them is inside; they are difficult (2) unless all of it is.
 
-Windows are those of the tools, in their order, quirks included: the devkit's end a pixel before the image does, where its
-labels are concerned; BboxToolkit's take an object whose area rounds up in float32 for cut. Golden numbers pin both.
+Windows are those of the tools, in their order, quirks included: where labels are concerned, the devkit's end a pixel
+before the image does; BboxToolkit's take an object whose area rounds up in float32 for cut. Golden numbers pin both.
 """
 
 from __future__ import annotations
@@ -294,4 +294,4 @@ def _as_labelled(points: FloatArray, corners: FloatArray) -> FloatArray:
 
 def _whole(corners: FloatArray, window: Window) -> FloatArray:
     """Return corners (8,) in px of the patch, cut to whole numbers; as floats, for that is how they are printed."""
-    return np.trunc(corners - np.array([window.x, window.y] * 4)) + 0.0  # and not -0
+    return np.asarray(np.trunc(corners - np.array([window.x, window.y] * 4)) + 0.0)  # and not -0

@@ -73,6 +73,41 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder to fill; rename it to ``path`` when the block ends well, else remove it.
+
+    Args:
+        path: final name, in a folder that exists.
+        overwrite: replace a folder that is there; it is deleted once the new one has its place.
+
+    Raises:
+        OutputError: ``path`` exists and ``overwrite`` is False, or is no folder, or the operating system refuses.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(f"output {str(path)!r} is no folder; give another name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output {str(path)!r} exists; add --overwrite to replace it")
+    try:
+        around = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
+    try:
+        staged = around / "new"
+        staged.mkdir()
+        yield staged
+        if path.exists():
+            path.rename(around / "old")
+        staged.rename(path)
+    except OSError as error:
+        if isinstance(error, RTMDetGeoError):
+            raise
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+
+
 def check_not_input(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
     """Refuse an output that is the very file that is read.
 

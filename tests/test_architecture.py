@@ -18,7 +18,7 @@ BASE = {
     *("cache", "catalog", "checkpoints", "class_names", "recipe_sections", "variants"),
 }
 STAGES = {
-    *("boxes", "jit", "nms", "annotations", "gis_labels", "tiles"),
+    *("boxes", "jit", "nms", "quads", "annotations", "gis_labels", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
     *("dataset_check", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),

@@ -6,8 +6,8 @@
   corners, or five, of which the two that are nearest to each other become one; it is difficult (2) unless more than
   ``iof_threshold`` of it is inside.
 * "bboxtoolkit": MMRotate's tools/data/dota/split/img_split.py, which is BboxToolkit's. The image stays as it is,
-  windows of size / rate go over it. Patches are ``image__size__x___y``. Objects keep all their corners, also those outside, and
-  belong to a patch if at least ``iof_threshold`` of them is inside; they are difficult (2) unless all of it is.
+  windows of size / rate go over it. Patches are ``image__size__x___y``. Objects keep all their corners, also those
+  outside, and belong to a patch if at least ``iof_threshold`` of them is inside; they are difficult (2) unless all is.
 
 Windows are those of the tools, in their order, quirks included: where labels are concerned, the devkit's end a pixel
 before the image does; BboxToolkit's take an object whose area rounds up in float32 for cut. Golden numbers pin both.

@@ -213,7 +213,7 @@ def _pool(number: int) -> Iterator[ProcessPoolExecutor]:
         yield executor
     except BrokenProcessPool as error:
         raise OutputError(
-            f"a process was killed, by lack of memory perhaps: run again with --resume and fewer than {number} --workers"
+            f"a process was killed, for lack of memory perhaps: --resume with less than {number} --workers"
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -53,7 +53,7 @@ def find_labels(folder: str | os.PathLike[str], images: Iterable[str], image_fol
     if bare:
         raise AnnotationError(
             f"image {bare[0]!r} of {image_folder!r} has no labels {bare[0]}.txt in {str(folder)!r} "
-            f"({_more(bare)} without labels): an empty one says that nothing is in it; leave labels out if there are none"
+            f"({_more(bare)} without labels): an empty one says that nothing is in it; leave labels out if all lack"
         )
     return found
 

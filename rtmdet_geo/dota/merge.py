@@ -3,17 +3,18 @@
 * "devkit": DOTA_devkit (ResultMerge.py). Names are ``image__rate__x___y``; corners are moved and divided by the rate.
   Task 1 suppresses by the IoU of quadrilaterals, Task 2 by that of boxes whose pixels are counted (a pixel wider and
   higher than their corners say). Numbers are written as Python prints them.
-* "bboxtoolkit": MMRotate's DOTAMetric.merge_results. Names are ``image__size__x___y``; boxes are moved only, in float32.
-  Scores are rounded to two decimals, coordinates written with two.
+* "bboxtoolkit": MMRotate's ``DOTAMetric.merge_results``. Names are ``image__size__x___y``; boxes are only moved, in
+  float32. Scores are rounded to two decimals, coordinates written with two.
 
 Within a class and image, whatever overlaps something better by more than a threshold is left out. Images are in the
-order in which they first appear, detections in that of their scores; of equal scores the devkit's last line comes first.
+order in which they first appear, detections in that of their scores; of equal ones the devkit's last line comes first.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.annotations.dota_results import ResultRows, Task, read_results
 from rtmdet_geo.dota.rules import PatchName, Tool, parse_patch_name
 from rtmdet_geo.dota.submission import check_output, write_texts
-from rtmdet_geo.errors import AnnotationError, ConfigError
+from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.nms import nms_horizontal
 from rtmdet_geo.quads import nms_polygons
 
@@ -79,7 +80,7 @@ def merge_results(
     """
     _check(tool, iou_threshold)
     check_output(out, overwrite=overwrite)
-    by_class = read_results(results, task, classes)
+    by_class = read_results(Path(results), task, classes)
     merged = {}
     for done, (name, rows) in enumerate(by_class.items(), 1):
         merged[name] = merge_rows(rows, tool=tool, iou_threshold=iou_threshold)

@@ -71,7 +71,7 @@ def write_submission(
         OutputError: ``out`` exists or cannot be written.
     """
     check_output(out, overwrite=overwrite)
-    found = read_results(results, task)
+    found = read_results(Path(results), task)
     unknown = [name for name in found if name not in classes]
     if unknown:
         raise AnnotationError(

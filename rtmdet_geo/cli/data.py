@@ -8,10 +8,18 @@ from typing import Any
 import click
 
 from rtmdet_geo.cli import options, report
-from rtmdet_geo.cli.group import EXIT_VERDICT_NO
+from rtmdet_geo.cli.group import EXIT_VERDICT_NO, LazyGroup
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    commands_at={
+        "split": "rtmdet_geo.cli.data_split:split",
+        "merge": "rtmdet_geo.cli.data_merge:merge",
+        "submission": "rtmdet_geo.cli.data_submission:submission",
+        "check-submission": "rtmdet_geo.cli.data_submission:check_submission",
+    },
+)
 def data() -> None:
     """Prepare and check training data.
 

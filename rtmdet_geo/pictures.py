@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,11 @@ def is_turned(path: Path) -> bool:
 
 
 @contextmanager
-def _pixel_limit(max_pixels: int | None) -> Iterator[None]:
-    """Let Pillow open images of up to twice so many px; None leaves its limit alone."""
-    if max_pixels is None:
-        yield
-        return
+def _no_pixel_limit() -> Iterator[None]:
+    """Let Pillow open images of any size."""
     with _LIMIT_LOCK:
         before = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = max_pixels
+        Image.MAX_IMAGE_PIXELS = None
         try:
             yield
         finally:
@@ -102,7 +99,7 @@ def _open(path: Path, max_pixels: int | None = None) -> Image.Image:
         AnnotationError: see :func:`image_size`.
     """
     try:
-        with _pixel_limit(max_pixels):
+        with nullcontext() if max_pixels is None else _no_pixel_limit():
             image = Image.open(path)
     except FileNotFoundError as error:
         raise AnnotationError(f"image {str(path)!r} is missing") from error
@@ -112,13 +109,15 @@ def _open(path: Path, max_pixels: int | None = None) -> Image.Image:
             "scenes of other kinds are cut into chips (rtmdet-geo data chips)"
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(path, error, max_pixels) from error
+        raise _too_large(path, error) from error
     except _DECODE_ERRORS as error:
         raise _broken(path, error) from error
     if max_pixels is not None and image.width * image.height > max_pixels:
         size = image.size
         image.close()
-        raise _over_limit(path, size, max_pixels)
+        raise AnnotationError(
+            f"image {str(path)!r} is {size[0]} x {size[1]} px; at most {max_pixels / 1e6:.0f} Mpx are taken: cut it up"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16") or ";16" in _stored_mode(image):
         image.close()
         raise AnnotationError(
@@ -139,23 +138,15 @@ def _broken(path: Path, error: Exception) -> AnnotationError:
     return AnnotationError(f"image {str(path)!r} does not decode ({error}): replace it, or remove it with its labels")
 
 
-def _too_large(path: Path, error: Exception, max_pixels: int | None) -> AnnotationError:
+def _too_large(path: Path, error: Exception) -> AnnotationError:
     """Say how large an image is that Pillow does not open because of that."""
     size = _header_size(path)
     if size is None or Image.MAX_IMAGE_PIXELS is None:
         return _broken(path, error)
-    if max_pixels is not None:
-        return _over_limit(path, size, max_pixels)
     return AnnotationError(
         f"image {str(path)!r} is {size[0]} x {size[1]} px; training and data check take images of up to "
         f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} Mpx: cut it into tiles first ('rtmdet-geo data split' cuts DOTA's "
         "images, 'rtmdet-geo data chips' GeoTIFFs)"
-    )
-
-
-def _over_limit(path: Path, size: tuple[int, int], max_pixels: int) -> AnnotationError:
-    return AnnotationError(
-        f"image {str(path)!r} is {size[0]} x {size[1]} px, and at most {max_pixels / 1e6:.0f} Mpx are taken: cut it up"
     )
 
 

@@ -28,7 +28,8 @@ from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
 
 HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [
-    *("", "detect", "classify", "train", "export", "data", "data convert", "data check", "data chips"),
+    *("", "detect", "classify", "train", "export", "data", "data split", "data merge", "data submission"),
+    *("data check-submission", "data convert", "data stats", "data show", "data check", "data chips"),
     *("models", "models download", "models list", "models show", "info"),
 ]
 PROGRAM = [sys.executable, "-m", "rtmdet_geo.cli"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
 from pathlib import Path
@@ -386,3 +387,22 @@ def test_labelled_ships_of_casablanca():
     figures = evaluate_layers(moved, SHIPS, match="distance", distance_m=20).figures
     assert figures["hits"] == len(truth)
     assert figures["error_m"] == pytest.approx(10, abs=0.01) and figures["error_m_p90"] == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.slow
+def test_what_the_bundled_model_finds_in_casablanca(tmp_path):
+    """Scored on the ground, the layer has the average precision that chips had in px; see the README's table."""
+    from rtmdet_geo import detect_scene
+
+    with (SHIPS.parent.parent / "benchmarks/results/sen2ships_casablanca.csv").open() as stream:
+        published = {row["iou"]: row for row in csv.DictReader(stream) if row["bands"] == "red+green+blue+nir"}
+    found = tmp_path / "ships.gpkg"
+    detect_scene(SHIPS.parent / "casablanca.tif", found, score_threshold=0.05)
+    for iou, row in published.items():
+        report = evaluate_layers(found, SHIPS, iou=float(iou), output=tmp_path / "matched.gpkg", overwrite=True)
+        assert next(iter(report.figures.values())) == pytest.approx(float(row["ap"]), abs=2e-4)
+        assert report.figures["best_f1"] == pytest.approx(float(row["best_f1"]), abs=2e-4)
+        assert report.figures["error_m"] < 15 and report.figures["azimuth_error_deg"] < 12
+        counted = geopandas.read_file(tmp_path / "matched.gpkg")["outcome"].value_counts()
+        assert counted["hit"] == report.figures["hits"] == report.confusion.matrix[0, 0]
+        assert counted["hit"] + counted["missed"] == int(row["num_objects"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 from pathlib import Path
@@ -13,10 +14,12 @@ import pyogrio
 import pyproj
 import pytest
 import shapely
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtmdet_geo.boxes import boxes_to_polygons
+from rtmdet_geo.cli import cli
 from rtmdet_geo.errors import (
     AnnotationError,
     ConfigError,
@@ -406,3 +409,21 @@ def test_what_the_bundled_model_finds_in_casablanca(tmp_path):
         counted = geopandas.read_file(tmp_path / "matched.gpkg")["outcome"].value_counts()
         assert counted["hit"] == report.figures["hits"] == report.confusion.matrix[0, 0]
         assert counted["hit"] + counted["missed"] == int(row["num_objects"])
+
+
+def test_command(tmp_path):
+    found, truth = three_ships()
+    paths = [tmp_path / "found.gpkg", tmp_path / "truth.geojson"]
+    for frame, path in zip((found.to_crs(32632), truth), paths, strict=True):
+        frame.to_file(path)
+    words = ["evaluate", "layers", *map(str, paths)]
+    done = CliRunner().invoke(cli, [*words, "--json", "-o", str(tmp_path / "m.gpkg"), "--csv", str(tmp_path / "a.csv")])
+    assert done.exit_code == 0 and json.loads(done.stdout)["figures"]["AP50"] == pytest.approx(0.5)
+    assert len(geopandas.read_file(tmp_path / "m.gpkg")) == 5
+    again = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "m.gpkg")])
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+    near = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--length-band", "50", "--min-ap", "0.6"])
+    assert near.exit_code == 3 and "layers, centroids at most 5 m apart" in near.stdout
+    assert "50 and more" in near.stdout and "AP 5 m 0.5000 is below --min-ap 0.6" in near.stderr
+    both = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--match", "iou"])
+    assert both.exit_code == 1 and "--match distance" in both.stderr

@@ -81,7 +81,7 @@ def run_dota(
     patches: bool = False,
     tool: Tool = "devkit",
     size: int | None = None,
-    gap: int = 200,
+    gap: int | None = None,
     rates: Sequence[float] = (1.0,),
     score_threshold: float = 0.05,
     iou_threshold: float = 0.1,
@@ -106,7 +106,7 @@ def run_dota(
         patches: the folder holds patches, named as ``tool`` does, and not whole images.
         tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`.
         size: side of patches in px; None: the model's. Of no matter, as the two that follow, where patches are given.
-        gap: px that neighbours share.
+        gap: px that neighbours share; None: the model's overlap, half of ``size`` at most.
         rates: an image is cut once per rate.
         score_threshold: least score, in [0, 1].
         iou_threshold: of NMS within a patch, in [0, 1].
@@ -139,8 +139,11 @@ def run_dota(
         raise ConfigError(
             f"model {engine.spec.name!r} finds horizontal boxes, so the output is task 2: leave task2 out"
         )
-    side = engine.fixed_tile_size or engine.spec.tile_size
-    rules = SplitRules(tool, side if size is None else size, gap, tuple(float(rate) for rate in rates))
+    if size is None:
+        size = engine.fixed_tile_size or engine.spec.tile_size
+    if gap is None:
+        gap = min(engine.spec.overlap, size // 2)
+    rules = SplitRules(tool, size, gap, tuple(float(rate) for rate in rates))
     sources = _patch_sources(images) if patches else _image_sources(images, rules)
     model_file = [str(engine.path), stamp(engine.path) if engine.path.is_file() else None]
     kept = asdict(settings) | asdict(rules) | {"patches": patches, "model": model_file, "batch_size": None}

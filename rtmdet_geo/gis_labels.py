@@ -7,12 +7,8 @@ needs neither GDAL nor this module.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +18,14 @@ import shapely
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.coco import CocoLabels, object_outline, read_coco
-from rtmdet_geo.annotations.outlines import Outline, as_outline, outline_to_lists, transform_outline
+from rtmdet_geo.annotations.outlines import Outline, outline_to_lists, transform_outline
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError, OutputError
+from rtmdet_geo.label_layers import LabelLayer, RasterPlace
+from rtmdet_geo.outputs import staged_folder
 from rtmdet_geo.raster import Scene, open_scene, scene_stem
 from rtmdet_geo.structures import StretchSpec, Tile
 from rtmdet_geo.tiles import TileGrid
-
-logger = logging.getLogger(__name__)
 
 #: A box with less than this share of its area inside the chip is marked ``ignore``.
 MIN_INSIDE_SHARE = 0.7
@@ -129,9 +125,7 @@ def cut_chips(
     class_names = reader.classes
     chips: list[dict[str, Any]] = []
     counts = dict.fromkeys(("empty_chips", "invalid_chips", "objects_outside"), 0)
-    with ExitStack() as cleanup:
-        folder = _temporary_folder(out)
-        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+    with staged_folder(out) as folder:
         for number, path in enumerate(scenes):
             with open_scene(
                 path,
@@ -160,7 +154,6 @@ def cut_chips(
         }
         try:
             (folder / _INDEX_NAME).write_text(_index_text(index), encoding="utf-8")
-            _move_into_place(folder, out)
         except OSError as error:
             raise OutputError(f"cannot write chips to {str(out)!r}: {error.strerror or error}") from error
     ids = [label for chip in chips for label, ignore in zip(chip["labels"], chip["ignore"], strict=True) if not ignore]
@@ -319,42 +312,8 @@ class _LayerReader:
     """Polygons of a vector layer, brought to each scene's pixels."""
 
     def __init__(self, path: Path, class_column: str | None, classes: Sequence[str] | None) -> None:
-        import geopandas
-
-        self.path = path
-        try:
-            layer = geopandas.read_file(path)
-        except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
-            raise AnnotationError(
-                f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}"
-            ) from error
-        if class_column is not None and class_column not in layer.columns:
-            raise AnnotationError(
-                f"label layer {str(path)!r} has no column {class_column!r}; it has "
-                f"{', '.join(str(name) for name in layer.columns if name != 'geometry')}"
-            )
-        geometries = layer.geometry if isinstance(layer, geopandas.GeoDataFrame) else None
-        if geometries is None:
-            raise AnnotationError(f"label layer {str(path)!r} has no geometries; give a layer of polygons")
-        keep = ~(geometries.isna() | geometries.is_empty)
-        if (~keep).any():
-            logger.warning("%s: %d features without geometry are left out", path, int((~keep).sum()))
-        self._layer = layer[keep]
-        kinds = set(self._layer.geom_type.unique())
-        if not kinds <= {"Polygon", "MultiPolygon"}:
-            raise AnnotationError(
-                f"label layer {str(path)!r} holds {', '.join(sorted(kinds))}; objects must be polygons"
-            )
-        if class_column is not None and self._layer[class_column].isna().any():
-            number = int(self._layer[class_column].isna().sum())
-            raise AnnotationError(
-                f"label layer {str(path)!r} has {number} features without a value in {class_column!r}; name their class"
-            )
-        names = [None] * len(self._layer) if class_column is None else [str(v) for v in self._layer[class_column]]
-        self._names: list[str | None] = list(names)
-        self._num_near = 0
-        found = sorted({name for name in names if name is not None})
-        self.classes = tuple(classes) if classes is not None else tuple(found) or ("object",)
+        self._layer = LabelLayer(path, class_column)
+        self.classes = tuple(classes) if classes is not None else tuple(self._layer.sorted_classes()) or ("object",)
         if class_column is None and len(self.classes) != 1:
             raise AnnotationError(
                 f"label layer {str(path)!r}: {len(self.classes)} classes need --class-column to tell objects apart"
@@ -362,55 +321,20 @@ class _LayerReader:
 
     def label(self, name: str | None) -> int:
         """Class index of a name; without a class column all are of class 0."""
-        return 0 if name is None else _class_index(name, self.classes, self.path)
+        return 0 if name is None else _class_index(name, self.classes, self._layer.path)
 
     def objects(self, scene: Scene) -> list[_Object]:
-        """Objects that touch a scene, in source px; parts of a multipolygon are one object."""
-        geometries = self._layer.geometry
-        if scene.crs is not None:
-            if self._layer.crs is None:
-                raise AnnotationError(
-                    f"label layer {str(self.path)!r} has no CRS; assign one, such as with ogr2ogr -a_srs"
-                )
-            geometries = geometries.to_crs(scene.crs.to_wkt())
-        elif self._layer.crs is not None:
-            raise AnnotationError(
-                f"scene {scene.path!r} has no CRS, but label layer {str(self.path)!r} has; give labels in pixels"
-            )
-        if len(geometries) == 0:
-            return []
-        shapes = np.asarray(geometries.array)
-        points, owner = shapely.get_coordinates(shapes, return_index=True)
-        inverse = ~scene.transform
-        to_pixels = np.array([[inverse.a, inverse.b, inverse.c], [inverse.d, inverse.e, inverse.f]])
-        pixels = points @ to_pixels[:, :2].T + to_pixels[:, 2]
-        splits = np.flatnonzero(np.diff(owner)) + 1
-        objects = []
-        for name, shape, part in zip(self._names, shapes, np.split(pixels, splits), strict=True):
-            low, high = part.min(axis=0), part.max(axis=0)
-            inside = np.isfinite(part).all() and low[0] < scene.source_width and low[1] < scene.source_height
-            if inside and high[0] > 0 and high[1] > 0:
-                objects.append(_Object(part, _outline_of(shape, to_pixels), name, ignore=False))
-        self._num_near += len(objects)
-        return objects
+        """Objects that touch a scene, in source px."""
+        crs = None if scene.crs is None else scene.crs.to_wkt()
+        place = RasterPlace(scene.path, crs, scene.transform, scene.source_width, scene.source_height)
+        names = self._layer.class_names
+        return [
+            _Object(points, outline, names[row], ignore=False) for row, points, outline in self._layer.objects(place)
+        ]
 
     def check_used(self) -> None:
-        """Refuse a layer of which nothing lies on the scenes that were asked about.
-
-        Raises:
-            AnnotationError: there are objects, but not one touches a scene.
-        """
-        if self._names and self._num_near == 0:
-            raise AnnotationError(
-                f"none of the {len(self._names)} objects of {str(self.path)!r} lies on a scene; is it the layer of "
-                "other scenes, or its CRS wrong?"
-            )
-
-
-def _outline_of(shape: Any, to_pixels: NDArray[np.float64]) -> Outline:
-    """Outline of a Polygon or MultiPolygon, in source px."""
-    rings = [[shapely.get_coordinates(ring) for ring in shapely.get_rings(part)] for part in shapely.get_parts(shape)]
-    return transform_outline(as_outline(rings), to_pixels)
+        """Refuse a layer of which nothing lies on the scenes, see :meth:`LabelLayer.check_used`."""
+        self._layer.check_used()
 
 
 def _open_labels(
@@ -458,24 +382,3 @@ def _check_replaceable(out: Path) -> None:
             f"folder {str(out)!r} holds other files than chips ({', '.join(foreign[:3])}), which would be "
             "deleted; give another name"
         )
-
-
-def _temporary_folder(out: Path) -> Path:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder.chmod(0o755)  # mkdtemp's folders are private
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(out.parent)!r}: {error.strerror or error}") from error
-    return folder
-
-
-def _move_into_place(folder: Path, out: Path) -> None:
-    """Rename ``folder`` to ``out``; what was there is moved aside first and deleted last."""
-    old: Path | None = None
-    if out.exists():
-        old = folder.with_name(folder.name + ".old")
-        out.rename(old)
-    folder.rename(out)
-    if old is not None:
-        shutil.rmtree(old)

@@ -74,15 +74,17 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
 
 
 @contextmanager
-def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
     """Give an empty temporary folder to fill; rename it to ``path`` when the block ends well, else remove it.
 
     Args:
-        path: final name, in a folder that exists.
-        overwrite: replace a folder that is there; it is deleted once the new one has its place.
+        path: final name, in a folder that is made if it is missing; a folder of that name is deleted once the new one
+            has its place, so the caller sees to it that nothing else than an earlier output is lost.
+        overwrite: False refuses a folder that is there.
 
     Raises:
-        OutputError: ``path`` exists and ``overwrite`` is False, or is no folder, or the operating system refuses.
+        OutputError: ``path`` exists and ``overwrite`` is False, or is no folder, or the operating system refuses
+            (folder not writable, disk full).
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -90,16 +92,22 @@ def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     if path.exists() and not overwrite:
         raise OutputError(f"output {str(path)!r} exists; add --overwrite to replace it")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         around = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
-        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write to {str(path.parent)!r}: {error.strerror or error}") from error
     try:
         staged = around / "new"
         staged.mkdir()
         yield staged
         if path.exists():
             path.rename(around / "old")
-        staged.rename(path)
+        try:
+            staged.rename(path)
+        except OSError:
+            if (around / "old").exists():
+                (around / "old").rename(path)
+            raise
     except OSError as error:
         if isinstance(error, RTMDetGeoError):
             raise

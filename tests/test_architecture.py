@@ -18,10 +18,10 @@ BASE = {
     *("cache", "catalog", "checkpoints", "class_names", "recipe_sections", "variants"),
 }
 STAGES = {
-    *("boxes", "jit", "nms", "quads", "annotations", "gis_labels", "tiles"),
+    *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *("dataset_check", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
+    *("charts", "dataset_check", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
 CONFINED: dict[str, set[str]] = {
     "torch": {"models", "training", "export", "backends.pytorch"},
     "tensorboard": {"training"},
-    "matplotlib": {"training"},
+    "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
     "onnx": {"export", "onnx_graph"},

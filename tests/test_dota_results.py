@@ -115,8 +115,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert (folder / "Task1_ship.txt").read_text() == f"P0003 0.5{' 1.0' * 8}\n"
     with pytest.raises(OutputError, match="is no folder"):
         write_results(folder / "Task1_ship.txt", {}, 1, ["ship"], overwrite=True)
-    with pytest.raises(OutputError, match="cannot write into folder"):
-        write_results(tmp_path / "no" / "where", {}, 1, ["ship"])
+    with pytest.raises(OutputError, match="cannot write to"):
+        write_results(folder / "Task1_ship.txt" / "r", {}, 1, ["ship"])
     with pytest.raises(OutputError, match=r"cannot write .*results"):
         write_results(folder, {}, 1, ["no/folder"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["results"] and len(list(folder.iterdir())) == 1

@@ -40,6 +40,7 @@ class CocoObject:
             :func:`object_outline` and :func:`object_mask`.
         hbox: x1, y1, x2, y2 in px, the annotation's ``bbox``; None where it has a segmentation only.
         area: px^2, the annotation's ``area``; nan where it has none above 0.
+        is_difficult: the annotation's ``difficult``, which COCO does not have, but conversions write.
     """
 
     image_id: int
@@ -50,6 +51,7 @@ class CocoObject:
     segmentation: Mapping[str, Any] | Sequence[Sequence[float]] | None = None
     hbox: tuple[float, float, float, float] | None = None
     area: float = float("nan")
+    is_difficult: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,14 @@ def mask_corner_points(segmentation: Mapping[str, Any]) -> NDArray[np.float64]:
     )
 
 
-def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObject], kind: Kind) -> ImageLabels:
+def image_labels(
+    path: Path,
+    image: Mapping[str, Any],
+    objects: Sequence[CocoObject],
+    kind: Kind,
+    *,
+    with_outlines: bool = False,
+) -> ImageLabels:
     """Return the objects of an image as arrays.
 
     Args:
@@ -225,13 +234,14 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
         image: its entry among :attr:`CocoLabels.images`.
         objects: of the image.
         kind: of the model that the labels are for. Rotated boxes are least rectangles around the points; others get the
-            annotations' own ``bbox``, or the bounds of the points. Only models of masks get outlines.
+            annotations' own ``bbox``, or the bounds of the points. Only models of masks get outlines,
+        with_outlines: unless this says that all do.
 
     Raises:
         AnnotationError: a segmentation is malformed; the message names the annotation.
     """
     outlines = []
-    for entry in objects if kind == "mask" else ():
+    for entry in objects if kind == "mask" or with_outlines else ():
         try:
             outlines.append(object_outline(entry))
         except AnnotationError as error:
@@ -241,6 +251,7 @@ def image_labels(path: Path, image: Mapping[str, Any], objects: Sequence[CocoObj
         _boxes(objects, kind),
         [entry.class_name for entry in objects],
         [entry.annotation_id for entry in objects],
+        difficult=[entry.is_difficult for entry in objects],
         crowd=[entry.is_crowd for entry in objects],
         outlines=outlines,
         areas=[entry.area for entry in objects],
@@ -331,6 +342,7 @@ def _object(
         annotation.get("segmentation") or None,
         _hbox(annotation) if annotation.get("bbox") else None,
         _area(annotation),
+        bool(annotation.get("difficult", 0)),
     )
 
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from rtmdet_geo.annotations.angles import CornerOrder
 from rtmdet_geo.annotations.labels import (
     ImageLabels,
     make_labels,
+    number_text,
+    object_corners,
     parse_difficult,
     parse_floats,
     quads_to_boxes,
     read_lines,
+    single_word,
+    write_lines,
 )
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.structures import Kind
@@ -22,12 +29,13 @@ from rtmdet_geo.structures import Kind
 _HEADERS = ("imagesource:", "gsd:")
 
 
-def read_dota(path: Path, kind: Kind = "rotated") -> ImageLabels:
+def read_dota(path: Path, kind: Kind = "rotated", *, with_outlines: bool = False) -> ImageLabels:
     """Read a labelTxt file; a missing ``difficult`` is 0.
 
     Args:
         path: of the file.
         kind: of the model that the boxes are for, see :class:`rtmdet_geo.annotations.labels.ImageLabels`.
+        with_outlines: keep the corners, as outlines in the order of the file.
 
     Raises:
         AnnotationError: a line is malformed; the message begins with file and line.
@@ -46,4 +54,27 @@ def read_dota(path: Path, kind: Kind = "rotated") -> ImageLabels:
         names.append(words[8])
         numbers.append(number)
         difficult.append(parse_difficult(words[9], place) if len(words) == 10 else False)
-    return make_labels(path, quads_to_boxes(quads, kind), names, numbers, difficult=difficult)
+    corners = np.array(quads).reshape(-1, 4, 2) if with_outlines else ()
+    outlines = [((ring,),) for ring in corners]
+    return make_labels(path, quads_to_boxes(quads, kind), names, numbers, difficult=difficult, outlines=outlines)
+
+
+def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any") -> None:
+    """Write a labelTxt file, with all digits; a crowd is difficult.
+
+    Args:
+        path: of the file.
+        labels: objects with an outline of four corners keep them, others get those of their box, clockwise from the
+            top left.
+        corner_order: of corners that are kept.
+
+    Raises:
+        AnnotationError: the name of a class is not one word.
+        OutputError: the file cannot be written.
+    """
+    corners = object_corners(labels, corner_order).reshape(-1, 8)
+    difficult = labels.difficult | labels.crowd
+    lines = []
+    for row, name, is_difficult in zip(corners.tolist(), labels.class_names, difficult, strict=True):
+        lines.append(" ".join([*map(number_text, row), single_word(name, "DOTA"), str(int(is_difficult))]))
+    write_lines(path, lines)

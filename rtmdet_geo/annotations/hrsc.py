@@ -20,11 +20,14 @@ from typing import Literal
 
 from rtmdet_geo.annotations.labels import (
     ImageLabels,
+    enclosing_hboxes,
     hboxes_to_le90,
     make_labels,
+    number_text,
     parse_difficult,
     parse_floats,
 )
+from rtmdet_geo.annotations.xml_files import add_fields, field_text, read_tree, stated_size, write_tree
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
 from rtmdet_geo.class_names import HRSC, HRSC_LEVEL3
 from rtmdet_geo.errors import AnnotationError
@@ -33,6 +36,7 @@ from rtmdet_geo.structures import Kind
 HrscLevel = Literal[1, 2, 3]
 
 (_SHIP,) = HRSC
+_BOX_FIELDS = ("mbox_cx", "mbox_cy", "mbox_w", "mbox_h", "mbox_ang")
 #: First digits of every Class_ID.
 _PREFIX = "1000000"
 #: Last two digits of the names of level 3, in their order.
@@ -50,6 +54,10 @@ HRSC_CLASSES: dict[str, tuple[str, str, str]] = {
     _PREFIX + digits: (_SHIP, _CATEGORY_OF.get(digits, _SHIP), name)
     for digits, name in zip(_DIGITS, HRSC_LEVEL3, strict=True)
 }
+#: Class_ID by name; names of levels 1 and 2 are names of level 3, too.
+_CLASS_IDS = {names[2]: class_id for class_id, names in HRSC_CLASSES.items()}
+#: Before the Class_ID in names of classes that are not in use.
+_UNUSED = "class "
 
 
 def read_hrsc(path: Path, level: HrscLevel = 1, kind: Kind = "rotated") -> ImageLabels:
@@ -63,47 +71,66 @@ def read_hrsc(path: Path, level: HrscLevel = 1, kind: Kind = "rotated") -> Image
     Raises:
         AnnotationError: not XML, no HRSC_Image, or an object lacks a field; the message begins with the file.
     """
-    try:
-        root = ElementTree.parse(path).getroot()
-    except OSError as error:
-        raise AnnotationError(f"cannot read label file {str(path)!r}: {error.strerror or error}") from error
-    except ElementTree.ParseError as error:
-        raise AnnotationError(f"{path} is not XML: {error}") from error
+    root = read_tree(path)
     objects = root.find("HRSC_Objects")
     if root.tag != "HRSC_Image" or objects is None:
         raise AnnotationError(f"{path} is not of HRSC2016: it needs HRSC_Image with HRSC_Objects, not {root.tag!r}")
     boxes, names, difficult = [], [], []
     for number, entry in enumerate(objects.findall("HRSC_Object"), 1):
         place = f"{path}, object {number}"
-        fields = ("mbox_cx", "mbox_cy", "mbox_w", "mbox_h", "mbox_ang")
-        box = parse_floats([_text(entry, field, place) for field in fields], place)
+        box = parse_floats([field_text(entry, field, place) for field in _BOX_FIELDS], place)
         if box[2] < 0 or box[3] < 0:
             raise AnnotationError(f"{place}: sides {box[2]:g} x {box[3]:g} px are negative")
         boxes.append(box)
-        names.append(_class_name(_text(entry, "Class_ID", place), level))
+        names.append(_class_name(field_text(entry, "Class_ID", place), level))
         difficult.append(parse_difficult((entry.findtext("difficult") or "0").strip(), place))
     found = regularize_le90(boxes) if kind == "rotated" else hboxes_to_le90(boxes_to_hboxes(boxes))
     numbers = range(1, len(names) + 1)
-    return make_labels(path, found, names, numbers, difficult=difficult, unit="object", size=_size(root, path))
+    size = stated_size(root, ("Img_SizeWidth", "Img_SizeHeight"), path)
+    return make_labels(path, found, names, numbers, difficult=difficult, unit="object", size=size)
 
 
 def _class_name(class_id: str, level: HrscLevel) -> str:
     if level == 1:
         return _SHIP
-    return HRSC_CLASSES[class_id][level - 1] if class_id in HRSC_CLASSES else f"class {class_id}"
+    return HRSC_CLASSES[class_id][level - 1] if class_id in HRSC_CLASSES else _UNUSED + class_id
 
 
-def _text(entry: ElementTree.Element, field: str, place: str) -> str:
-    text = (entry.findtext(field) or "").strip()
-    if not text:
-        raise AnnotationError(f"{place}: it has no {field}")
-    return text
+def hrsc_class_id(name: str) -> str | None:
+    """Return the Class_ID of a class of any level, or of "class 100000021"; None if HRSC2016 has no such class."""
+    digits = name.removeprefix(_UNUSED)
+    if name != digits and digits.isdecimal():
+        return digits
+    return _CLASS_IDS.get(name)
 
 
-def _size(root: ElementTree.Element, path: Path) -> tuple[int, int] | None:
-    """Return width and height as the file gives them; None where it does not."""
-    texts = [(root.findtext(field) or "").strip() for field in ("Img_SizeWidth", "Img_SizeHeight")]
-    if not all(texts):
-        return None
-    width, height = parse_floats(texts, f"{path}, image size")
-    return int(width), int(height)
+def write_hrsc(path: Path, labels: ImageLabels, image_name: str, size: tuple[int, int] | None = None) -> None:
+    """Write an HRSC2016 XML file, with all digits; angles are in [-pi/2, pi/2), a crowd is difficult.
+
+    Args:
+        path: of the file.
+        labels: of HRSC2016's classes, of any level; outlines are not written.
+        image_name: of the image.
+        size: width and height of the image in px; None leaves them out.
+
+    Raises:
+        AnnotationError: HRSC2016 has no such class.
+        OutputError: the file cannot be written.
+    """
+    root = ElementTree.Element("HRSC_Image")
+    stem, _, ending = image_name.rpartition(".")
+    add_fields(root, {"Img_ID": stem or image_name, "Img_FileName": stem or image_name, "Img_FileFmt": ending})
+    if size is not None:
+        add_fields(root, {"Img_SizeWidth": size[0], "Img_SizeHeight": size[1], "Img_SizeDepth": 3})
+    add_fields(root, {"Annotated": 1})
+    objects = ElementTree.SubElement(root, "HRSC_Objects")
+    for index, (name, hbox) in enumerate(zip(labels.class_names, enclosing_hboxes(labels), strict=True)):
+        class_id = hrsc_class_id(name)
+        if class_id is None:
+            raise AnnotationError(f"{labels.place(index)}: class {name!r} is not of HRSC2016; see HRSC_CLASSES")
+        fields = {"Object_ID": str(index + 1), "Class_ID": class_id, "Object_NO": str(index + 1), "truncated": "0"}
+        fields["difficult"] = str(int(labels.difficult[index] or labels.crowd[index]))
+        fields |= zip(("box_xmin", "box_ymin", "box_xmax", "box_ymax"), map(number_text, hbox), strict=True)
+        fields |= zip(_BOX_FIELDS, map(number_text, labels.boxes[index]), strict=True)
+        add_fields(ElementTree.SubElement(objects, "HRSC_Object"), fields)
+    write_tree(root, path)

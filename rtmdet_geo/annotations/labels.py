@@ -10,10 +10,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rtmdet_geo.annotations.outlines import Outline
-from rtmdet_geo.boxes import hboxes_to_boxes, polygons_to_boxes, polygons_to_hboxes, regularize_le90
-from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.annotations.angles import CornerOrder, order_corners
+from rtmdet_geo.annotations.outlines import Outline, outline_points
+from rtmdet_geo.boxes import (
+    as_boxes,
+    boxes_to_polygons,
+    hboxes_to_boxes,
+    polygons_to_boxes,
+    polygons_to_hboxes,
+    regularize_le90,
+)
+from rtmdet_geo.errors import AnnotationError, OutputError
 from rtmdet_geo.structures import Kind
+
+#: Boxes whose sides lean by less (rad) from the axes are upright.
+_UPRIGHT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,84 @@ def quads_to_boxes(quads: ArrayLike, kind: Kind) -> NDArray[np.float64]:
 def hboxes_to_le90(hboxes: ArrayLike) -> NDArray[np.float64]:
     """Return horizontal boxes (N, 4) x1, y1, x2, y2 as le90 boxes (N, 5): w is the long side."""
     return regularize_le90(hboxes_to_boxes(hboxes))
+
+
+def box_corners(boxes: ArrayLike) -> NDArray[np.float64]:
+    """Return the corners of boxes (N, 5), (N, 4, 2) px, clockwise on screen from the top left.
+
+    Corners of boxes along the axes are those of the enclosing box to the last digit.
+    """
+    boxes = as_boxes(boxes)
+    corners = boxes_to_polygons(boxes)[:, [2, 1, 0, 3]]
+    for upright, sides in ((np.cos(boxes[:, 4]), [3, 2]), (np.sin(boxes[:, 4]), [2, 3])):
+        half = boxes[:, None, sides] / 2 * [[-1, -1], [1, -1], [1, 1], [-1, 1]]
+        corners = np.where(np.abs(upright)[:, None, None] < _UPRIGHT, boxes[:, None, :2] + half, corners)
+    return order_corners(corners, "top-left")
+
+
+def is_upright(box: NDArray[np.float64]) -> bool:
+    """Say whether the sides of a box (5,) run along the axes."""
+    return bool(min(abs(math.sin(box[4])), abs(math.cos(box[4]))) < _UPRIGHT)
+
+
+def four_corners(outline: Outline) -> NDArray[np.float64] | None:
+    """Return the corners (4, 2) of an outline that is one ring of four; None of another."""
+    if len(outline) != 1 or len(outline[0]) != 1 or len(outline[0][0]) != 4:
+        return None
+    return outline[0][0]
+
+
+def object_corners(labels: ImageLabels, order: CornerOrder = "any") -> NDArray[np.float64]:
+    """Return four corners of each object, (N, 4, 2) px: those of its outline where that has four, else its box's.
+
+    Args:
+        labels: N objects.
+        order: of corners that outlines bring; those of boxes go clockwise from the top left.
+    """
+    corners = box_corners(labels.boxes)
+    for index, outline in enumerate(labels.outlines):
+        found = four_corners(outline)
+        if found is not None:
+            corners[index] = order_corners(found[None], order)[0]
+    return corners
+
+
+def enclosing_hboxes(labels: ImageLabels) -> NDArray[np.float64]:
+    """Return the horizontal boxes around the objects' outlines, where they have one, else boxes: (N, 4) x1 y1 x2 y2."""
+    hboxes = polygons_to_hboxes(box_corners(labels.boxes))
+    for index, outline in enumerate(labels.outlines):
+        if outline:
+            points = outline_points(outline)
+            hboxes[index] = [*points.min(axis=0), *points.max(axis=0)]
+    return hboxes
+
+
+def number_text(value: float) -> str:
+    """Return the shortest text that is read back as the same float64; whole numbers have no ".0"."""
+    return repr(float(value) + 0.0).removesuffix(".0")
+
+
+def single_word(class_name: str, format_name: str) -> str:
+    """Return a class name that can stand in a line of words.
+
+    Raises:
+        AnnotationError: it is empty or has white space.
+    """
+    if len(class_name.split()) != 1 or class_name != class_name.strip():
+        raise AnnotationError(f"class {class_name!r} is not one word, but lines of {format_name} are words: rename it")
+    return class_name
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file, UTF-8, one line each.
+
+    Raises:
+        OutputError: the operating system refuses.
+    """
+    try:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"cannot write label file {str(path)!r}: {error.strerror or error}") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:

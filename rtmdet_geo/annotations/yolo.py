@@ -12,13 +12,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.angles import CornerOrder
 from rtmdet_geo.annotations.labels import (
     ImageLabels,
+    enclosing_hboxes,
     hboxes_to_le90,
+    is_upright,
     make_labels,
+    number_text,
+    object_corners,
     parse_floats,
     quads_to_boxes,
     read_lines,
+    write_lines,
 )
 from rtmdet_geo.annotations.outlines import Outline
 from rtmdet_geo.boxes import minimum_area_rectangle
@@ -30,7 +36,13 @@ _MAX_SHARE = 10.0
 
 
 def read_yolo(
-    path: Path, width: int, height: int, classes: Sequence[str] | None, kind: Kind = "rotated"
+    path: Path,
+    width: int,
+    height: int,
+    classes: Sequence[str] | None,
+    kind: Kind = "rotated",
+    *,
+    with_outlines: bool = False,
 ) -> ImageLabels:
     """Read a YOLO file.
 
@@ -40,13 +52,15 @@ def read_yolo(
         height: of its image in px.
         classes: names by index; an index beyond them is named "class 7", and so is each where there are none.
         kind: of the model that the boxes are for, see :class:`rtmdet_geo.annotations.labels.ImageLabels`. Only models
-            of masks get the outlines of oriented boxes and polygons.
+            of masks get the outlines of oriented boxes and polygons,
+        with_outlines: unless this says that all do.
 
     Raises:
         AnnotationError: a line is malformed; the message begins with file and line.
     """
     boxes, names, numbers = [], [], []
     outlines: list[Outline] = []
+    has_outlines = with_outlines or kind == "mask"
     for number, words in read_lines(path):
         place = f"{path}:{number}"
         values = parse_floats(words, place)
@@ -65,7 +79,7 @@ def read_yolo(
         boxes.append(_box(points, kind))
         names.append(classes[index] if classes is not None and index < len(classes) else f"class {index}")
         numbers.append(number)
-        outlines.append(((points,),) if kind == "mask" and len(points) > 2 else ())
+        outlines.append(((points,),) if has_outlines and len(points) > 2 else ())
     return make_labels(path, np.concatenate([np.zeros((0, 5)), *boxes]), names, numbers, outlines=outlines)
 
 
@@ -77,3 +91,48 @@ def _box(points: NDArray[np.float64], kind: Kind) -> NDArray[np.float64]:
     if kind != "rotated":
         return hboxes_to_le90([[*points.min(axis=0), *points.max(axis=0)]])
     return quads_to_boxes(points, kind) if len(points) == 4 else minimum_area_rectangle(points)[None]
+
+
+def write_yolo(
+    path: Path,
+    labels: ImageLabels,
+    width: int,
+    height: int,
+    classes: Sequence[str],
+    kind: Kind = "rotated",
+    *,
+    corner_order: CornerOrder = "any",
+) -> None:
+    """Write a YOLO file, with all digits; it has no place for marks of difficult objects and crowds.
+
+    Args:
+        path: of the file.
+        labels: objects.
+        width: of the image in px.
+        height: of the image in px.
+        classes: names by index.
+        kind: "rotated" writes oriented boxes, four corners each, "horizontal" the boxes around them; "mask" polygons,
+            and boxes where an object has no outline.
+        corner_order: of corners that are kept.
+
+    Raises:
+        AnnotationError: a class is not among ``classes``, or a mask's outline has more than one ring.
+        OutputError: the file cannot be written.
+    """
+    index_of = {name: index for index, name in enumerate(classes)}
+    corners, hboxes = object_corners(labels, corner_order), enclosing_hboxes(labels)
+    lines = []
+    for number, name in enumerate(labels.class_names):
+        if name not in index_of:
+            raise AnnotationError(f"{labels.place(number)}: class {name!r} is not among {', '.join(classes)}")
+        points, outline = corners[number], labels.outlines[number] if labels.outlines else ()
+        if kind == "mask" and outline:
+            if len(outline) != 1 or len(outline[0]) != 1:
+                raise AnnotationError(f"{labels.place(number)}: an outline of more than one ring is no YOLO polygon")
+            points = outline[0][0]
+        elif kind == "horizontal" or (kind == "mask" and is_upright(labels.boxes[number])):
+            low, high = hboxes[number].reshape(2, 2)
+            points = np.stack([(low + high) / 2, high - low])
+        shares = (points / (width, height)).ravel().tolist()
+        lines.append(" ".join([str(index_of[name]), *map(number_text, shares)]))
+    write_lines(path, lines)

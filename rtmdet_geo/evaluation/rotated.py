@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.nms import rotated_iou
+from rtmdet_geo.evaluation.matching import best_matches
 from rtmdet_geo.structures import Detections
 
 Array = NDArray[Any]
@@ -48,13 +48,14 @@ class Curve:
     def average_precision_11(self) -> float:
         """Return the mean, over recalls 0, 0.1, ..., 1, of the best precision from that recall on.
 
-        That precision is 0 where a recall is not reached; the mean is nan when nothing is labelled. Source: Everingham
-        et al. 2010, The PASCAL Visual Object Classes (VOC) Challenge.
+        That precision is 0 where a recall is not reached; the mean is nan when nothing is labelled. As in DOTA's
+        development kit and in mmdet's ``average_precision``, recalls are compared with multiples of 0.1 in float64,
+        where 3 of 10 do not reach 3 x 0.1. Source: Everingham et al. 2010, The PASCAL Visual Object Classes (VOC)
+        Challenge.
         """
         if self.num_objects == 0:
             return float("nan")
-        # recalls are ratios of whole numbers: the slack makes 3 of 5 reach 0.6
-        best = [self.precision[self.recall >= point / 10 - 1e-9].max(initial=0.0) for point in range(11)]
+        best = [self.precision[self.recall >= point * 0.1].max(initial=0.0) for point in range(11)]
         return float(np.mean(best))
 
     @property
@@ -66,6 +67,64 @@ class Curve:
         f1 = np.divide(2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0)
         best = int(np.argmax(f1))
         return float(f1[best]), float(self.scores[best])
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """What the detections of one class overlap most, in order of falling score; see :func:`match_class`.
+
+    Attributes:
+        scores: (D,) float64, falling.
+        best: (D,) int64 index of the object that each overlaps most, -1 for none.
+        overlap: (D,) float64 IoU with it.
+        ignored: (G,) bool: objects that are no hit and no miss.
+        order: (D,) int64 place of each detection in what was matched.
+    """
+
+    scores: Array
+    best: Array
+    overlap: Array
+    ignored: Array
+    order: Array
+
+    @property
+    def num_objects(self) -> int:
+        """Number of objects that count."""
+        return int((~self.ignored).sum())
+
+    def judge(self, iou_threshold: float, *, is_strict: bool = False) -> tuple[Array, Array]:
+        """Return which detections are hits and which count, (D,) bool each; what counts and is no hit is a miss.
+
+        A detection is near the object that it overlaps most if the IoU reaches the threshold (``is_strict``: exceeds
+        it). It is a hit if no better one was near that object before it; near an ignored object it does not count.
+        """
+        near = np.flatnonzero(self.overlap > iou_threshold if is_strict else self.overlap >= iou_threshold)
+        is_ignored = self.ignored[self.best[near]]
+        is_hit, is_counted = np.zeros(len(self.scores), np.bool_), np.ones(len(self.scores), np.bool_)
+        is_counted[near[is_ignored]] = False
+        rivals = near[~is_ignored][::-1]
+        first = np.full(len(self.ignored), -1)
+        first[self.best[rivals]] = rivals  # of equal indices the last one written stays: the best score
+        is_hit[first[first >= 0]] = True
+        return is_hit, is_counted
+
+    def curve(self, iou_threshold: float, *, is_strict: bool = False) -> Curve:
+        """Return precision over recall at an IoU in (0, 1]."""
+        is_hit, is_counted = self.judge(iou_threshold, is_strict=is_strict)
+        return curve_of(self.scores[is_counted], is_hit[is_counted], self.num_objects)
+
+
+def match_class(scores: Array, best: Array, overlap: Array, ignored: Array) -> ClassMatches:
+    """Put the matches of a class in order of score; of equal scores the one that comes first goes first.
+
+    Args:
+        scores: (D,) of the detections.
+        best: (D,) as of :func:`rtmdet_geo.evaluation.matching.best_matches`.
+        overlap: (D,) likewise.
+        ignored: (G,) bool of the objects.
+    """
+    order = np.argsort(-scores, kind="stable")
+    return ClassMatches(scores[order].astype(np.float64), best[order], overlap[order], np.asarray(ignored, bool), order)
 
 
 def precision_recall(
@@ -96,41 +155,64 @@ def precision_recall(
     Raises:
         ValueError: detections, truths and overlaps do not agree in number or shape.
     """
+    if len(detections) != len(truths):
+        raise ValueError(f"detections of {len(detections)} images, but labels of {len(truths)}")
     if overlaps is not None:
         shapes = [(len(found), len(truth.labels)) for found, truth in zip(detections, truths, strict=True)]
         if [overlap.shape for overlap in overlaps] != shapes:
             raise ValueError(f"overlaps must be {shapes}, one row a detection and one column an object of each image")
-    scores, hits, counted = [], [], []
-    num_objects = 0
-    for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
-        of_class = truth.labels == label
-        boxes, ignored = truth.boxes[of_class], truth.ignored[of_class]
-        num_objects += int((~ignored).sum())
-        rows = np.flatnonzero(found.labels == label)
-        rows = rows[np.argsort(-found.scores[rows], kind="stable")]
-        if overlaps is not None:
-            overlap = overlaps[image][np.ix_(rows, np.flatnonzero(of_class))]
-        elif len(boxes) and len(rows):
-            overlap = rotated_iou(found.boxes[rows], boxes)
-        else:
-            overlap = np.zeros((len(rows), len(boxes)))
-        taken = np.zeros(len(boxes), bool)
-        for row in range(len(rows)):
-            best = int(np.argmax(overlap[row])) if len(boxes) else -1
-            near = best >= 0 and overlap[row, best] >= iou_threshold
-            hits.append(bool(near and not ignored[best] and not taken[best]))
-            counted.append(not (near and ignored[best]))
-            if near:
-                taken[best] = True
-        scores.append(found.scores[rows])
-    score = np.concatenate(scores) if scores else np.zeros(0)
-    keep = np.array(counted, bool)
-    score, hit = score[keep].astype(float), np.array(hits, bool)[keep]
-    order = np.argsort(-score, kind="stable")
-    score, hit = score[order], hit[order]
+    rows = [np.flatnonzero(found.labels == label) for found in detections]
+    columns = [np.flatnonzero(truth.labels == label) for truth in truths]
+    scores = _joined([found.scores[own] for found, own in zip(detections, rows, strict=True)])
+    ignored = _joined([truth.ignored[own] for truth, own in zip(truths, columns, strict=True)]).astype(bool)
+    if overlaps is None:
+        boxes, images = _pool([found.boxes[own] for found, own in zip(detections, rows, strict=True)])
+        best, overlap = best_matches(
+            boxes, images, *_pool([t.boxes[own] for t, own in zip(truths, columns, strict=True)])
+        )
+    else:
+        best, overlap = _best_of(overlaps, rows, columns)
+    return match_class(scores, best, overlap, ignored).curve(iou_threshold)
+
+
+def _pool(boxes: Sequence[Array]) -> tuple[Array, Array]:
+    """Return boxes of all images, (N, 5), and the image of each, (N,)."""
+    return _joined(boxes).reshape(-1, 5), np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _best_of(overlaps: Sequence[Array], rows: Sequence[Array], columns: Sequence[Array]) -> tuple[Array, Array]:
+    """Return what :func:`best_matches` would, from overlaps that are known."""
+    best, overlap = [np.zeros(0, np.int64)], [np.zeros(0)]
+    begin = 0
+    for matrix, own_rows, own_columns in zip(overlaps, rows, columns, strict=True):
+        part = matrix[np.ix_(own_rows, own_columns)] if len(own_columns) else np.zeros((len(own_rows), 1))
+        best.append(part.argmax(axis=1) + begin if len(own_columns) else np.full(len(own_rows), -1))
+        overlap.append(part.max(axis=1))
+        begin += len(own_columns)
+    return np.concatenate(best), np.concatenate(overlap)
+
+
+def curve_of(scores: Array, hits: Array, num_objects: int, *, join_ties: bool = False) -> Curve:
+    """Return precision over recall of detections of which it is known whether they hit.
+
+    Args:
+        scores: (D,), any order; of equal ones the first comes first.
+        hits: (D,) bool.
+        num_objects: labelled objects that count.
+        join_ties: equal scores make one point of the curve, so that their order does not matter.
+    """
+    order = np.argsort(-scores, kind="stable")
+    score, hit = scores[order].astype(float), hits[order]
     true_positives = np.cumsum(hit)
     precision = true_positives / np.maximum(np.arange(1, len(hit) + 1), 1)
     recall = true_positives / max(num_objects, 1)
+    if join_ties:
+        last = np.flatnonzero(np.append(np.diff(score) != 0, [True] * (len(score) > 0)))
+        precision, recall, score = precision[last], recall[last], score[last]
     return Curve(_area(precision, recall, num_objects), precision, recall, score, num_objects)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.evaluation.plots import draw_precision_recall
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.run_record import library_versions
 from rtmdet_geo.training import plots
@@ -155,7 +156,7 @@ def _draw(
         drawn = {
             "losses.png": plots.draw_losses(log),
             "ap.png": plots.draw_history(history),
-            "pr.png": plots.draw_precision_recall(validation.curves if validation is not None else []),
+            "pr.png": draw_precision_recall(validation.curves if validation is not None else []),
             "lr.png": plots.draw_learning_rate(log),
         }
     except ImportError:

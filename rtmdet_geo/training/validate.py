@@ -19,6 +19,7 @@ from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.evaluation.coco import CocoDetections, CocoScores, CocoTruth, evaluate_coco, run_lengths
 from rtmdet_geo.evaluation.masks import mask_iou
+from rtmdet_geo.evaluation.plots import NamedCurve
 from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
 from rtmdet_geo.masks import CroppedMask, crop_outline
 from rtmdet_geo.nms import rotated_iou
@@ -33,23 +34,6 @@ Protocol = Literal["area", "voc07", "coco"]
 
 #: IoU at which COCO's verdict on each class is told, besides that over all.
 _COCO_ROWS = (0.5, 0.75)
-
-
-@dataclass(frozen=True)
-class NamedCurve:
-    """Precision over recall of one class.
-
-    Attributes:
-        name: of the class.
-        measure: which IoU of what makes a hit, such as "mask AP50".
-        average: average precision by the recipe's protocol.
-        curve: with the points.
-    """
-
-    name: str
-    measure: str
-    average: float
-    curve: Curve
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from PIL import Image
 
 from rtmdet_geo.cli import cli
 from rtmdet_geo.config import load_recipe, parse_recipe
+from rtmdet_geo.evaluation.plots import MAX_NAMED, NamedCurve, draw_precision_recall
 from rtmdet_geo.evaluation.rotated import Curve
-from rtmdet_geo.training.plots import MAX_NAMED, draw_history, draw_losses, draw_precision_recall, smooth
+from rtmdet_geo.training.plots import draw_history, draw_losses, smooth
 from rtmdet_geo.training.report import data_wait_share, write_report
 from rtmdet_geo.training.run_log import RunLog, read_table, write_validation
-from rtmdet_geo.training.validate import NamedCurve, Validation
+from rtmdet_geo.training.validate import Validation
 
 PICTURES = {"losses.png", "ap.png", "pr.png", "lr.png"}
 HOSTILE = ("<script>alert(1)</script>", "\"quoted\" & 'more'", "$x_{1}$", "_hidden", "\N{SNOWMAN}\N{CJK RADICAL MEAT}")

@@ -1,0 +1,155 @@
+"""DOTA Task 1 (oriented) and Task 2 (horizontal): a folder of result files against a folder of labelTxt files.
+
+What counts as a hit, and how precision becomes an average: :mod:`rtmdet_geo.evaluation.voc`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rtmdet_geo.annotations.dota import read_dota
+from rtmdet_geo.annotations.dota_results import Task, read_results
+from rtmdet_geo.annotations.labels import ImageLabels, object_corners
+from rtmdet_geo.class_names import KNOWN
+from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
+from rtmdet_geo.evaluation.report import EvaluationReport
+from rtmdet_geo.evaluation.voc import Difficult, LabelledObjects, Points, Protocol, score_results, voc_report
+
+logger = logging.getLogger(__name__)
+
+#: Names of the lists of classes.
+VERSIONS = ("v1.0", "v1.5", "v2.0")
+
+
+def evaluate_dota(
+    results: str | Path,
+    labels: str | Path,
+    *,
+    classes: str | Path | Sequence[str] = "v1.0",
+    task: Task = 1,
+    protocol: Protocol = "devkit",
+    difficult: Difficult | None = None,
+    points: Points = "11",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> EvaluationReport:
+    """Score DOTA result files.
+
+    Args:
+        results: folder of ``Task1_<class>.txt`` or ``Task2_<class>.txt``, one for each class.
+        labels: folder of labelTxt files of the whole images; each is an image that was searched.
+        classes: "v1.0", "v1.5", "v2.0", a file with one name a line, or names.
+        task: 1 oriented, 2 horizontal: enclosing boxes of the labelled corners.
+        protocol: whose rules, see :mod:`rtmdet_geo.evaluation.voc`.
+        difficult: what becomes of difficult objects; None: as the protocol does.
+        points: "11" (Pascal VOC 2007, what DOTA's server reports) or "area" (2010); its figures come first.
+        threads: classes scored at a time; None takes the cores there are.
+        progress: called with the number of classes scored, and of all.
+        cancelled: asked between classes whether to stop.
+
+    Returns:
+        Figures ``AP50_11``, ``AP75_11``, ``AP50_95_11``, the same ending in ``_area``, and by protocol "devkit" those
+        ending in ``_present``, which are means over classes with objects; the same per class.
+
+    Raises:
+        DatasetNotFoundError: a folder, a class's file or the file of classes is missing.
+        AnnotationError: a file is malformed, or speaks of unknown classes or images; it is named with the line.
+        ValueError: ``difficult`` is not the development kit's.
+        Cancelled: the caller wished so.
+    """
+    names = read_class_list(classes)
+    objects = read_objects(Path(labels), "*.txt", lambda path: read_dota(path, with_outlines=True))
+    warn_of_other_classes(objects, names)
+    scores = score_results(
+        read_results(results, task, names),
+        objects,
+        names,
+        task=task,
+        protocol=protocol,
+        difficult=difficult,
+        threads=threads,
+        progress=progress,
+        cancelled=cancelled,
+    )
+    absent = [name for name in names if name not in scores.present]
+    if absent and protocol == "devkit":
+        logger.warning(
+            "no labelled object of %d of %d classes counts (%s): the development kit's mean takes them as 0, "
+            "figures ending in _present leave them out",
+            len(absent),
+            len(names),
+            ", ".join(absent),
+        )
+    way = "" if difficult is None else f", difficult objects: {difficult}"
+    return voc_report(scores, f"DOTA task {task}, protocol {protocol}{way}", points=points)
+
+
+def read_class_list(classes: str | Path | Sequence[str]) -> tuple[str, ...]:
+    """Return the names that a version, a file with one name a line, or a sequence stands for.
+
+    Raises:
+        DatasetNotFoundError: it is no version, and no file either.
+        AnnotationError: the file is empty, not text, or names a class twice.
+    """
+    if not isinstance(classes, str | Path):
+        return tuple(classes)
+    if str(classes) in VERSIONS:
+        return KNOWN[f"dota_{classes}"]
+    path = Path(classes)
+    if not path.is_file():
+        raise DatasetNotFoundError(f"{str(path)!r} is none of {', '.join(VERSIONS)}, and no file of class names")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path} is not text ({error.reason} at byte {error.start})") from error
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if name and seen.setdefault(name, number) != number:
+            raise AnnotationError(f"{path}:{number}: class {name!r} stands in line {seen[name]} already")
+    if not seen:
+        raise AnnotationError(f"{path} names no class; write one a line")
+    return tuple(seen)
+
+
+def read_objects(folder: Path, pattern: str, read: Callable[[Path], ImageLabels]) -> LabelledObjects:
+    """Read all label files of a folder, one an image.
+
+    Args:
+        folder: of the files.
+        pattern: of their names.
+        read: a reader that keeps the outlines where the objects are not rectangles.
+
+    Raises:
+        DatasetNotFoundError: the folder is missing or holds no such file.
+        AnnotationError: a file is malformed.
+    """
+    if not folder.is_dir():
+        raise DatasetNotFoundError(f"folder of labels {str(folder)!r} is missing")
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise DatasetNotFoundError(f"no label files ({pattern}) in {str(folder)!r}")
+    parts = [read(path) for path in paths]
+    return LabelledObjects(
+        tuple(path.stem for path in paths),
+        np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        tuple(name for part in parts for name in part.class_names),
+        np.concatenate([object_corners(part).reshape(-1, 8) for part in parts]),
+        np.concatenate([part.boxes for part in parts]),
+        np.concatenate([part.difficult for part in parts]),
+        repr(str(folder)),
+    )
+
+
+def warn_of_other_classes(objects: LabelledObjects, classes: Sequence[str]) -> None:
+    """Log how many objects are of classes that are not scored."""
+    others = Counter(name for name in objects.class_names if name not in set(classes))
+    if others:
+        counts = ", ".join(f"{number} {name}" for name, number in sorted(others.items()))
+        logger.warning("labelled objects of classes that are not scored: %s", counts)

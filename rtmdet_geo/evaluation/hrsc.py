@@ -1,0 +1,53 @@
+"""HRSC2016: ships found, as a Task 1 result file, against its XML files or text files of rotated boxes.
+
+By MMRotate's rules, which published figures follow (:mod:`rtmdet_geo.evaluation.voc`): VOC07 is the mean precision at
+11 recalls, VOC12 the area under the curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rtmdet_geo.annotations.dota_results import read_result_file, read_results
+from rtmdet_geo.annotations.hrsc import read_hrsc
+from rtmdet_geo.annotations.labels import ImageLabels
+from rtmdet_geo.annotations.rbox import read_rbox
+from rtmdet_geo.class_names import HRSC
+from rtmdet_geo.errors import DatasetNotFoundError
+from rtmdet_geo.evaluation.dota import read_objects, warn_of_other_classes
+from rtmdet_geo.evaluation.report import EvaluationReport
+from rtmdet_geo.evaluation.voc import Difficult, score_results, voc_report
+
+
+def evaluate_hrsc(results: str | Path, labels: str | Path, *, difficult: Difficult = "count") -> EvaluationReport:
+    """Score ships found in HRSC2016.
+
+    Args:
+        results: file with a line ``image score x1 y1 ... x4 y4`` a ship, or the folder of ``Task1_ship.txt``.
+        labels: folder of HRSC2016's XML files, or of text files ``cx cy w h angle``; each is an image that was
+            searched.
+        difficult: what becomes of difficult ships; published figures count them.
+
+    Returns:
+        Figures ``AP50_voc07``, ``AP75_voc07``, ``AP50_95_voc07``, and the same ending in ``_voc12``.
+
+    Raises:
+        DatasetNotFoundError: a file or folder is missing, or the folder of labels holds both kinds.
+        AnnotationError: a file is malformed, or speaks of an image without labels; it is named with the line.
+    """
+    folder, path = Path(labels), Path(results)
+    is_xml = any(folder.glob("*.xml"))
+    if is_xml and any(folder.glob("*.txt")):
+        raise DatasetNotFoundError(f"{str(folder)!r} holds .xml and .txt files; which are the labels? Give them apart")
+    (ship,) = HRSC
+
+    def read_text(file: Path) -> ImageLabels:
+        return read_rbox(file, ship)
+
+    read: Callable[[Path], ImageLabels] = read_hrsc if is_xml else read_text
+    objects = read_objects(folder, "*.xml" if is_xml else "*.txt", read)
+    warn_of_other_classes(objects, HRSC)
+    found = {ship: read_result_file(path, 1)} if path.is_file() else read_results(path, 1, HRSC)
+    scores = score_results(found, objects, HRSC, protocol="mmrotate", difficult=difficult)
+    return voc_report(scores, f"HRSC2016, difficult ships: {difficult}", suffixes={"11": "voc07", "area": "voc12"})

@@ -1,0 +1,162 @@
+"""Vector layers as labels: polygons in any CRS, brought to the pixels of a raster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import shapely
+from affine import Affine
+from numpy.typing import NDArray
+
+from rtmdet_geo.annotations.outlines import Outline, as_outline, transform_outline
+from rtmdet_geo.errors import AnnotationError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RasterPlace:
+    """Where a raster lies.
+
+    Attributes:
+        path: of the file, for messages.
+        crs: WKT, or any text that pyproj takes; None: pixels only.
+        transform: px (continuous, origin at the outer corner) to the CRS; identity without CRS.
+        width: in px.
+        height: in px.
+    """
+
+    path: str
+    crs: str | None
+    transform: Affine
+    width: int
+    height: int
+
+
+class PlacedObject(NamedTuple):
+    """A feature in px of a raster: its row in the layer, points (M, 2) float64 of its hull, and its outline."""
+
+    row: int
+    points: NDArray[np.float64]
+    outline: Outline
+
+
+class LabelLayer:
+    """A layer of polygons.
+
+    Attributes:
+        path: of the file.
+        class_names: of each feature; None without a class column.
+        table: columns of the features, as a GeoDataFrame.
+    """
+
+    def __init__(self, path: Path, class_column: str | None = None) -> None:
+        """Read a layer; ``class_column`` names the class of each feature.
+
+        Raises:
+            AnnotationError: it cannot be read, lacks the column or a value in it, or has other features than polygons.
+        """
+        import geopandas
+
+        self.path = path
+        try:
+            layer = geopandas.read_file(path)
+        except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
+            raise AnnotationError(
+                f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}"
+            ) from error
+        if class_column is not None and class_column not in layer.columns:
+            raise AnnotationError(
+                f"label layer {str(path)!r} has no column {class_column!r}; it has "
+                f"{', '.join(str(name) for name in layer.columns if name != 'geometry')}"
+            )
+        geometries = layer.geometry if isinstance(layer, geopandas.GeoDataFrame) else None
+        if geometries is None:
+            raise AnnotationError(f"label layer {str(path)!r} has no geometries; give a layer of polygons")
+        keep = ~(geometries.isna() | geometries.is_empty)
+        if (~keep).any():
+            logger.warning("%s: %d features without geometry are left out", path, int((~keep).sum()))
+        self.table = layer[keep]
+        kinds = set(self.table.geom_type.unique())
+        if not kinds <= {"Polygon", "MultiPolygon"}:
+            raise AnnotationError(
+                f"label layer {str(path)!r} holds {', '.join(sorted(kinds))}; objects must be polygons"
+            )
+        if class_column is not None and self.table[class_column].isna().any():
+            number = int(self.table[class_column].isna().sum())
+            raise AnnotationError(
+                f"label layer {str(path)!r} has {number} features without a value in {class_column!r}; name their class"
+            )
+        self.class_names: list[str | None] = [None] * len(self.table)
+        if class_column is not None:
+            self.class_names = [str(value) for value in self.table[class_column]]
+        self._num_near = 0
+
+    def __len__(self) -> int:
+        """Return the number of features."""
+        return len(self.table)
+
+    def objects(self, place: RasterPlace, rows: NDArray[np.bool_] | None = None) -> Iterator[PlacedObject]:
+        """Yield the features that touch a raster, in its px; parts of a multipolygon are one object.
+
+        Args:
+            place: of the raster.
+            rows: (N,) features to look at; None: all.
+
+        Raises:
+            AnnotationError: only one of raster and layer has a CRS.
+        """
+        geometries = self.table.geometry
+        if place.crs is not None:
+            if self.table.crs is None:
+                raise AnnotationError(
+                    f"label layer {str(self.path)!r} has no CRS; assign one, such as with ogr2ogr -a_srs"
+                )
+            geometries = geometries.to_crs(place.crs)
+        elif self.table.crs is not None:
+            raise AnnotationError(
+                f"scene {place.path!r} has no CRS, but label layer {str(self.path)!r} has; give labels in pixels"
+            )
+        if len(geometries) == 0:
+            return
+        shapes = np.asarray(geometries.array)
+        points, owner = shapely.get_coordinates(shapes, return_index=True)
+        inverse = ~place.transform
+        to_pixels = np.array([[inverse.a, inverse.b, inverse.c], [inverse.d, inverse.e, inverse.f]])
+        pixels = points @ to_pixels[:, :2].T + to_pixels[:, 2]
+        splits = np.flatnonzero(np.diff(owner)) + 1
+        for row, (shape, part) in enumerate(zip(shapes, np.split(pixels, splits), strict=True)):
+            if rows is not None and not rows[row]:
+                continue
+            low, high = part.min(axis=0), part.max(axis=0)
+            inside = np.isfinite(part).all() and low[0] < place.width and low[1] < place.height
+            if inside and high[0] > 0 and high[1] > 0:
+                self._num_near += 1
+                yield PlacedObject(row, part, _outline_of(shape, to_pixels))
+
+    def check_used(self) -> None:
+        """Refuse a layer of which nothing lies on the scenes that were asked about.
+
+        Raises:
+            AnnotationError: there are objects, but not one touches a scene.
+        """
+        if len(self) and self._num_near == 0:
+            raise AnnotationError(
+                f"none of the {len(self)} objects of {str(self.path)!r} lies on a scene; is it the layer of "
+                "other scenes, or its CRS wrong?"
+            )
+
+    def sorted_classes(self) -> Sequence[str]:
+        """Return the names of the classes that features have, sorted."""
+        return sorted({name for name in self.class_names if name is not None})
+
+
+def _outline_of(shape: Any, to_pixels: NDArray[np.float64]) -> Outline:
+    """Outline of a Polygon or MultiPolygon, in px."""
+    rings = [[shapely.get_coordinates(ring) for ring in shapely.get_rings(part)] for part in shapely.get_parts(shape)]
+    return transform_outline(as_outline(rings), to_pixels)

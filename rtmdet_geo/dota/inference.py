@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ def run_dota(
     max_detections: int = 2000,
     multi_label: bool = True,
     batch_size: int = 1,
+    names: Collection[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -114,6 +115,7 @@ def run_dota(
         max_detections: the best so many of each patch are kept.
         multi_label: several classes for one place are several detections.
         batch_size: patches per call of the engine.
+        names: images to take, without ending; None takes all of the folder.
         resume: go on from ``OUT.partial``: images whose files have not changed are not run again.
         overwrite: replace earlier results, or ``OUT.partial``.
         progress: called with patches done and all patches.
@@ -144,7 +146,9 @@ def run_dota(
     if gap is None:
         gap = min(engine.spec.overlap, size // 2)
     rules = SplitRules(tool, size, gap, tuple(float(rate) for rate in rates))
-    sources = _patch_sources(images) if patches else _image_sources(images, rules)
+    sources = _patch_sources(images) if patches else _image_sources(images, rules, names)
+    if names is not None:
+        sources = [source for source in sources if source.name in names]
     model_file = [str(engine.path), stamp(engine.path) if engine.path.is_file() else None]
     kept = asdict(settings) | asdict(rules) | {"patches": patches, "model": model_file, "batch_size": None}
     partial = open_partial(out, kept, resume=resume, overwrite=overwrite)
@@ -211,7 +215,9 @@ def _search(
         yield source.name, _merge(found, engine, rules.tool, settings)
 
 
-def _image_sources(folder: str | os.PathLike[str], rules: SplitRules) -> list[_Source]:
+def _image_sources(
+    folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None
+) -> list[_Source]:
     """Return whole images; their headers are read, which finds files that are no images before the work begins.
 
     Raises:
@@ -219,6 +225,8 @@ def _image_sources(folder: str | os.PathLike[str], rules: SplitRules) -> list[_S
     """
     sources = []
     for name, path in find_images(folder).items():
+        if names is not None and name not in names:
+            continue
         if _is_patch(name):
             raise AnnotationError(f"{str(path)!r} has the name of a patch; add --patches if the folder holds patches")
         sources.append(_Source(name, (path,), len(rules.windows(*large_image_size(path)))))

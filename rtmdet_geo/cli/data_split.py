@@ -29,14 +29,6 @@ tool_option = click.option(
     help="Whose rules and names: DOTA_devkit's image__rate__x___y, or BboxToolkit's (MMRotate's) image__size__x___y.",
 )
 
-gap_option = click.option(
-    "--gap",
-    type=click.IntRange(min=0),
-    default=200,
-    show_default=True,
-    help="Px that neighbouring patches share; bboxtoolkit divides it by the rate.",
-)
-
 rates_option = click.option(
     "--rates",
     metavar="LIST",
@@ -76,7 +68,13 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     show_default=True,
     help="Side of patches in px; bboxtoolkit divides it by the rate.",
 )
-@gap_option
+@click.option(
+    "--gap",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Px that neighbouring patches share; bboxtoolkit divides it by the rate.",
+)
 @rates_option
 @click.option(
     "--iof",

@@ -9,7 +9,7 @@ import click
 
 from rtmdet_geo.cli import options, report
 from rtmdet_geo.cli.data_merge import chosen_classes, classes_options, task_option
-from rtmdet_geo.cli.data_split import check_resume, gap_option, rates_option, resume_option, tool_option
+from rtmdet_geo.cli.data_split import check_resume, rates_option, resume_option, tool_option
 from rtmdet_geo.cli.group import EXIT_VERDICT_NO
 
 
@@ -25,7 +25,9 @@ from rtmdet_geo.cli.group import EXIT_VERDICT_NO
 @click.option("--patches", is_flag=True, help="IMAGES holds patches that `data split` made, not whole images.")
 @tool_option
 @click.option("--size", type=click.IntRange(min=1), help="Side of patches in px.  [default: the model's tile size]")
-@gap_option
+@click.option(
+    "--gap", type=click.IntRange(min=0), help="Px that neighbouring patches share.  [default: the model's overlap]"
+)
 @rates_option
 @click.option(
     "--score",

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def run_dota(
     patches: bool = False,
     tool: Tool = "devkit",
     size: int | None = None,
-    gap: int = 200,
+    gap: int | None = None,
     rates: Sequence[float] = (1.0,),
     score_threshold: float = 0.05,
     iou_threshold: float = 0.1,
@@ -89,6 +89,7 @@ def run_dota(
     max_detections: int = 2000,
     multi_label: bool = True,
     batch_size: int = 1,
+    names: Collection[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -106,7 +107,7 @@ def run_dota(
         patches: the folder holds patches, named as ``tool`` does, and not whole images.
         tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`.
         size: side of patches in px; None: the model's. Of no matter, as the two that follow, where patches are given.
-        gap: px that neighbours share.
+        gap: px that neighbours share; None: the model's overlap, half of ``size`` at most.
         rates: an image is cut once per rate.
         score_threshold: least score, in [0, 1].
         iou_threshold: of NMS within a patch, in [0, 1].
@@ -114,6 +115,7 @@ def run_dota(
         max_detections: the best so many of each patch are kept.
         multi_label: several classes for one place are several detections.
         batch_size: patches per call of the engine.
+        names: images to take, without ending; None takes all of the folder.
         resume: go on from ``OUT.partial``: images whose files have not changed are not run again.
         overwrite: replace earlier results, or ``OUT.partial``.
         progress: called with patches done and all patches.
@@ -139,9 +141,14 @@ def run_dota(
         raise ConfigError(
             f"model {engine.spec.name!r} finds horizontal boxes, so the output is task 2: leave task2 out"
         )
-    side = engine.fixed_tile_size or engine.spec.tile_size
-    rules = SplitRules(tool, side if size is None else size, gap, tuple(float(rate) for rate in rates))
-    sources = _patch_sources(images) if patches else _image_sources(images, rules)
+    if size is None:
+        size = engine.fixed_tile_size or engine.spec.tile_size
+    if gap is None:
+        gap = min(engine.spec.overlap, size // 2)
+    rules = SplitRules(tool, size, gap, tuple(float(rate) for rate in rates))
+    sources = _patch_sources(images) if patches else _image_sources(images, rules, names)
+    if names is not None:
+        sources = [source for source in sources if source.name in names]
     model_file = [str(engine.path), stamp(engine.path) if engine.path.is_file() else None]
     kept = asdict(settings) | asdict(rules) | {"patches": patches, "model": model_file, "batch_size": None}
     partial = open_partial(out, kept, resume=resume, overwrite=overwrite)
@@ -208,7 +215,9 @@ def _search(
         yield source.name, _merge(found, engine, rules.tool, settings)
 
 
-def _image_sources(folder: str | os.PathLike[str], rules: SplitRules) -> list[_Source]:
+def _image_sources(
+    folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None
+) -> list[_Source]:
     """Return whole images; their headers are read, which finds files that are no images before the work begins.
 
     Raises:
@@ -216,6 +225,8 @@ def _image_sources(folder: str | os.PathLike[str], rules: SplitRules) -> list[_S
     """
     sources = []
     for name, path in find_images(folder).items():
+        if names is not None and name not in names:
+            continue
         if _is_patch(name):
             raise AnnotationError(f"{str(path)!r} has the name of a patch; add --patches if the folder holds patches")
         sources.append(_Source(name, (path,), len(rules.windows(*large_image_size(path)))))

@@ -21,20 +21,8 @@ STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *(
-        "charts",
-        "contact_sheet",
-        "dataset_charts",
-        "dataset_check",
-        "dataset_stats",
-        "masks",
-        "pictures",
-        "polygons",
-        "preprocess",
-        "run_record",
-        "stitch",
-        "views",
-    ),
+    *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
+    *("preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

@@ -28,10 +28,10 @@ from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
 
 HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [
-    *("", "detect", "classify", "train", "export"),
+    *("", "detect", "classify", "train"),
     *("evaluate", "evaluate dota", "evaluate hrsc", "evaluate coco", "evaluate classification", "evaluate layers"),
-    *("data", "data split", "data merge", "data submission", "data check-submission", "data convert"),
-    *("data stats", "data show", "data check", "data chips"),
+    *("export", "data", "data convert", "data stats", "data show", "data split", "data merge", "data submission"),
+    *("data check-submission", "data check", "data chips"),
     *("models", "models download", "models list", "models show", "info"),
 ]
 PROGRAM = [sys.executable, "-m", "rtmdet_geo.cli"]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+#: Files that :func:`draw_stats` may make.
+CHARTS = ("classes.png", "objects.png")
 #: Classes that get a bar; the others share one.
 MAX_CLASSES = 40
 #: Directions are shown of objects that are at least so many times as long as wide: of others they are chance.

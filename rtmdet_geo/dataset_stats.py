@@ -20,7 +20,7 @@ from rtmdet_geo.annotations.parts import LabelledFile, PartSource
 from rtmdet_geo.annotations.usable import sift
 from rtmdet_geo.dataset_check import ChipsSource, Source, read_source
 from rtmdet_geo.errors import Cancelled, RasterError
-from rtmdet_geo.evaluation.report import format_table, rows_csv, write_files
+from rtmdet_geo.evaluation.report import check_files, format_table, rows_csv, write_files
 from rtmdet_geo.pictures import image_size
 
 logger = logging.getLogger(__name__)
@@ -308,6 +308,19 @@ _FACTS = {
     "objects_per_image": "objects an image",
     "objects_per_mpx": "objects per million px",
 }
+
+
+def check_stats_outputs(
+    *, csv: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None, overwrite: bool = False
+) -> None:
+    """Check before a long run that :func:`write_stats` could write there.
+
+    Raises:
+        OutputError, MissingDependencyError: as :func:`write_stats`, as far as it can be known without writing.
+    """
+    from rtmdet_geo.dataset_charts import CHARTS
+
+    check_files(csv, plots, CHARTS, overwrite)
 
 
 def write_stats(

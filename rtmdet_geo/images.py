@@ -188,7 +188,7 @@ def predict(
         multi_label=multi_label,
     )
     check_augmentation(model, augmentation)
-    scene = _as_scene(image, channels, spec, gsd)
+    scene = array_scene(image, channels, spec, gsd)
     saturated_before = model.num_saturated
     look = _predict_whole if is_letterboxed else _predict_tiles
     found, masks = look(model, scene, settings, augmentation, max_detections)
@@ -357,8 +357,19 @@ class _ArraySource:
         """Do nothing."""
 
 
-def _as_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSpec, gsd: float | None) -> Scene:
-    """Return the image as the model sees it."""
+def array_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSpec, gsd: float | None = None) -> Scene:
+    """Return an image as a model sees it: its bands, stretched.
+
+    Args:
+        image: see :func:`predict`; so are ``channels`` and ``gsd``.
+        channels: what the image's channels show, in their order.
+        spec: of the model.
+        gsd: metres per pixel; None leaves its resolution as it is.
+
+    Raises:
+        ConfigError: the image is not uint8 of that shape.
+        BandError: it lacks a band of the model, or ``channels`` does not fit it.
+    """
     array = check_array(image, instead="detect_scene")
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         raise ConfigError(f"the image is {array.dtype} {array.shape}; give (height, width, channels) uint8, stretched")

@@ -1,11 +1,15 @@
 """Ordinary image files - JPEG, PNG, BMP, TIFF and what else Pillow reads - with 8 bits a channel.
 
 Pixels are taken as they are stored: an EXIF orientation is ignored, because labels count stored pixels. Images of more
-than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 Mpx unless the host has changed it) are refused.
+than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 Mpx unless the host has changed it) are refused, unless the caller says
+how many it takes.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,30 @@ _EXIF_ORIENTATION = 0x0112
 #: Endings of file names that are taken for images in a folder.
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
+#: Pillow's limit belongs to the whole process; it is another one only while this is held.
+_LIMIT_LOCK = threading.Lock()
 
-def image_size(path: Path) -> tuple[int, int]:
+
+def image_size(path: Path, *, max_pixels: int | None = None) -> tuple[int, int]:
     """Return width and height in px as a file's header has them, without decoding.
+
+    Args:
+        path: of the file.
+        max_pixels: larger images are refused; None: see the module's text.
 
     Raises:
         AnnotationError: the file is missing, no image, too large, or has more than 8 bits a channel.
     """
-    with _open(path) as image:
+    with _open(path, max_pixels) as image:
         return image.size
 
 
-def decode_image(path: Path) -> NDArray[np.uint8]:
+def decode_image(path: Path, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Decode an image file.
+
+    Args:
+        path: of the file.
+        max_pixels: larger images are refused; None: see the module's text.
 
     Returns:
         (H, W) uint8 of a grey image, else (H, W, 3) uint8 in the order red, green, blue; transparency is dropped.
@@ -43,7 +58,7 @@ def decode_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         AnnotationError: the file is missing, no image, corrupt, cut off, too large, or has more than 8 bits a channel.
     """
-    with _open(path) as image:
+    with _open(path, max_pixels) as image:
         try:
             mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
             return np.array(image if image.mode == mode else image.convert(mode))
@@ -65,14 +80,27 @@ def is_turned(path: Path) -> bool:
     return orientation in range(2, 9)
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _no_pixel_limit() -> Iterator[None]:
+    """Let Pillow open images of any size."""
+    with _LIMIT_LOCK:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _open(path: Path, max_pixels: int | None = None) -> Image.Image:
     """Open an image and look at its header.
 
     Raises:
         AnnotationError: see :func:`image_size`.
     """
     try:
-        image = Image.open(path)
+        with nullcontext() if max_pixels is None else _no_pixel_limit():
+            image = Image.open(path)
     except FileNotFoundError as error:
         raise AnnotationError(f"image {str(path)!r} is missing") from error
     except UnidentifiedImageError as error:
@@ -84,6 +112,12 @@ def _open(path: Path) -> Image.Image:
         raise _too_large(path, error) from error
     except _DECODE_ERRORS as error:
         raise _broken(path, error) from error
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        size = image.size
+        image.close()
+        raise AnnotationError(
+            f"image {str(path)!r} is {size[0]} x {size[1]} px; at most {max_pixels / 1e6:.0f} Mpx are taken: cut it up"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16") or ";16" in _stored_mode(image):
         image.close()
         raise AnnotationError(
@@ -111,7 +145,8 @@ def _too_large(path: Path, error: Exception) -> AnnotationError:
         return _broken(path, error)
     return AnnotationError(
         f"image {str(path)!r} is {size[0]} x {size[1]} px; training and data check take images of up to "
-        f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} Mpx: cut it into tiles first ('rtmdet-geo data chips' cuts GeoTIFFs)"
+        f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} Mpx: cut it into tiles first ('rtmdet-geo data split' cuts DOTA's "
+        "images, 'rtmdet-geo data chips' GeoTIFFs)"
     )
 
 

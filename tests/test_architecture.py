@@ -21,7 +21,8 @@ STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
+    *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
+    *("preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -39,8 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
     "classify": BASE | STAGES | BACKENDS,
+    "dota": BASE | STAGES | BACKENDS | {"dota", "images"},
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
-    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "batch", "cli", "training", "export"},
+    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "dota", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -29,8 +29,9 @@ from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
 HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [
     *("", "detect", "classify", "train"),
-    *("evaluate", "evaluate dota", "evaluate hrsc", "evaluate coco", "evaluate classification"),
-    *("export", "data", "data convert", "data check", "data chips"),
+    *("evaluate", "evaluate dota", "evaluate hrsc", "evaluate coco", "evaluate classification", "evaluate layers"),
+    *("export", "data", "data convert", "data stats", "data show", "data split", "data merge", "data submission"),
+    *("data check-submission", "data check", "data chips"),
     *("models", "models download", "models list", "models show", "info"),
 ]
 PROGRAM = [sys.executable, "-m", "rtmdet_geo.cli"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import math
 from pathlib import Path
@@ -12,10 +14,12 @@ import pyogrio
 import pyproj
 import pytest
 import shapely
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtmdet_geo.boxes import boxes_to_polygons
+from rtmdet_geo.cli import cli
 from rtmdet_geo.errors import (
     AnnotationError,
     ConfigError,
@@ -386,3 +390,40 @@ def test_labelled_ships_of_casablanca():
     figures = evaluate_layers(moved, SHIPS, match="distance", distance_m=20).figures
     assert figures["hits"] == len(truth)
     assert figures["error_m"] == pytest.approx(10, abs=0.01) and figures["error_m_p90"] == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.slow
+def test_what_the_bundled_model_finds_in_casablanca(tmp_path):
+    """Scored on the ground, the layer has the average precision that chips had in px; see the README's table."""
+    from rtmdet_geo import detect_scene
+
+    with (SHIPS.parent.parent / "benchmarks/results/sen2ships_casablanca.csv").open() as stream:
+        published = {row["iou"]: row for row in csv.DictReader(stream) if row["bands"] == "red+green+blue+nir"}
+    found = tmp_path / "ships.gpkg"
+    detect_scene(SHIPS.parent / "casablanca.tif", found, score_threshold=0.05)
+    for iou, row in published.items():
+        report = evaluate_layers(found, SHIPS, iou=float(iou), output=tmp_path / "matched.gpkg", overwrite=True)
+        assert next(iter(report.figures.values())) == pytest.approx(float(row["ap"]), abs=2e-4)
+        assert report.figures["best_f1"] == pytest.approx(float(row["best_f1"]), abs=2e-4)
+        assert report.figures["error_m"] < 15 and report.figures["azimuth_error_deg"] < 12
+        counted = geopandas.read_file(tmp_path / "matched.gpkg")["outcome"].value_counts()
+        assert counted["hit"] == report.figures["hits"] == report.confusion.matrix[0, 0]
+        assert counted["hit"] + counted["missed"] == int(row["num_objects"])
+
+
+def test_command(tmp_path):
+    found, truth = three_ships()
+    paths = [tmp_path / "found.gpkg", tmp_path / "truth.geojson"]
+    for frame, path in zip((found.to_crs(32632), truth), paths, strict=True):
+        frame.to_file(path)
+    words = ["evaluate", "layers", *map(str, paths)]
+    done = CliRunner().invoke(cli, [*words, "--json", "-o", str(tmp_path / "m.gpkg"), "--csv", str(tmp_path / "a.csv")])
+    assert done.exit_code == 0 and json.loads(done.stdout)["figures"]["AP50"] == pytest.approx(0.5)
+    assert len(geopandas.read_file(tmp_path / "m.gpkg")) == 5
+    again = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "m.gpkg")])
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+    near = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--length-band", "50", "--min-ap", "0.6"])
+    assert near.exit_code == 3 and "layers, centroids at most 5 m apart" in near.stdout
+    assert "50 and more" in near.stdout and "AP 5 m 0.5000 is below --min-ap 0.6" in near.stderr
+    both = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--match", "iou"])
+    assert both.exit_code == 1 and "--match distance" in both.stderr

@@ -8,10 +8,22 @@ from typing import Any
 import click
 
 from rtmdet_geo.cli import options, report
+from rtmdet_geo.cli.data_source import SourceOptions, source_options
 from rtmdet_geo.cli.group import EXIT_VERDICT_NO, LazyGroup
 
 
-@click.group(cls=LazyGroup, commands_at={"convert": "rtmdet_geo.cli.data_convert:convert"})
+@click.group(
+    cls=LazyGroup,
+    commands_at={
+        "convert": "rtmdet_geo.cli.data_convert:convert",
+        "stats": "rtmdet_geo.cli.data_stats:stats",
+        "show": "rtmdet_geo.cli.data_show:show",
+        "split": "rtmdet_geo.cli.data_split:split",
+        "merge": "rtmdet_geo.cli.data_merge:merge",
+        "submission": "rtmdet_geo.cli.data_submission:submission",
+        "check-submission": "rtmdet_geo.cli.data_submission:check_submission",
+    },
+)
 def data() -> None:
     """Prepare and check training data.
 
@@ -140,32 +152,8 @@ def chips(
         )
 
 
-#: Formats whose images and labels lie apart.
-_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox", "voc")
-
-
 @data.command()
-@click.argument("recipe", required=False, metavar="[RECIPE]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeat.")
-@click.option(
-    "--data",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder of the data.  [default: the recipe's data.root, or data.chips]",
-)
-@click.option(
-    "--format",
-    "label_format",
-    type=click.Choice([*_WITH_LABELS, "chips", "folders"]),
-    help="Check a folder instead of a recipe's data: format of its labels.",
-)
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of images, of chips, or of folders of images.")
-@click.option("-l", "--labels", type=click.Path(path_type=Path), help="Folder of label files, or the file (coco).")
-@click.option("--ids", type=click.Path(path_type=Path), help="Text file with one image name a line: only these.")
-@click.option("--class", "classes", multiple=True, metavar="NAME", help="Class of the model, in label order; repeat.")
-@click.option(
-    "--hrsc-level", type=click.IntRange(1, 3), default=1, show_default=True, help="Level of HRSC2016's classes."
-)
+@source_options
 @click.option(
     "--examples", type=click.IntRange(min=1), default=5, show_default=True, help="Faults of each kind to show."
 )
@@ -176,15 +164,7 @@ _WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox", "voc")
 @click.pass_context
 def check(
     ctx: click.Context,
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    folder: Path | None,
-    label_format: str | None,
-    images: Path | None,
-    labels: Path | None,
-    ids: Path | None,
-    classes: tuple[str, ...],
-    hrsc_level: int,
+    source: SourceOptions,
     examples: int,
     threads: int,
     as_json: bool,
@@ -202,24 +182,10 @@ def check(
     objects, EXIF orientations.
     """
     options.check_stdout_owner(as_json, progress_mode)
-    if (recipe is None) == (label_format is None):
-        raise click.UsageError("Give a RECIPE, or --format and --images.")
-    from rtmdet_geo.dataset_check import Source, check_dataset, recipe_parts
+    from rtmdet_geo.dataset_check import check_dataset
 
-    parts: dict[str, Source]
-    drops_unknown = False
-    if recipe is not None:
-        if images or labels or ids or classes:
-            raise click.UsageError("--images, --labels, --ids and --class go with --format, not with a RECIPE.")
-        from rtmdet_geo.config import load_recipe
-
-        loaded = load_recipe(recipe, overrides).with_data(folder)
-        parts, drops_unknown = recipe_parts(loaded), loaded.data.unknown_classes == "drop"
-    else:
-        if overrides or folder:
-            raise click.UsageError("--set and --data go with a RECIPE, not with --format.")
-        parts = {"data": _source(str(label_format), images, labels, ids, classes or None, hrsc_level)}
-    with report.progress(ctx, progress_mode, "images", {"recipe": recipe, "parts": list(parts)}) as advance:
+    parts, drops_unknown = source.parts()
+    with report.progress(ctx, progress_mode, "images", {"recipe": source.recipe, "parts": list(parts)}) as advance:
         summary = check_dataset(
             parts, drop_unknown_classes=drops_unknown, examples=examples, threads=threads, progress=advance
         )
@@ -231,35 +197,6 @@ def check(
         _echo_check(summary, is_quiet=report.verbosity(ctx) < 0)
     if summary["errors"]:
         ctx.exit(EXIT_VERDICT_NO)
-
-
-def _source(
-    label_format: str,
-    images: Path | None,
-    labels: Path | None,
-    ids: Path | None,
-    classes: tuple[str, ...] | None,
-    hrsc_level: int,
-) -> Any:
-    """Return what ``--format`` and the options beside it name."""
-    from rtmdet_geo.annotations.folders import FoldersSource
-    from rtmdet_geo.annotations.parts import PartSource
-    from rtmdet_geo.dataset_check import ChipsSource
-
-    if images is None:
-        raise click.UsageError(f"--format {label_format} needs --images.")
-    if label_format in _WITH_LABELS:
-        if labels is None:
-            raise click.UsageError(f"--format {label_format} needs --labels.")
-        kind = "horizontal" if label_format == "coco" else "rotated"
-        return PartSource(label_format, images, labels, ids, classes, kind, hrsc_level)  # type: ignore[arg-type]
-    if labels:
-        raise click.UsageError(f"--format {label_format} takes no --labels.")
-    if label_format == "folders":
-        return FoldersSource(images, ids, classes)
-    if ids:
-        raise click.UsageError("--format chips takes no --ids.")
-    return ChipsSource(images, classes)
 
 
 def _echo_check(summary: dict[str, Any], *, is_quiet: bool) -> None:

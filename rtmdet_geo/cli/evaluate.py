@@ -24,6 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
         "hrsc": "rtmdet_geo.cli.evaluate_dota:hrsc",
         "coco": "rtmdet_geo.cli.evaluate_coco:coco",
         "classification": "rtmdet_geo.cli.evaluate_coco:classification",
+        "layers": "rtmdet_geo.cli.evaluate_layers:layers",
     },
 )
 def evaluate() -> None:

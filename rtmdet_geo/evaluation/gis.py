@@ -240,7 +240,7 @@ def _report(compared: _Comparison, bands: Sequence[float]) -> EvaluationReport:
     rows, curves = [], {}
     for label, name in enumerate(compared.classes):
         part = _Part(compared, compared.found_labels == label, compared.truth_labels == label)
-        rows.append({"class": name} | part.row())
+        rows.append({"class": name} | ({"length_m": "all"} if bands else {}) | part.row())
         if part.num_objects:
             curves[name] = part.curve
     for low, high in pairwise([0.0, *bands, math.inf]) if bands else ():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rtmdet_geo.charts import require_matplotlib
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.evaluation.rotated import Curve
 from rtmdet_geo.outputs import check_folder, staged_output
@@ -154,17 +155,28 @@ def check_report_outputs(
         OutputError: as :func:`write_report`, as far as it can be known without writing.
         MissingDependencyError: plots are asked for without matplotlib.
     """
+    from rtmdet_geo.evaluation.plots import PICTURES
+
+    check_files(csv, plots, PICTURES, overwrite)
+
+
+def check_files(
+    csv: str | os.PathLike[str] | None, plots: str | os.PathLike[str] | None, pictures: Sequence[str], overwrite: bool
+) -> None:
+    """Check before a long run that a CSV file and pictures in a folder, which need not be there, could be written.
+
+    Raises:
+        OutputError: a file exists and ``overwrite`` is False, or its folder is not writable, or is a file.
+        MissingDependencyError: pictures are asked for without matplotlib.
+    """
     if csv is not None:
         check_folder(csv, overwrite)
     if plots is not None:
-        from rtmdet_geo.charts import require_matplotlib
-        from rtmdet_geo.evaluation.plots import PICTURES
-
         require_matplotlib()
         folder = Path(plots)
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"folder of plots {str(plots)!r} is a file; give another name")
-        for name in PICTURES if folder.is_dir() else ():
+        for name in pictures if folder.is_dir() else ():
             check_folder(folder / name, overwrite)
 
 

@@ -52,8 +52,8 @@ def show(
 
     \b
     Example:
-      rtmdet-geo data show --format chips --images chips/sen2ships --crop 300 -o ships.png
-      rtmdet-geo data show --format dota --images train/images --labels train/labelTxt --only plane -o planes.png
+      rtmdet-geo data show --format chips --images chips/sen2ships --crop 300 -o sheet.png
+      rtmdet-geo data show --format dota --images train/images --labels train/labelTxt --only ship -o ships.png
 
     Rotated boxes and outlines have the colour of their class; what is marked difficult, crowd or to be ignored is
     grey, objects of unknown classes are white.

@@ -89,11 +89,6 @@ def place_objects(geometries: NDArray[Any], crs: pyproj.CRS) -> GroundObjects:
     return GroundObjects(centres_lonlat, centres, centre_axes, shapes, boxes, _radii(shapes, boxes))
 
 
-def azimuths_deg(objects: GroundObjects) -> FloatArray:
-    """Return the direction of each object's long side, clockwise from true north, in [0, 180)."""
-    return np.asarray(np.mod(90 - np.degrees(objects.boxes[:, 4]), 180))
-
-
 def near_pairs(
     first: GroundObjects, second: GroundObjects, reach_first: FloatArray, reach_second: FloatArray
 ) -> Iterator[tuple[IntArray, IntArray]]:

@@ -21,7 +21,7 @@ demo: $(BASE) ## detect ships in the committed scene (base installation, no torc
 	@$(BIN)/python tests/demo/run_demo.py
 
 test: $(DEV) ## all tests but the long loops (under 10 minutes)
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n logical --maxprocesses 4 --dist worksteal
 
 test-fast: $(DEV) ## the quick tests (under a minute)
 	$(BIN)/python -m pytest -m "not slow and not soak and not gpu and not network" -q

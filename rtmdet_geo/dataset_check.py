@@ -98,7 +98,7 @@ def check_dataset(
         if isinstance(source, FoldersSource):
             files[name], about[name] = _list_images(source, findings[name], drop_unknown_classes)
             continue
-        files[name] = _read(source, findings[name])
+        files[name] = read_source(source, findings[name])
         usable = sift(files[name], source.classes, findings[name])
         _find_doubles(files[name], usable, findings[name])
         about[name] = _describe(files[name], usable)
@@ -118,7 +118,16 @@ def check_dataset(
     return _summary(findings, about, drop_unknown_classes)
 
 
-def _read(source: PartSource | ChipsSource, findings: Findings) -> list[LabelledFile]:
+def read_source(source: PartSource | ChipsSource, findings: Findings) -> list[LabelledFile]:
+    """Read all labels of a part, and the sizes of its images.
+
+    Args:
+        source: what to read.
+        findings: takes note of files that are left out because something is wrong with them.
+
+    Raises:
+        DatasetNotFoundError, AnnotationError: as :func:`check_dataset`.
+    """
     if isinstance(source, PartSource):
         return read_part(source, findings)
     return list(_read_chips(source.folder, findings))

@@ -55,8 +55,13 @@ class LabelLayer:
         table: columns of the features, as a GeoDataFrame.
     """
 
-    def __init__(self, path: Path, class_column: str | None = None) -> None:
-        """Read a layer; ``class_column`` names the class of each feature.
+    def __init__(self, path: Path, class_column: str | None = None, usual_column: str | None = None) -> None:
+        """Read a layer.
+
+        Args:
+            path: of the file.
+            class_column: names the class of each feature.
+            usual_column: likewise, where ``class_column`` is None and the layer has it.
 
         Raises:
             AnnotationError: it cannot be read, lacks the column or a value in it, or has other features than polygons.
@@ -70,6 +75,8 @@ class LabelLayer:
             raise AnnotationError(
                 f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}"
             ) from error
+        if class_column is None and usual_column in layer.columns:
+            class_column = usual_column
         if class_column is not None and class_column not in layer.columns:
             raise AnnotationError(
                 f"label layer {str(path)!r} has no column {class_column!r}; it has "

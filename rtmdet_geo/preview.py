@@ -28,6 +28,7 @@ from rtmdet_geo.structures import Detections
 logger = logging.getLogger(__name__)
 
 Image = NDArray[np.uint8]
+Colour = tuple[int, int, int]
 
 #: Pixels of the scene in memory at a time.
 _STRIP_PIXELS = 16_000_000
@@ -40,6 +41,7 @@ _DISPLAY_GAMMA = 1.5
 _MIN_DRAWN_PX = 7.0
 #: Subpixel bits of OpenCV's drawing functions.
 _SHIFT = 4
+_WHITE = (255, 255, 255)
 _FONT, _FONT_SCALE, _LINE_PX = cv2.FONT_HERSHEY_SIMPLEX, 0.45, 20
 
 
@@ -108,7 +110,7 @@ def read_overview(scene: ReadableScene, max_size: int) -> tuple[Image, NDArray[n
     return np.where(valid[..., None], np.clip(np.rint(colour), 0, 255), 0).astype(np.uint8), valid
 
 
-def _stretch_for_display(image: Image, valid: NDArray[np.bool_]) -> Image:
+def stretch_for_display(image: Image, valid: NDArray[np.bool_]) -> Image:
     """Raise contrast and gamma mildly, alike in all colours, so that dark water shows; grey where nothing is valid."""
     display = np.full_like(image, _NODATA_GREY)
     if valid.any():
@@ -142,14 +144,20 @@ def _draw_boxes(image: Image, detections: Detections, scale: tuple[float, float]
         rings = [corners[index]]
         if outlines is not None:
             rings = [ring * scale for ring in outline_rings(outlines[index])]
-        # OpenCV counts from the centre of the first pixel, boxes from its corner
-        lines = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
-        if outlines is None and np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX:
-            cv2.polylines(image, lines, True, (0, 0, 0), 3, cv2.LINE_AA, _SHIFT)
-        cv2.polylines(image, lines, True, colour, 1, cv2.LINE_AA, _SHIFT)
+        is_large = bool(np.ptp(corners[index], axis=0).max() >= 3 * _MIN_DRAWN_PX)
+        draw_rings(image, rings, colour, has_seam=outlines is None and is_large)
         if with_scores:
             right, top = corners[index].max(axis=0)[0], corners[index].min(axis=0)[1]
             _put_text(image, f"{detections.scores[index]:.2f}", round(right) + 2, max(10, round(top)), colour)
+
+
+def draw_rings(image: Image, rings: Sequence[NDArray[np.float64]], colour: Colour, *, has_seam: bool = False) -> None:
+    """Draw closed lines (M, 2) px into an image (H, W, 3); a dark seam tells them from bright ground."""
+    # OpenCV counts from the centre of the first pixel, boxes from its corner
+    lines = [np.rint((ring - 0.5) * 2**_SHIFT).astype(np.int32).reshape(-1, 1, 2) for ring in rings]
+    if has_seam:
+        cv2.polylines(image, lines, True, (0, 0, 0), 3, cv2.LINE_AA, _SHIFT)
+    cv2.polylines(image, lines, True, colour, 1, cv2.LINE_AA, _SHIFT)
 
 
 def _at_least_drawable(boxes: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.float64]:
@@ -161,15 +169,20 @@ def _at_least_drawable(boxes: NDArray[Any], scale: tuple[float, float]) -> NDArr
 def _caption(detections: Detections, classes: Sequence[str], scene_id: str, width: int) -> Image:
     """Return a strip with the number of detections and one coloured entry per class found, most frequent first."""
     number = len(detections)
-    entries: list[tuple[str, tuple[int, int, int]]] = [
-        (f"{scene_id}: {number} detection{'' if number == 1 else 's'}", (255, 255, 255))
-    ]
     labels, counts = np.unique(detections.labels, return_counts=True)
-    for index in np.argsort(-counts, kind="stable"):
-        entries.append((f"{classes[labels[index]]} {counts[index]}", class_colour(int(labels[index]))))
-    width = max(width, max(_text_width(text) for text, _ in entries) + 36)
+    entries = [
+        (f"{classes[labels[index]]} {counts[index]}", class_colour(int(labels[index])))
+        for index in np.argsort(-counts, kind="stable")
+    ]
+    return caption_strip(f"{scene_id}: {number} detection{'' if number == 1 else 's'}", entries, width)
+
+
+def caption_strip(title: str, entries: Sequence[tuple[str, Colour]], width: int) -> Image:
+    """Return a strip (H, W, 3) red green blue, at least ``width`` px wide: a title, and entries with colours."""
+    texts = [(title, _WHITE), *entries]
+    width = max(width, max(_text_width(text) for text, _ in texts) + 36)
     placed, x, line = [], 8, 0
-    for position, (text, colour) in enumerate(entries):
+    for position, (text, colour) in enumerate(texts):
         needed = _text_width(text) + (0 if position == 0 else 16)
         if x > 8 and x + needed > width - 8:
             x, line = 8, line + 1
@@ -217,7 +230,7 @@ def draw_preview(
     if max_size < 1:
         raise ValueError(f"max_size {max_size!r} must be at least 1 px")
     overview, valid = read_overview(scene, max_size)
-    image = _stretch_for_display(overview, valid)
+    image = stretch_for_display(overview, valid)
     height, width = image.shape[:2]
     _draw_boxes(image, detections, (width / scene.width, height / scene.height), with_scores)
     caption = _caption(detections, classes, scene.scene_id, width)

@@ -162,7 +162,7 @@ def _check_parts(parts: tuple[str, ...], network: str) -> None:
 
 
 #: Label formats that training reads; "folders" is for classifiers: one folder of images per class.
-DataFormat: TypeAlias = Literal["chips", "coco", "dota", "hrsc", "yolo_obb", "rbox", "folders"]
+DataFormat: TypeAlias = Literal["chips", "coco", "dota", "hrsc", "yolo_obb", "rbox", "voc", "folders"]
 
 
 class DataSection(Section):

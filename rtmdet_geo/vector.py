@@ -38,7 +38,7 @@ from rtmdet_geo.structures import Kind
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
-GeometryType = Literal["Polygon", "MultiPolygon"]
+GeometryType = Literal["Polygon", "MultiPolygon", "Unknown"]
 
 #: Attributes of every feature, in the order of the file; the geometry comes last.
 SCHEMA = tuple(
@@ -371,7 +371,7 @@ def write_features(
         overwrite: replace an existing file.
         metadata: about the run (model, thresholds, stretch, versions, attribution); values that are not text are
             written as JSON. GPKG: metadata of the layer. GeoJSON: foreign member ``metadata`` (RFC 7946, 6.1).
-        geometry_type: of a GPKG layer; "MultiPolygon" for masks, which may fall apart.
+        geometry_type: of a GPKG layer; "MultiPolygon" for masks, which may fall apart; "Unknown" for any.
 
     GeoJSON is always EPSG:4326 (RFC 7946, 4); without a CRS the file says ``"crs": null`` and holds pixel coordinates.
 

@@ -10,6 +10,8 @@ import pytest
 
 # Threads of a math library that wait by spinning stop one another where tests share the cores with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: each has one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 

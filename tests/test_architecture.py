@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
-    *("charts", "dataset_check", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
+    *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
@@ -40,8 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
     "classify": BASE | STAGES | BACKENDS,
     "dota": BASE | STAGES | BACKENDS | {"dota", "images"},
+    "model_evaluation": BASE | STAGES | BACKENDS | {"dota", "images"},
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
-    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "dota", "batch", "cli", "training", "export"},
+    "cli": BASE
+    | STAGES
+    | BACKENDS
+    | {"detect", "classify", "dota", "model_evaluation", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -28,7 +28,9 @@ from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
 
 HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [
-    *("", "detect", "classify", "train", "export", "data", "data split", "data merge", "data submission", "data check-submission"),
+    *("", "detect", "classify", "train"),
+    *("evaluate", "evaluate dota", "evaluate hrsc", "evaluate coco", "evaluate classification", "evaluate model"),
+    *("export", "data", "data convert", "data split", "data merge", "data submission", "data check-submission"),
     *("data check", "data chips"),
     *("models", "models download", "models list", "models show", "info"),
 ]

@@ -1,1 +1,1 @@
-"""Label files as plain arrays: DOTA, HRSC2016, COCO, YOLO, rotated boxes. No raster or GIS library, no torch."""
+"""Label files as plain arrays: DOTA, HRSC2016, COCO, YOLO, VOC, rotated boxes. No raster or GIS library, no torch."""

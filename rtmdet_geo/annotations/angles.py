@@ -1,19 +1,20 @@
 """Conventions for the angle of a rotated box and for the order of its corners, by name.
 
-The package itself has one convention (:mod:`rtmdet_geo.boxes`): rad, positive clockwise on screen. Files come in others,
-which no number in them tells apart, so a convention is always stated: range, unit and sense, as in ``le135,deg,cw``.
+The package itself has one convention (:mod:`rtmdet_geo.boxes`): rad, positive clockwise on screen. Files come in
+others, which their numbers do not tell apart, so one is always stated: range, unit and sense, as ``le135,deg,cw``.
 
 ======== ============== ======================= =====================================================
 range    degrees        w                       who
 ======== ============== ======================= =====================================================
 any      any            either side             HRSC2016, roLabelImg, labelImg2, most text files
-oc       [-90, 0)       either side             OpenCV before 4.5.1, MMRotate 1.x
-oc451    (0, 90]        either side             OpenCV from 4.5.1 on, MMRotate 0.x (which says "oc", too)
+oc       [-90, 0)       either side             OpenCV before 4.5.1 and from 4.13 on, MMRotate 1.x
+oc451    (0, 90]        either side             OpenCV 4.5.1 to 4.12, MMRotate 0.x (which says "oc", too)
 le90     [-90, 90)      the long side           MMRotate, this package
 le135    [-45, 135)     the long side           MMRotate
 ======== ============== ======================= =====================================================
 
-The range is that of the number as written: with ``ccw`` it holds for the counter-clockwise angle.
+The range is that of the number as written: with ``ccw`` it holds for the counter-clockwise angle. OpenCV's changes:
+https://github.com/opencv/opencv/issues/19472 and pull request 28051.
 """
 
 from __future__ import annotations

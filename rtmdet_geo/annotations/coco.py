@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,13 @@ class CocoLabels:
         images: by image id: ``file_name``, ``width``, ``height`` and what else the file says.
         classes: category names in order of their ids.
         objects: by image id (every image has an entry, perhaps empty).
+        categories: names by category id, rising.
     """
 
     images: dict[int, dict[str, Any]]
     classes: tuple[str, ...]
     objects: dict[int, list[CocoObject]]
+    categories: dict[int, str] = field(default_factory=dict)
 
 
 def decode_counts(counts: str | bytes | Sequence[int]) -> NDArray[np.int64]:
@@ -322,7 +324,7 @@ def read_coco(path: str | Path, on_error: Callable[[AnnotationError], None] | No
             on_error(malformed)
             continue
         objects[entry.image_id].append(entry)
-    return CocoLabels(images, tuple(categories.values()), objects)
+    return CocoLabels(images, tuple(categories.values()), objects, categories)
 
 
 def _object(

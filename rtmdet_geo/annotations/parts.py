@@ -19,6 +19,7 @@ from rtmdet_geo.annotations.findings import Findings
 from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
 from rtmdet_geo.annotations.rbox import read_rbox
+from rtmdet_geo.annotations.voc import read_voc
 from rtmdet_geo.annotations.yolo import read_yolo
 from rtmdet_geo.config import recipe_folder
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
@@ -28,7 +29,7 @@ from rtmdet_geo.structures import Kind
 if TYPE_CHECKING:
     from rtmdet_geo.recipe_sections import DataSection, ModelSection
 
-LabelFormat = Literal["coco", "dota", "hrsc", "yolo_obb", "rbox"]
+LabelFormat = Literal["coco", "dota", "hrsc", "yolo_obb", "rbox", "voc"]
 Part = Literal["train", "val"]
 
 #: Names of classes, which labelling programs put beside the label files.
@@ -154,7 +155,7 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
         raise DatasetNotFoundError(
             f"no images in {str(source.images)!r}: it should hold {', '.join(sorted(IMAGE_SUFFIXES))} files"
         )
-    suffix = ".xml" if source.format == "hrsc" else ".txt"
+    suffix = ".xml" if source.format in ("hrsc", "voc") else ".txt"
     if not source.labels.is_dir():
         raise DatasetNotFoundError(
             f"folder of labels {str(source.labels)!r} is missing: check the recipe's data section"
@@ -224,6 +225,8 @@ def _read_labels(source: PartSource, path: Path, size: tuple[int, int]) -> Image
         return read_hrsc(path, source.hrsc_level, source.kind)
     if source.format == "yolo_obb":
         return read_yolo(path, *size, source.classes, source.kind)
+    if source.format == "voc":
+        return read_voc(path, source.kind)
     return read_rbox(path, source.classes[0] if source.classes else "object", source.kind)
 
 

@@ -101,7 +101,7 @@ def write_voc(
     add_fields(ElementTree.SubElement(root, "size"), {"width": width, "height": height, "depth": 3})
     add_fields(root, {"segmented": 0})
     hboxes = enclosing_hboxes(labels)
-    outside = ((hboxes[:, :2] < 0) | (hboxes[:, 2:] > (width, height))).any(axis=1)
+    outside = np.any((hboxes < 0) | (hboxes > [width, height, width, height]), axis=1).tolist()
     boxes = labels.boxes.copy()
     boxes[:, 4] = np.where(boxes[:, 4] < 0, boxes[:, 4] + np.pi, boxes[:, 4])
     tag, fields, rows = ("robndbox", _ROTATED, boxes) if is_rotated else ("bndbox", _CORNERS, hboxes)

@@ -14,6 +14,7 @@ from rtmdet_geo.cli.group import EXIT_VERDICT_NO, LazyGroup
 @click.group(
     cls=LazyGroup,
     commands_at={
+        "convert": "rtmdet_geo.cli.data_convert:convert",
         "split": "rtmdet_geo.cli.data_split:split",
         "merge": "rtmdet_geo.cli.data_merge:merge",
         "submission": "rtmdet_geo.cli.data_submission:submission",
@@ -149,7 +150,7 @@ def chips(
 
 
 #: Formats whose images and labels lie apart.
-_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox")
+_WITH_LABELS = ("coco", "dota", "hrsc", "yolo_obb", "rbox", "voc")
 
 
 @data.command()

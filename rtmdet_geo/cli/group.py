@@ -105,6 +105,7 @@ def describe(error: Exception) -> tuple[str, int]:
         "detect": "rtmdet_geo.cli.detect:detect",
         "classify": "rtmdet_geo.cli.classify:classify",
         "train": "rtmdet_geo.cli.train:train",
+        "evaluate": "rtmdet_geo.cli.evaluate:evaluate",
         "export": "rtmdet_geo.cli.export:export",
         "data": "rtmdet_geo.cli.data:data",
         "models": "rtmdet_geo.cli.models:models",

@@ -1,15 +1,15 @@
 """Options that several verbs share, spelled as rasterio's rio where it has one.
 
-==================== ====== ======== ===== ====== =========== ========== ====== ====
-option               detect classify train export data chips  data check models info
-==================== ====== ======== ===== ====== =========== ========== ====== ====
--o/--output          x      x        x     x      x
+==================== ====== ======== ===== ====== =========== ============ ========== ====== ====
+option               detect classify train export data chips  data convert data check models info
+==================== ====== ======== ===== ====== =========== ============ ========== ====== ====
+-o/--output          x      x        x     x      x           x
 -m/--model           x      x
---overwrite          x      x              x      x
---json               x      x              x      x           x          x      x
---progress           x      x              x      x           x
--v/--verbose -q      x      x        x     x      x           x          x      x
-==================== ====== ======== ===== ====== =========== ========== ====== ====
+--overwrite          x      x              x      x           x
+--json               x      x              x      x           x            x          x      x
+--progress           x      x              x      x           x            x
+-v/--verbose -q      x      x        x     x      x           x            x          x      x
+==================== ====== ======== ===== ====== =========== ============ ========== ====== ====
 """
 
 from __future__ import annotations

@@ -215,9 +215,7 @@ def _search(
         yield source.name, _merge(found, engine, rules.tool, settings)
 
 
-def _image_sources(
-    folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None
-) -> list[_Source]:
+def _image_sources(folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None) -> list[_Source]:
     """Return whole images; their headers are read, which finds files that are no images before the work begins.
 
     Raises:

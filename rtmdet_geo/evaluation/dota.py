@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota import read_dota
 from rtmdet_geo.annotations.dota_results import Task, read_results
-from rtmdet_geo.annotations.labels import ImageLabels, object_corners
+from rtmdet_geo.annotations.labels import ImageLabels
+from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.class_names import KNOWN
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.evaluation.report import EvaluationReport
@@ -124,7 +126,7 @@ def read_objects(folder: Path, pattern: str, read: Callable[[Path], ImageLabels]
     Args:
         folder: of the files.
         pattern: of their names.
-        read: a reader that keeps the outlines where the objects are not rectangles.
+        read: a reader that keeps the four corners of each object as its outline, or no outlines at all.
 
     Raises:
         DatasetNotFoundError: the folder is missing or holds no such file.
@@ -140,11 +142,18 @@ def read_objects(folder: Path, pattern: str, read: Callable[[Path], ImageLabels]
         tuple(path.stem for path in paths),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
         tuple(name for part in parts for name in part.class_names),
-        np.concatenate([object_corners(part).reshape(-1, 8) for part in parts]),
+        np.concatenate([_corners(part) for part in parts]),
         np.concatenate([part.boxes for part in parts]),
         np.concatenate([part.difficult for part in parts]),
         repr(str(folder)),
     )
+
+
+def _corners(labels: ImageLabels) -> NDArray[np.float64]:
+    """Return (N, 8) corners: those that were kept, or those of the boxes."""
+    if not labels.outlines:
+        return boxes_to_polygons(labels.boxes).reshape(-1, 8)
+    return np.array([outline[0][0] for outline in labels.outlines]).reshape(-1, 8)
 
 
 def warn_of_other_classes(objects: LabelledObjects, classes: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from rtmdet_geo.annotations.dota_results import read_result_file, read_results
 from rtmdet_geo.annotations.hrsc import read_hrsc
@@ -19,14 +20,19 @@ from rtmdet_geo.evaluation.dota import read_objects, warn_of_other_classes
 from rtmdet_geo.evaluation.report import EvaluationReport
 from rtmdet_geo.evaluation.voc import Difficult, score_results, voc_report
 
+VocPoints = Literal["voc07", "voc12"]
 
-def evaluate_hrsc(results: str | Path, labels: str | Path, *, difficult: Difficult = "count") -> EvaluationReport:
+
+def evaluate_hrsc(
+    results: str | Path, labels: str | Path, *, points: VocPoints = "voc07", difficult: Difficult = "count"
+) -> EvaluationReport:
     """Score ships found in HRSC2016.
 
     Args:
         results: file with a line ``image score x1 y1 ... x4 y4`` a ship, or the folder of ``Task1_ship.txt``.
         labels: folder of HRSC2016's XML files, or of text files ``cx cy w h angle``; each is an image that was
             searched.
+        points: whose figures come first.
         difficult: what becomes of difficult ships; published figures count them.
 
     Returns:
@@ -50,4 +56,7 @@ def evaluate_hrsc(results: str | Path, labels: str | Path, *, difficult: Difficu
     warn_of_other_classes(objects, HRSC)
     found = {ship: read_result_file(path, 1)} if path.is_file() else read_results(path, 1, HRSC)
     scores = score_results(found, objects, HRSC, protocol="mmrotate", difficult=difficult)
-    return voc_report(scores, f"HRSC2016, difficult ships: {difficult}", suffixes={"11": "voc07", "area": "voc12"})
+    title = f"HRSC2016, difficult ships: {difficult}"
+    return voc_report(
+        scores, title, points="11" if points == "voc07" else "area", suffixes={"11": "voc07", "area": "voc12"}
+    )

@@ -128,7 +128,11 @@ def report_json(report: EvaluationReport) -> dict[str, Any]:
 
 def report_csv(report: EvaluationReport) -> str:
     """Return the rows as CSV with a header (RFC 4180); without rows the figures, one row. nan is empty."""
-    rows = report.rows or (report.figures,)
+    return rows_csv(report.rows or (report.figures,))
+
+
+def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a header (RFC 4180); nan and what a row does not have is empty."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, column_names(rows), restval="")
     writer.writeheader()
@@ -195,14 +199,27 @@ def write_report(
         from rtmdet_geo.evaluation.plots import draw_report
 
         contents |= {Path(plots) / name: picture for name, picture in draw_report(report).items()}
-        try:
-            Path(plots).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make folder {str(plots)!r}: {error.strerror or error}") from error
+    write_files(contents, None if plots is None else Path(plots), overwrite)
+    return list(contents)
+
+
+def write_files(contents: Mapping[Path, bytes], folder: Path | None, overwrite: bool) -> None:
+    """Write files, each whole or not at all; ``folder``, where some of them lie, is made if it is not there.
+
+    Raises:
+        OutputError: a file exists and ``overwrite`` is False, before any is written; or one cannot be written.
+    """
+    for path in contents:
+        if path.parent != folder or folder.is_dir():
+            check_folder(path, overwrite)
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {str(folder)!r}: {error.strerror or error}") from error
     for path, content in contents.items():
         with staged_output(path) as staged:
             staged.write_bytes(content)
-    return list(contents)
 
 
 def _cell(value: Any) -> str:

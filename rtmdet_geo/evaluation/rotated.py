@@ -171,7 +171,7 @@ def precision_recall(
             boxes, images, *_pool([t.boxes[own] for t, own in zip(truths, columns, strict=True)])
         )
     else:
-        best, overlap = _best_of(overlaps, rows, columns)
+        best, overlap = best_of_overlaps(overlaps, rows, columns)
     return match_class(scores, best, overlap, ignored).curve(iou_threshold)
 
 
@@ -184,9 +184,16 @@ def _joined(parts: Sequence[Array]) -> Array:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _best_of(overlaps: Sequence[Array], rows: Sequence[Array], columns: Sequence[Array]) -> tuple[Array, Array]:
-    """Return what :func:`best_matches` would, from overlaps that are known."""
-    best, overlap = [np.zeros(0, np.int64)], [np.zeros(0)]
+def best_of_overlaps(overlaps: Sequence[Array], rows: Sequence[Array], columns: Sequence[Array]) -> tuple[Array, Array]:
+    """Return what :func:`rtmdet_geo.evaluation.matching.best_matches` would, from overlaps that are known.
+
+    Args:
+        overlaps: (D, G) IoU of each image.
+        rows: detections of each image to take.
+        columns: objects of each image to take; they are counted over all images.
+    """
+    best: list[Array] = [np.zeros(0, np.int64)]
+    overlap: list[Array] = [np.zeros(0)]
     begin = 0
     for matrix, own_rows, own_columns in zip(overlaps, rows, columns, strict=True):
         part = matrix[np.ix_(own_rows, own_columns)] if len(own_columns) else np.zeros((len(own_rows), 1))

@@ -33,8 +33,9 @@ from rtmdet_geo.annotations.dota_results import ResultRows, Task
 from rtmdet_geo.boxes import polygons_to_boxes, polygons_to_hboxes
 from rtmdet_geo.errors import AnnotationError, Cancelled
 from rtmdet_geo.evaluation.coco import IOU_THRESHOLDS
+from rtmdet_geo.evaluation.confusion import confuse_classes
 from rtmdet_geo.evaluation.matching import Measure, best_matches
-from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
+from rtmdet_geo.evaluation.report import Confusion, EvaluationReport
 from rtmdet_geo.evaluation.rotated import ClassMatches, Curve, match_class
 
 Array = NDArray[Any]
@@ -274,15 +275,7 @@ def _confuse(
     )
     best, overlap = best_matches(kept_shapes, images, shapes[own], objects.images[own], measure=rules.measure)
     matches = match_class(values, best, overlap, objects.difficult[own] & rules.is_ignoring)
-    is_hit, is_counted = matches.judge(IOU_THRESHOLDS[0], is_strict=rules.is_strict)
-    predicted, hits = taken[matches.order], matches.best[is_hit]
-    missed = np.setdiff1d(np.flatnonzero(~matches.ignored), hits)
-    false_alarms = predicted[is_counted & ~is_hit]
-    return count_confusion(
-        names,
-        np.concatenate([labels[hits], labels[missed], np.full(len(false_alarms), -1)]),
-        np.concatenate([predicted[is_hit], np.full(len(missed), -1), false_alarms]),
-    )
+    return confuse_classes(names, matches, labels, taken, is_strict=rules.is_strict)
 
 
 def voc_report(

@@ -68,7 +68,7 @@ def load_images(
     Images to train on of which no object is left stay as background, unless ``data.empty_images`` is "drop".
 
     Args:
-        data: with a format of image files: coco, dota, hrsc, yolo_obb or rbox.
+        data: with a format of image files: coco, dota, hrsc, yolo_obb, rbox or voc.
         model: classes, bands and kind of network.
         part: which of the section's paths to read.
         cache: for decoded images; None makes one of ``data.cache_mb``.

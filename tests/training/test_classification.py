@@ -180,13 +180,10 @@ def test_lists_may_come_with_the_recipes(pets, tmp_path, monkeypatch):
 
 
 class Counted:
-    """An image that is never read."""
+    """An image without a file."""
 
     def __init__(self, number):
-        self.name, self.label = str(number), 0
-
-    def read(self):
-        return np.zeros((3, 40, 40), np.uint8)
+        self.name, self.label, self.pixels = str(number), 0, np.zeros((3, 40, 40), np.uint8)
 
 
 def sampler_of(number, *, repeats=1, repeat=1, step=4, own=4, seed=3, **data):
@@ -237,7 +234,7 @@ def test_copies_are_augmented_differently(pets):
     recipe = recipe_of(pets, augment={"repeats": 3, "randaugment_num": 0})
     image = np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)
     images = [Counted(0)]
-    images[0].read = lambda: image
+    images[0].pixels = image
     sampler = ClassSampler(images, recipe, samples_per_step=3, samples_per_process=3)
     copies = [sampler.draw(0, position).image for position in range(3)]
     assert not np.array_equal(copies[0], copies[1]) and not np.array_equal(copies[1], copies[2])

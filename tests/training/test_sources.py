@@ -56,7 +56,7 @@ def test_datasets_share_a_cache_and_folder_replaces_the_root(tmp_path):
     training, left_out = load_datasets(recipe.with_data(tmp_path / "data"))
     assert [image.name for image in training] == ["a.png", "b.png"] and [image.name for image in left_out] == ["c.png"]
     assert training[0].source.cache is left_out[0].source.cache
-    assert training[0].source.cache.budget_bytes == recipe.data.cache_mb * 1_000_000
+    assert training[0].source.cache.budget == recipe.data.cache_mb * 1_000_000
     assert load_datasets(recipe_of(tmp_path / "data"))[1] == []
     cache = ImageCache(7)
     assert load_images(recipe_of(tmp_path / "data").data, recipe.model, "train", cache)[0].source.cache is cache

@@ -331,6 +331,8 @@ def test_names_of_classes(tmp_path):
     summary = convert(source, tmp_path / "a", "coco", "dota")
     assert summary["num_by_class"] == {"buoy": 1, "cargo-ship": 1}
     assert summary["changes"] == {"objects got hyphens for the spaces in their class's name": 1}
+    listed = convert(source, tmp_path / "listed", "coco", "rbox", classes=("cargo ship", "buoy"))
+    assert listed["num_by_class"] == {"cargo-ship": 1, "buoy": 1}
     source.write_text(text.replace('"buoy"', '"cargo-ship"'))
     with pytest.raises(ConfigError, match="fall together"):
         convert(source, tmp_path / "b", "coco", "dota")

@@ -163,6 +163,8 @@ def convert_labels(
     if not about.has_spaces:
         fitted = _joined_names(fitted, changes)
     chosen = tuple(classes) if classes is not None else fitted.classes
+    if not about.has_spaces:
+        chosen = tuple(map(_hyphened, chosen))
     _check_classes(fitted, chosen, to_format)
     if about.needs_size and to_format != "gis":
         _check_sizes(fitted, to_format)
@@ -285,13 +287,17 @@ def _one_ring(outline: Outline, changes: Counter[str]) -> Outline:
     return ((convex_hull(outline_points(outline)),),)
 
 
+def _hyphened(name: str) -> str:
+    return "-".join(name.split())
+
+
 def _joined_names(found: LabelSet, changes: Counter[str]) -> LabelSet:
     """Return the set with hyphens for white space in names of classes, as DOTA writes them.
 
     Raises:
         ConfigError: two names become one.
     """
-    new = {name: "-".join(name.split()) for name in found.classes}
+    new = {name: _hyphened(name) for name in found.classes}
     spaced = {name for name, word in new.items() if name != word}
     if not spaced:
         return found

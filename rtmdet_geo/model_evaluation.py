@@ -27,6 +27,7 @@ from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.class_names import HRSC
 from rtmdet_geo.dota.files import decode_large, find_images
 from rtmdet_geo.dota.inference import run_dota
+from rtmdet_geo.dota.submission import check_output
 from rtmdet_geo.errors import Cancelled, ConfigError, DatasetNotFoundError, UnknownClassError
 from rtmdet_geo.evaluation.coco import run_lengths
 from rtmdet_geo.evaluation.coco_files import evaluate_coco_results
@@ -118,6 +119,7 @@ def evaluate_model(
             return evaluate_dota(
                 place, Path(labels), classes=engine.spec.classes, task=summary["task"], protocol=protocol
             )
+        check_output(place, overwrite=overwrite)
         _search_ships(engine, names, place, overwrite, progress, cancelled)
         return evaluate_hrsc(place, Path(labels))
 

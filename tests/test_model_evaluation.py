@@ -14,7 +14,14 @@ from test_cli import error_line, run
 from rtmdet_geo import images as image_functions
 from rtmdet_geo.annotations.dota_results import read_results
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
-from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, DatasetNotFoundError, UnknownClassError
+from rtmdet_geo.errors import (
+    AnnotationError,
+    Cancelled,
+    ConfigError,
+    DatasetNotFoundError,
+    OutputError,
+    UnknownClassError,
+)
 from rtmdet_geo.model_evaluation import evaluate_model
 
 
@@ -140,6 +147,13 @@ def test_wrong_input_is_named(dota, tmp_path):
     fails(DatasetNotFoundError, r"no label files \(\*\.xml\)", label_format="hrsc")
     coco = coco_labels(tmp_path / "all.json", {"P0": np.zeros((0, 5)), "P9": np.zeros((0, 5))})
     fails(DatasetNotFoundError, r"P9\.png', is missing", Ships("mask"), labels=coco, label_format="coco")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    for label_format in ("dota", "rbox"):
+        with pytest.raises(OutputError, match="holds more than results"):
+            evaluate_model(
+                Ships(), images, labels, label_format=label_format, results=tmp_path / "mine", overwrite=True
+            )
     fails(Cancelled, "stopped after 0 of 2 images", label_format="rbox", cancelled=lambda: True)
     (images / "P1.png").rename(tmp_path / "P1.png")
     fails(DatasetNotFoundError, r"P1\.txt' have no image .*\(1 of 2 without image\)")

@@ -77,13 +77,14 @@ def model(
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
     prepare(**output)
-    from rtmdet_geo.images import load_model
+    from rtmdet_geo.backends import open_backend
+    from rtmdet_geo.catalog import find_model
     from rtmdet_geo.model_evaluation import evaluate_model
 
     start = {"model": model, "images": str(images), "labels": str(labels)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "images", start) as advance:
         result = evaluate_model(
-            load_model(model, backend=backend, device=device, threads=threads),
+            open_backend(find_model(model), name=backend, device=device, threads=threads),
             images,
             labels,
             label_format=label_format,  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.class_names import HRSC
 from rtmdet_geo.dota.files import decode_large, find_images
 from rtmdet_geo.dota.inference import run_dota
-from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, DatasetNotFoundError, UnknownClassError
+from rtmdet_geo.dota.submission import check_output
+from rtmdet_geo.errors import Cancelled, ConfigError, DatasetNotFoundError, UnknownClassError
 from rtmdet_geo.evaluation.coco import run_lengths
 from rtmdet_geo.evaluation.coco_files import evaluate_coco_results
 from rtmdet_geo.evaluation.dota import evaluate_dota
@@ -90,11 +91,9 @@ def evaluate_model(
         raise ConfigError(f"label_format={label_format!r} is unknown; choose {', '.join(get_args(EvaluatedFormat))}")
     engine = load_model(model) if model is None or isinstance(model, str | os.PathLike) else model
     kind = engine.spec.object_kind
-    if (kind == "rotated") == (label_format == "coco") or (label_format != "coco" and kind == "mask"):
+    if label_format != "dota" and (kind == "rotated") == (label_format == "coco"):
         wanted = "horizontal boxes or masks" if label_format == "coco" else "rotated boxes"
         raise ConfigError(f"model {engine.spec.name!r} finds {kind} objects; {label_format} labels want {wanted}")
-    if label_format in ("hrsc", "rbox") and kind != "rotated":
-        raise ConfigError(f"model {engine.spec.name!r} finds {kind} objects; {label_format} labels want rotated boxes")
     with ExitStack() as stack:
         if results is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "results.json"
@@ -102,7 +101,7 @@ def evaluate_model(
             place = Path(results)
         if label_format == "coco":
             check_folder(place, overwrite)
-            _search_coco(engine, Path(images), read_coco(labels), place, progress, cancelled)
+            _search_coco(engine, Path(images), read_coco(Path(labels)), place, progress, cancelled)
             return evaluate_coco_results(place, os.fspath(labels), measure="masks" if kind == "mask" else "boxes")
         names = _labelled_images(Path(images), Path(labels), _SUFFIXES[label_format])
         if label_format == "dota":
@@ -120,6 +119,7 @@ def evaluate_model(
             return evaluate_dota(
                 place, Path(labels), classes=engine.spec.classes, task=summary["task"], protocol=protocol
             )
+        check_output(place, overwrite=overwrite)
         _search_ships(engine, names, place, overwrite, progress, cancelled)
         return evaluate_hrsc(place, Path(labels))
 
@@ -211,9 +211,8 @@ def _search_coco(
     """Write what is found as a COCO result file."""
     ids = {name: number for number, name in labels.categories.items()}
     if not set(ids) & set(engine.spec.classes):
-        raise UnknownClassError(
-            f"model {engine.spec.name!r} knows {', '.join(engine.spec.classes[:5])}, the labels {', '.join(list(ids)[:5])}"
-        )
+        few, others = ", ".join(engine.spec.classes[:5]), ", ".join(list(ids)[:5])
+        raise UnknownClassError(f"model {engine.spec.name!r} ({few}) and labels ({others}) have no class in common")
     if not images.is_dir():
         raise DatasetNotFoundError(f"folder of images {str(images)!r} is missing")
     files = {number: images / str(image.get("file_name")) for number, image in labels.images.items()}

@@ -41,8 +41,12 @@ ALLOWED: dict[str, set[str]] = {
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
     "classify": BASE | STAGES | BACKENDS,
     "dota": BASE | STAGES | BACKENDS | {"dota", "images"},
+    "model_evaluation": BASE | STAGES | BACKENDS | {"dota", "images"},
     "batch": BASE | STAGES | BACKENDS | {"detect", "batch"},
-    "cli": BASE | STAGES | BACKENDS | {"detect", "classify", "dota", "batch", "cli", "training", "export"},
+    "cli": BASE
+    | STAGES
+    | BACKENDS
+    | {"detect", "classify", "dota", "model_evaluation", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -30,7 +30,17 @@ HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [
     *("", "detect", "classify", "train"),
     *("evaluate", "evaluate dota", "evaluate hrsc", "evaluate coco", "evaluate classification", "evaluate layers"),
-    *("export", "data", "data convert", "data stats", "data show", "data split", "data merge", "data submission"),
+    *(
+        "evaluate model",
+        "export",
+        "data",
+        "data convert",
+        "data stats",
+        "data show",
+        "data split",
+        "data merge",
+        "data submission",
+    ),
     *("data check-submission", "data check", "data chips"),
     *("models", "models download", "models list", "models show", "info"),
 ]

@@ -12,7 +12,7 @@ from PIL import Image
 from synthetic import make_spec
 from test_cli import error_line, run
 
-from rtmdet_geo import images as image_functions
+from rtmdet_geo import backends
 from rtmdet_geo.annotations.dota_results import ResultRows, read_results, write_results
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.dota.inference import run_dota
@@ -223,8 +223,8 @@ def test_saturated_patches_are_told(folder, tmp_path):
 
 
 def test_command(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_functions, "load_model", lambda *names, **settings: TwoClasses())
-    words = ("data", "submission", "some_model", folder, "-o", tmp_path / "task1.zip", "--gap", 48)
+    monkeypatch.setattr(backends, "open_backend", lambda *names, **settings: TwoClasses())
+    words = ("data", "submission", "sen2ships_r", folder, "-o", tmp_path / "task1.zip", "--gap", 48)
     result = run(*words)
     assert result.exit_code == 0, result.stderr
     assert "task 1" in result.stdout and "in 3 images" in result.stdout and result.stderr == ""

@@ -107,14 +107,15 @@ def submission(
     options.check_stdout_owner(as_json, progress_mode)
     check_resume(settings["resume"], settings["overwrite"])
     classes = chosen_classes(class_list, class_names)
+    from rtmdet_geo.backends import open_backend
+    from rtmdet_geo.catalog import find_model
     from rtmdet_geo.dota.files import find_images
     from rtmdet_geo.dota.inference import run_dota
     from rtmdet_geo.dota.submission import check_submission
-    from rtmdet_geo.images import load_model
 
     start = {"model": model, "images": str(images), "out": str(output)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "patches", start) as advance:
-        engine = load_model(model, backend=backend, device=device, threads=threads)
+        engine = open_backend(find_model(model), name=backend, device=device, threads=threads)
         summary = run_dota(
             engine, images, output, progress=advance, cancelled=report.cancel_requested.is_set, **settings
         )

@@ -25,6 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
         "coco": "rtmdet_geo.cli.evaluate_coco:coco",
         "classification": "rtmdet_geo.cli.evaluate_coco:classification",
         "layers": "rtmdet_geo.cli.evaluate_layers:layers",
+        "model": "rtmdet_geo.cli.evaluate_model:model",
     },
 )
 def evaluate() -> None:

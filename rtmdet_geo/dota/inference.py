@@ -215,9 +215,7 @@ def _search(
         yield source.name, _merge(found, engine, rules.tool, settings)
 
 
-def _image_sources(
-    folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None
-) -> list[_Source]:
+def _image_sources(folder: str | os.PathLike[str], rules: SplitRules, names: Collection[str] | None) -> list[_Source]:
     """Return whole images; their headers are read, which finds files that are no images before the work begins.
 
     Raises:
@@ -242,7 +240,11 @@ def _is_patch(name: str) -> bool:
 
 
 def _patch_sources(folder: str | os.PathLike[str]) -> list[_Source]:
-    """Return the images whose patches a folder holds."""
+    """Return the images whose patches a folder holds.
+
+    Raises:
+        AnnotationError: a file has the name of no patch.
+    """
     found: dict[str, list[tuple[tuple[float, int, int], Path]]] = {}
     for name, path in find_images(folder).items():
         patch = parse_patch_name(name, str(path))

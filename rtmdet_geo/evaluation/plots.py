@@ -190,7 +190,7 @@ def draw_scores(hit_scores: ArrayLike, miss_scores: ArrayLike, *, num_objects: i
         text = f"best F1 {f1:.2f}, score {threshold:.2f} and above"
         axes.axvline(threshold, color=COLOURS[6], linestyle="--", linewidth=1.2, label=text)
     axes.set(xlim=(low, high), xlabel="score", ylabel="predictions")
-    add_legend(axes)
+    add_legend(axes, outside=True)
     return to_png(figure)
 
 

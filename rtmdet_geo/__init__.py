@@ -34,7 +34,11 @@ _HOMES = {
     "open_backend": "backends",
     "classify_image": "classify",
     "classify_scene": "classify",
+    "convert_labels": "annotations.convert",
     "detect_scene": "detect",
+    "evaluate_dota": "evaluation.dota",
+    "evaluate_hrsc": "evaluation.hrsc",
+    "evaluate_layers": "evaluation.gis",
     "export_model": "export",
     "train_model": "training.loop",
 }
@@ -51,7 +55,11 @@ __all__ = [
     "__version__",
     "classify_image",
     "classify_scene",
+    "convert_labels",
     "detect_scene",
+    "evaluate_dota",
+    "evaluate_hrsc",
+    "evaluate_layers",
     "export_model",
     "load_model",
     "load_recipe",
@@ -63,12 +71,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from rtmdet_geo.annotations.convert import convert_labels
     from rtmdet_geo.backends import open_backend
     from rtmdet_geo.backends.classify import open_classifier
     from rtmdet_geo.classify import classify_image, classify_scene
     from rtmdet_geo.config import load_recipe
     from rtmdet_geo.detect import detect_scene
     from rtmdet_geo.errors import RTMDetGeoError, RTMDetGeoWarning
+    from rtmdet_geo.evaluation.dota import evaluate_dota
+    from rtmdet_geo.evaluation.gis import evaluate_layers
+    from rtmdet_geo.evaluation.hrsc import evaluate_hrsc
     from rtmdet_geo.export import export_model
     from rtmdet_geo.images import Prediction, load_model, predict
     from rtmdet_geo.raster import Scene, open_scene

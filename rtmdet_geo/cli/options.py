@@ -1,15 +1,32 @@
 """Options that several verbs share, spelled as rasterio's rio where it has one.
 
-==================== ====== ======== ===== ====== =========== ============ ========== ========= ========== ====== ====
-option               detect classify train export data chips  data convert data stats data show data check models info
-==================== ====== ======== ===== ====== =========== ============ ========== ========= ========== ====== ====
--o/--output          x      x        x     x      x           x                       x
--m/--model           x      x
---overwrite          x      x              x      x           x            x          x
---json               x      x              x      x           x            x          x         x          x      x
---progress           x      x              x      x           x            x          x         x
--v/--verbose -q      x      x        x     x      x           x            x          x         x          x      x
-==================== ====== ======== ===== ====== =========== ============ ========== ========= ========== ====== ====
+======================= =========== ========== =========== ====== ========== =====
+verb                    -o/--output -m/--model --overwrite --json --progress -v/-q
+======================= =========== ========== =========== ====== ========== =====
+detect                  x           x          x           x      x          x
+classify                x           x          x           x      x          x
+train                   x                      x           x      x          x
+evaluate dota                                  x           x                 x
+evaluate hrsc                                  x           x                 x
+evaluate coco                                  x           x                 x
+evaluate classification                        x           x                 x
+evaluate layers         x                      x           x                 x
+evaluate model                                 x           x      x          x
+export                  x                      x           x                 x
+data convert            x                      x           x      x          x
+data stats                                     x           x      x          x
+data show               x                      x           x      x          x
+data split              x                      x           x      x          x
+data merge              x                      x           x      x          x
+data submission         x                      x           x      x          x
+data check-submission                                      x                 x
+data check                                                 x      x          x
+data chips              x                      x           x      x          x
+models download                                            x      x          x
+models list                                                x                 x
+models show                                                x                 x
+info                                                       x                 x
+======================= =========== ========== =========== ====== ========== =====
 """
 
 from __future__ import annotations

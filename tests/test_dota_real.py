@@ -7,8 +7,8 @@ import pytest
 from dota_official import official_ap
 from test_dota_merge import official_merge, rows_of
 
+from rtmdet_geo.annotations.dota import read_dota_objects
 from rtmdet_geo.annotations.dota_results import write_results
-from rtmdet_geo.dota.labels import read_objects
 from rtmdet_geo.dota.merge import merge_results
 from rtmdet_geo.dota.split import split_dota
 from rtmdet_geo.evaluation.dota import evaluate_dota
@@ -42,7 +42,7 @@ def detections_of(folder, classes, generator=None):
 
 
 def labelled(folder):
-    objects = {path.stem: read_objects(path) for path in sorted(folder.iterdir())}
+    objects = {path.stem: read_dota_objects(path) for path in sorted(folder.iterdir())}
     return objects, sorted({name for part in objects.values() for name in part.class_names})
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtmdet_geo.annotations.dota import DotaObjects, read_dota_objects
 from rtmdet_geo.boxes import boxes_to_polygons
-from rtmdet_geo.dota.labels import Objects, read_objects
 from rtmdet_geo.dota.rules import PatchName, SplitRules, Window, parse_patch_name, resized_shape
 from rtmdet_geo.errors import AnnotationError, ConfigError
 
@@ -19,7 +19,8 @@ from rtmdet_geo.errors import AnnotationError, ConfigError
 def objects_of(*lines):
     words = [line.split() for line in lines]
     corners = np.array([[float(word) for word in row[:8]] for row in words]).reshape(-1, 8)
-    return Objects(corners, tuple(row[8] for row in words), tuple(row[9] for row in words))
+    names, marks = (tuple(row[column] for row in words) for column in (8, 9))
+    return DotaObjects(corners, names, marks, np.arange(len(words)))
 
 
 def cut(rules, objects, width, height):
@@ -132,6 +133,13 @@ def test_bboxtoolkit_by_hand():
     assert lines["100__100___0"] == []
 
 
+def test_negative_zeros_of_labels_are_zeros_in_patches():
+    """BboxToolkit adds what others subtract, which shows in the sign of a zero."""
+    for tool in ("devkit", "bboxtoolkit"):
+        lines = cut(SplitRules(tool, size=100, gap=0), objects_of("-0.0 -0.0 20 0 20 10 -0.0 10 ship 0"), 100, 100)
+        assert list(lines.values()) == [["0.0 0.0 20.0 0.0 20.0 10.0 0.0 10.0 ship 0"]]
+
+
 def test_bboxtoolkit_windows_are_full_enough_or_the_fullest():
     rules = SplitRules("bboxtoolkit", size=100, gap=0)
     assert [window.name for window in rules.windows(170, 100)] == ["100__0___0", "100__70___0"]
@@ -163,6 +171,7 @@ def test_labels_without_area_or_beyond_the_image_are_in_no_patch():
         ({"rates": (float("nan"),)}, "must be one number"),
         ({"rates": (1.0, 1.0)}, "name a rate twice"),
         ({"tool": "bboxtoolkit", "size": 10, "gap": 9, "rates": (5.0, 12.0)}, "the same at one of the rates"),
+        ({"tool": "bboxtoolkit", "rates": (3.0, 3.001)}, "two have windows of one size"),
         ({"iof_threshold": 1.5}, "iof_threshold=1.5"),
         ({"image_threshold": -1}, "image_threshold=-1"),
     ],
@@ -170,6 +179,14 @@ def test_labels_without_area_or_beyond_the_image_are_in_no_patch():
 def test_wrong_rules_are_refused(changes, text):
     with pytest.raises(ConfigError, match=text):
         SplitRules(**changes)
+
+
+def test_rates_are_named_with_all_their_digits():
+    """So that merging divides by the very rate; 1 is 1 and not 1.0, as the devkit names what it is given as an int."""
+    rules = SplitRules(size=100, gap=0, rates=(1 / 3, 1.0, 1.25))
+    scales = [parse_patch_name(f"P__{window.name}").scale for window in rules.windows(90, 90)]
+    assert list(dict.fromkeys(scales)) == ["0.3333333333333333", "1", "1.25"]
+    assert float(scales[0]) == 1 / 3
 
 
 def test_patch_names():
@@ -182,8 +199,9 @@ def test_patch_names():
 def test_label_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"imagesource:GoogleEarth\r\ngsd:0.1\r\n1 2 3 2 3 4 1 4 ship 1\r\n\r\n1 2 3 2 3 4 1 4.5 ship\r\n")
-    found = read_objects(path)
+    found = read_dota_objects(path)
     assert (found.class_names, found.difficult, found.corners[1, 7]) == (("ship", "ship"), ("1", "0"), 4.5)
+    assert found.numbers.tolist() == [3, 5]
     for text, fault in [
         ("1 2 3 ship 0", "5 words"),
         ("1 2 3 2 3 4 1 nan ship 0", "not finite"),
@@ -191,7 +209,7 @@ def test_label_files(tmp_path):
     ]:
         path.write_text(f"1 2 3 2 3 4 1 4 ship 1\n{text}\n")
         with pytest.raises(AnnotationError, match=rf"a\.txt:2: .*{fault}"):
-            read_objects(path)
+            read_dota_objects(path)
 
 
 # ---------------------------------------------------------------- whatever the objects
@@ -255,7 +273,7 @@ def test_devkit_objects_keep_their_ground_at_any_rate(seed, rate):
         [generator.uniform(100, 300, (5, 2)), generator.uniform(20, 60, (5, 2)), generator.uniform(-1.5, 1.5, 5)]
     )
     corners = boxes_to_polygons(boxes).reshape(-1, 8)
-    objects = Objects(corners, ("ship",) * 5, ("0",) * 5)
+    objects = DotaObjects(corners, ("ship",) * 5, ("0",) * 5, np.arange(5))
     rate = round(rate, 2)
     shape = resized_shape(400, 400, rate)
     (lines,) = cut(SplitRules(size=2000, gap=0, rates=(rate,)), objects, 400, 400).values()

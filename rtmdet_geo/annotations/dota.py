@@ -6,9 +6,11 @@ v1.5 and v2.0 add classes only. Corners may lie outside the image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.angles import CornerOrder
 from rtmdet_geo.annotations.labels import (
@@ -29,6 +31,52 @@ from rtmdet_geo.structures import Kind
 _HEADERS = ("imagesource:", "gsd:")
 
 
+@dataclass(frozen=True)
+class DotaObjects:
+    """N objects of an image as their lines have them.
+
+    Attributes:
+        corners: (N, 8) float64 x1 y1 ... x4 y4 in px of the image.
+        class_names: N names.
+        difficult: N words, "0", "1" or "2".
+        numbers: (N,) int64 lines of the file, from 1.
+    """
+
+    corners: NDArray[np.float64]
+    class_names: tuple[str, ...]
+    difficult: tuple[str, ...]
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.corners)
+
+
+def read_dota_objects(path: Path) -> DotaObjects:
+    """Read a labelTxt file as it stands; a missing ``difficult`` is 0.
+
+    Raises:
+        AnnotationError: a line is malformed; the message begins with file and line.
+    """
+    corners: list[list[float]] = []
+    names: list[str] = []
+    numbers: list[int] = []
+    difficult: list[str] = []
+    for number, words in read_lines(path):
+        if not names and words[0].lower().startswith(_HEADERS):
+            continue
+        place = f"{path}:{number}"
+        if len(words) not in (9, 10):
+            raise AnnotationError(f"{place}: {len(words)} words, but DOTA has x1 y1 x2 y2 x3 y3 x4 y4 class difficult")
+        corners.append(parse_floats(words[:8], place))
+        names.append(words[8])
+        numbers.append(number)
+        difficult.append(words[9] if len(words) == 10 else "0")
+        parse_difficult(difficult[-1], place)
+    table = np.array(corners, np.float64).reshape(-1, 8)
+    return DotaObjects(table, tuple(names), tuple(difficult), np.array(numbers, np.int64))
+
+
 def read_dota(path: Path, kind: Kind = "rotated", *, with_outlines: bool = False) -> ImageLabels:
     """Read a labelTxt file; a missing ``difficult`` is 0.
 
@@ -40,23 +88,15 @@ def read_dota(path: Path, kind: Kind = "rotated", *, with_outlines: bool = False
     Raises:
         AnnotationError: a line is malformed; the message begins with file and line.
     """
-    quads: list[list[float]] = []
-    names: list[str] = []
-    numbers: list[int] = []
-    difficult: list[bool] = []
-    for number, words in read_lines(path):
-        if not names and words[0].lower().startswith(_HEADERS):
-            continue
-        place = f"{path}:{number}"
-        if len(words) not in (9, 10):
-            raise AnnotationError(f"{place}: {len(words)} words, but DOTA has x1 y1 x2 y2 x3 y3 x4 y4 class difficult")
-        quads.append(parse_floats(words[:8], place))
-        names.append(words[8])
-        numbers.append(number)
-        difficult.append(parse_difficult(words[9], place) if len(words) == 10 else False)
-    corners = np.array(quads).reshape(-1, 4, 2) if with_outlines else ()
-    outlines = [((ring,),) for ring in corners]
-    return make_labels(path, quads_to_boxes(quads, kind), names, numbers, difficult=difficult, outlines=outlines)
+    found = read_dota_objects(path)
+    return make_labels(
+        path,
+        quads_to_boxes(found.corners, kind),
+        found.class_names,
+        found.numbers,
+        difficult=[word != "0" for word in found.difficult],
+        outlines=[((ring,),) for ring in found.corners.reshape(-1, 4, 2)] if with_outlines else (),
+    )
 
 
 def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any") -> None:

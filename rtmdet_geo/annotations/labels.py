@@ -70,7 +70,7 @@ def make_labels(
     path: Path,
     boxes: ArrayLike,
     class_names: Sequence[str],
-    numbers: Sequence[int],
+    numbers: Sequence[int] | NDArray[np.int64],
     *,
     difficult: Sequence[bool] | NDArray[np.bool_] | None = None,
     crowd: Sequence[bool] | NDArray[np.bool_] | None = None,

@@ -27,7 +27,8 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry.polygon import orient
 
-from rtmdet_geo.dota.labels import Objects
+from rtmdet_geo.annotations.dota import DotaObjects
+from rtmdet_geo.annotations.labels import number_text
 from rtmdet_geo.errors import AnnotationError, ConfigError
 
 Tool = Literal["devkit", "bboxtoolkit"]
@@ -98,12 +99,14 @@ class SplitRules:
             raise ConfigError(f"tool={self.tool!r} is unknown; choose 'devkit' or 'bboxtoolkit'")
         if not self.rates or not all(math.isfinite(rate) and 0.01 <= rate <= 100 for rate in self.rates):
             raise ConfigError(f"rates={self.rates!r} must be one number in [0.01, 100] at least")
-        if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
+        if len(set(self.rates)) < len(self.rates):
             raise ConfigError(f"rates={self.rates!r} name a rate twice")
         if self.size < 1 or not 0 <= self.gap < self.size:
             raise ConfigError(f"gap={self.gap} px must be at least 0 and below size={self.size} px, at least 1")
         if any(size <= gap for size, gap in self._scaled()):
             raise ConfigError(f"size={self.size} and gap={self.gap} px are the same at one of the rates {self.rates!r}")
+        if self.tool == "bboxtoolkit" and len({size for size, _ in self._scaled()}) < len(self.rates):
+            raise ConfigError(f"rates={self.rates!r} are so near to each other that two have windows of one size")
         for name in ("iof_threshold", "image_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1]")
@@ -127,7 +130,7 @@ class SplitRules:
         for rate in self.rates:
             wide, high = resized_shape(width, height, rate)
             corners = product(_devkit_starts(wide, self.size, self.gap), _devkit_starts(high, self.size, self.gap))
-            found += [Window(f"{rate:g}__{x}___{y}", rate, x, y, self.size) for x, y in corners]
+            found += [Window(f"{number_text(rate)}__{x}___{y}", rate, x, y, self.size) for x, y in corners]
         return found
 
     def _full_windows(self, width: int, height: int) -> list[Window]:
@@ -142,7 +145,7 @@ class SplitRules:
             return [window for window, share in zip(windows, shares, strict=True) if most - share < _SAME_SHARE]
         return [window for window, share in zip(windows, shares, strict=True) if share > self.image_threshold]
 
-    def cut(self, objects: Objects, width: int, height: int, windows: Sequence[Window]) -> Iterator[list[str]]:
+    def cut(self, objects: DotaObjects, width: int, height: int, windows: Sequence[Window]) -> Iterator[list[str]]:
         """Yield for each window of an image of so many px the lines of its label file.
 
         Args:
@@ -161,7 +164,7 @@ class SplitRules:
                 if window.rate == rate:
                     yield self._cut_devkit(objects, quads, window, *shape)
 
-    def _cut_devkit(self, objects: Objects, quads: _Quads, window: Window, width: int, height: int) -> list[str]:
+    def _cut_devkit(self, objects: DotaObjects, quads: _Quads, window: Window, width: int, height: int) -> list[str]:
         right, bottom = min(window.x + window.size, width - 1), min(window.y + window.size, height - 1)
         lines = []
         for index, part, share in quads.parts(window.x, window.y, right, bottom):
@@ -180,19 +183,19 @@ class SplitRules:
             lines.append(" ".join([*map(str, numbers.tolist()), objects.class_names[index], mark]))
         return lines
 
-    def _cut_whole(self, objects: Objects, windows: Sequence[Window]) -> Iterator[list[str]]:
+    def _cut_whole(self, objects: DotaObjects, windows: Sequence[Window]) -> Iterator[list[str]]:
         corners = objects.corners.astype(np.float32)
         quads = _Quads(corners.astype(np.float64))
         areas = np.maximum(quads.areas.astype(np.float32), np.float32(1e-6)).astype(np.float64)
         for window in windows:
             lines = []
-            shift = np.array([window.x, window.y] * 4, np.float32)
+            shift = np.array([-window.x, -window.y] * 4, np.float32)  # added, as the tool does: -0.0 becomes 0.0
             for index, part, _ in quads.parts(window.x, window.y, window.x + window.size, window.y + window.size):
                 share = part.area / areas[index]
                 if share < self.iof_threshold or share == 0:
                     continue
                 mark = objects.difficult[index] if share >= 1 else _CUT
-                numbers = map(str, corners[index] - shift)
+                numbers = map(str, corners[index] + shift)
                 lines.append(" ".join([*numbers, objects.class_names[index], mark]))
             yield lines
 

@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.dota import read_dota_objects
 from rtmdet_geo.dota.files import decode_large, find_images, find_labels, stamp
-from rtmdet_geo.dota.labels import read_objects
 from rtmdet_geo.dota.partial import (
     SETTINGS_FILE,
     PartialFolder,
@@ -126,7 +126,7 @@ def split_dota(
     if finished is not None:
         return _summary(out, rules, finished, len(finished))
     for path in label_files.values():
-        read_objects(path)
+        read_dota_objects(path)
     partial = open_partial(out, settings, resume=resume, overwrite=overwrite)
     for name in (IMAGE_FOLDER, *([LABEL_FOLDERS[tool]] if labels is not None else [])):
         (partial.folder / name).mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def _start_worker() -> None:
 
 def _split_image(job: _Job) -> dict[str, Any]:
     """Write all patches of one image; return how many there are and what is in them."""
-    objects = None if job.labels is None else read_objects(job.labels)
+    objects = None if job.labels is None else read_dota_objects(job.labels)
     image = decode_large(job.image)
     height, width = image.shape[:2]
     windows = job.rules.windows(width, height)

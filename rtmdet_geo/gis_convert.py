@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 #: Attributes of a feature; ``scene_id`` is the name of its image without ending.
 COLUMNS = ("id", "class_id", "class_name", "scene_id", "difficult", "crowd")
+#: What a column of yes and no may say; layers of other programs have words or numbers.
+_FLAGS = {"0": False, "1": True, "2": True, "false": False, "true": True}
 #: What the way over the ground takes off a coordinate in px, at most.
 _ROUNDING_PX = 1e-6
 
@@ -249,11 +251,21 @@ def read_label_layer(
 
 
 def _flags(layer: LabelLayer, column: str) -> NDArray[np.bool_]:
-    """Return a column of yes and no; False where it is missing or null."""
+    """Return a column of yes and no; False where it is missing or null.
+
+    Raises:
+        AnnotationError: a value is neither a number 0, 1 or 2, as in DOTA, nor true or false.
+    """
     if column not in layer.table:
         return np.zeros(len(layer), np.bool_)
     values = layer.table[column]
-    return np.asarray(values.where(values.notna(), False).astype(bool), np.bool_)
+    words = [str(value).strip().lower().removesuffix(".0") for value in values.where(values.notna(), False)]
+    unknown = [word for word in words if word not in _FLAGS]
+    if unknown:
+        raise AnnotationError(
+            f"label layer {str(layer.path)!r}: column {column!r} says {unknown[0]!r}; give {', '.join(_FLAGS)}"
+        )
+    return np.array([_FLAGS[word] for word in words], np.bool_)
 
 
 def _cleaned(outline: Outline) -> Outline:

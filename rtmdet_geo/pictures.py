@@ -7,6 +7,7 @@ how many it takes.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,12 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 
 #: Pillow's limit belongs to the whole process; it is another one only while this is held.
 _LIMIT_LOCK = threading.Lock()
+
+
+def image_stem(name: str) -> str:
+    """Return the name of an image file without folders and without the ending of an image."""
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    return stem if suffix.lower() in IMAGE_SUFFIXES else os.path.basename(name)
 
 
 def image_size(path: Path, *, max_pixels: int | None = None) -> tuple[int, int]:

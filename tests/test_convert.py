@@ -505,6 +505,57 @@ def test_layers_that_lie_elsewhere_or_have_no_crs(tmp_path, images):
     assert not (tmp_path / "a").exists()
 
 
+def test_marks_in_layers_of_other_programs(tmp_path, images):
+    """Words as well as numbers and bools; "0" is not yes only because it is not empty."""
+    square = geopandas.GeoSeries.from_wkt(["POLYGON ((1 1, 9 1, 9 5, 1 5, 1 1))"] * 5, crs="EPSG:32630")
+    ground = square.affine_transform([10, 0, 0, -10, 500_000, 4_000_400])
+    layer = ground.to_frame("geometry").assign(difficult=["0", "1", "2", "False", None], crowd=[0, 1, 0, 0, 0])
+    layer.to_file(tmp_path / "a.gpkg")
+    (image,) = read(tmp_path / "a.gpkg", "gis", images).images
+    assert image.labels.difficult.tolist() == [False, True, True, False, False]
+    assert image.labels.crowd.tolist() == [False, True, False, False, False]
+    layer.assign(difficult="maybe").to_file(tmp_path / "b.gpkg")
+    with pytest.raises(AnnotationError, match=r"b\.gpkg': column 'difficult' says 'maybe'"):
+        read(tmp_path / "b.gpkg", "gis", images)
+
+
+def test_ids_that_are_not_unique(tmp_path):
+    root = coco_folder(tmp_path, [coco_box(5, 1, [5, 5, 10, 10]), coco_box(5, 2, [5, 5, 10, 10])])
+    with pytest.raises(AnnotationError, match=r"all\.json: 2 annotations have the id 5 \(1 ids are not unique\)"):
+        convert(root / "all.json", tmp_path / "a", "coco", "dota")
+    content = json.loads((root / "all.json").read_text())
+    for part in ("images", "categories"):
+        twice = content | {part: [*content[part], content[part][0] | {"file_name": "x", "name": "x"}]}
+        path = write_text(tmp_path / f"{part}.json", json.dumps(twice))
+        with pytest.raises(
+            AnnotationError, match=rf"{part}\.json': 2 of the {part} have the id {content[part][0]['id']}"
+        ):
+            convert(path, tmp_path / "a", "coco", "dota")
+    for number, entry in enumerate(content["annotations"]):
+        entry["id"] = 10**12 + number
+    write_text(tmp_path / "large.json", "\ufeff" + json.dumps(content))  # with the mark that Windows editors write
+    assert convert(tmp_path / "large.json", tmp_path / "a", "coco", "dota")["num_objects"] == 2
+
+
+def test_names_of_images_with_dots(tmp_path):
+    for stem in ("a.b", "c__1"):
+        write_text(
+            tmp_path / "labels" / f"{stem}.txt", "10 10 30 10 30 20 10 20 ship 0\n40 10 45 10 45 20 40 20 ship 1\n"
+        )
+        write_image(tmp_path / "images" / f"{stem}.PNG", 1, (61, 39))
+    for images, ending in ((None, ""), (tmp_path / "images", "PNG")):
+        folder = tmp_path / f"hrsc{ending}"
+        convert(tmp_path / "labels", folder, "dota", "hrsc", images=images)
+        assert sorted(path.name for path in folder.iterdir()) == ["a.b.xml", "c__1.xml"]
+        text = "".join((folder / "a.b.xml").read_text().split())
+        assert "<Img_FileName>a.b</Img_FileName>" in text and (f"<Img_FileFmt>{ending}<" in text) == bool(ending)
+        assert read_hrsc(folder / "a.b.xml").difficult.tolist() == [False, True]
+    convert(tmp_path / "labels", tmp_path / "yolo", "dota", "yolo_obb", images=tmp_path / "images")
+    convert(tmp_path / "yolo", tmp_path / "back", "yolo_obb", "dota", images=tmp_path / "images")
+    found = object_corners(read_dota(tmp_path / "back" / "a.b.txt", with_outlines=True))  # sides of 61 and 39 px
+    np.testing.assert_allclose(found[1], [[40, 10], [45, 10], [45, 20], [40, 20]], rtol=0, atol=1e-12 * 60)
+
+
 def test_objects_without_area_do_not_reach_a_layer(tmp_path, images):
     text = "1 1 9 1 9 5 1 5 ship 0\n2 2 2 2 2 2 2 2 ship 0\n1 1 9 9 9 1 1 9 ship 0\n"
     write_text(tmp_path / "labels" / "port.txt", text)

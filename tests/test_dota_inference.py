@@ -139,6 +139,8 @@ def test_task_2_encloses_task_1(folder, tmp_path):
             assert box.split()[:2] == [image, score]
             assert np.array(box.split()[2:], float).tolist() == [*points.min(axis=0), *points.max(axis=0)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "b.zip", "images"]
+    with pytest.raises(OutputError, match="task 1 and task 2 are both"):
+        run_dota(TwoClasses(), folder, tmp_path / "c", task2=f"{tmp_path}/./c")
     with pytest.raises(ConfigError, match="leave task2 out"):
         run_dota(TwoClasses("horizontal"), folder, tmp_path / "c.zip", task2=tmp_path / "d.zip")
 
@@ -236,6 +238,7 @@ def test_command(folder, tmp_path, monkeypatch):
     assert "--overwrite" in error_line(run(*words))
     found = json.loads(run(*words, "--overwrite", "--score", 1, "--classes", "dota_v1.0", "--json").stdout)
     assert found["detections"] == 0 and len(found["findings"]) == 15  # two are empty, thirteen missing
-    warned = run(*words, "--overwrite", "--score", 1)
-    assert warned.exit_code == 0 and warned.stderr.count("rtmdet-geo: warning: ") == 2
+    warned = run(*words, "--overwrite", "--score", 1, "--task2", tmp_path / "task2.zip")
+    assert warned.exit_code == 0 and warned.stderr.count("rtmdet-geo: warning: ") == 4  # two classes, two zips
+    assert f"{tmp_path / 'task2.zip'}:Task2_ship.txt: it is empty" in warned.stderr
     assert run(*words, "--resume", "--overwrite").exit_code == 2

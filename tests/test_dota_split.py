@@ -160,6 +160,19 @@ def test_a_killed_split_leaves_whole_patches_and_is_taken_up(source, tmp_path):
     assert not folder.exists()
 
 
+def test_a_split_stopped_before_it_gets_its_name_is_taken_up(source, tmp_path, monkeypatch):
+    def refuse(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(partial.PartialFolder, "forget_records", refuse)
+        split_dota(*source, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+    assert split_dota(*source, tmp_path / "out", resume=True, **SMALL)["reused"] == 3
+    split_dota(*source, tmp_path / "again", **SMALL)
+    assert content(tmp_path / "out") == content(tmp_path / "again")
+
+
 def test_resuming_looks_at_the_files_again(source, tmp_path, monkeypatch):
     images, labels = source
     done = []

@@ -9,9 +9,8 @@ import zipfile
 import pytest
 from test_cli import error_line, run
 
-from rtmdet_geo.class_names import DOTA_V1
-from rtmdet_geo.dota.submission import check_submission, write_submission
-from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError, OutputError
+from rtmdet_geo.dota.submission import check_submission
+from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 
 LINE = "P0003 0.5 10 10 30 10 30 20 10 20\n"
 CLASSES = ("ship", "plane")
@@ -86,23 +85,6 @@ def test_files_that_are_no_zip(tmp_path):
     path.write_text(LINE)
     with pytest.raises(AnnotationError, match="no zip file that can be read"):
         check_submission(path, CLASSES)
-
-
-def test_packing_a_folder(tmp_path):
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "Task1_ship.txt").write_text(LINE)
-    findings = write_submission(folder, tmp_path / "a.zip", image_ids=["P0003"])
-    assert len(findings) == len(DOTA_V1) - 1
-    assert all("it is empty" in finding.text for finding in findings)
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert archive.namelist() == [f"Task1_{name}.txt" for name in DOTA_V1]
-    with pytest.raises(OutputError, match="--overwrite"):
-        write_submission(folder, tmp_path / "a.zip")
-    (folder / "Task1_boat.txt").write_text(LINE)
-    with pytest.raises(AnnotationError, match=r"Task1_boat\.txt: class 'boat' is not among"):
-        write_submission(folder, tmp_path / "b.zip")
-    assert not (tmp_path / "b.zip").exists()
 
 
 def test_command(tmp_path):

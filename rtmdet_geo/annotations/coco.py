@@ -10,6 +10,7 @@ count two before.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ from rtmdet_geo.boxes import minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.structures import Kind
 
+#: Stands for the id of an annotation that has none.
+NO_ID = -1
+
 
 @dataclass(frozen=True, slots=True)
 class CocoObject:
@@ -35,7 +39,7 @@ class CocoObject:
         points: (M, 2) float64 x, y in px: corners of the mask's or the polygons' outline (not in drawing order);
             their hull is the object's hull.
         is_crowd: the annotation's ``iscrowd``: a region of many objects, none of which is told from the others.
-        annotation_id: id of the annotation, for messages.
+        annotation_id: id of the annotation, for messages; :data:`NO_ID` where it has none.
         segmentation: polygons or run lengths as the file has them; None where it has a box only. See
             :func:`object_outline` and :func:`object_mask`.
         hbox: x1, y1, x2, y2 in px, the annotation's ``bbox``; None where it has a segmentation only.
@@ -295,7 +299,7 @@ def read_coco(path: str | Path, on_error: Callable[[AnnotationError], None] | No
         AnnotationError: not json, not COCO, or an annotation that points nowhere; the message names the annotation.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise AnnotationError(f"cannot read label file {str(path)!r}: {error.strerror or error}") from error
     except ValueError as error:
@@ -312,6 +316,7 @@ def read_coco(path: str | Path, on_error: Callable[[AnnotationError], None] | No
         raise AnnotationError(
             f"label file {str(path)!r} has a malformed image or category ({error!r}); each needs id and name"
         ) from error
+    _check_unique(path, content)
     for number, annotation in enumerate(content["annotations"]):
         label = annotation.get("id", number) if isinstance(annotation, dict) else number
         try:
@@ -327,6 +332,19 @@ def read_coco(path: str | Path, on_error: Callable[[AnnotationError], None] | No
     return CocoLabels(images, tuple(categories.values()), objects, categories)
 
 
+def _check_unique(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Refuse images or categories that share an id, for annotations would belong to any of them.
+
+    Raises:
+        AnnotationError: two do.
+    """
+    for part in ("images", "categories"):
+        counts = Counter(int(entry["id"]) for entry in content[part])
+        (entry_id, number), *_ = counts.most_common(1) or [(0, 0)]
+        if number > 1:
+            raise AnnotationError(f"label file {str(path)!r}: {number} of the {part} have the id {entry_id}")
+
+
 def _object(
     annotation: Mapping[str, Any], categories: Mapping[int, str], images: Mapping[int, dict[str, Any]]
 ) -> CocoObject:
@@ -340,7 +358,7 @@ def _object(
         categories[category_id],
         _points(annotation),
         bool(annotation.get("iscrowd", 0)),
-        int(annotation.get("id", -1)),
+        int(annotation.get("id", NO_ID)),
         annotation.get("segmentation") or None,
         _hbox(annotation) if annotation.get("bbox") else None,
         _area(annotation),

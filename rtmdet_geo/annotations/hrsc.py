@@ -15,7 +15,7 @@ aircraft carrier (Tarawa has a flight deck from bow to stern), 19, 28 and 29 (ho
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from rtmdet_geo.annotations.labels import (
@@ -31,6 +31,7 @@ from rtmdet_geo.annotations.xml_files import add_fields, field_text, read_tree, 
 from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
 from rtmdet_geo.class_names import HRSC, HRSC_LEVEL3
 from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.pictures import image_stem
 from rtmdet_geo.structures import Kind
 
 HrscLevel = Literal[1, 2, 3]
@@ -118,8 +119,9 @@ def write_hrsc(path: Path, labels: ImageLabels, image_name: str, size: tuple[int
         OutputError: the file cannot be written.
     """
     root = ElementTree.Element("HRSC_Image")
-    stem, _, ending = image_name.rpartition(".")
-    add_fields(root, {"Img_ID": stem or image_name, "Img_FileName": stem or image_name, "Img_FileFmt": ending})
+    stem = image_stem(image_name)
+    ending = PurePosixPath(image_name).name.removeprefix(stem).removeprefix(".")
+    add_fields(root, {"Img_ID": stem, "Img_FileName": stem, "Img_FileFmt": ending})
     if size is not None:
         add_fields(root, {"Img_SizeWidth": size[0], "Img_SizeHeight": size[1], "Img_SizeDepth": 3})
     add_fields(root, {"Annotated": 1})

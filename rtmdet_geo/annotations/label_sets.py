@@ -7,13 +7,14 @@ over: a label file that is wrong stops the reading.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from rtmdet_geo.annotations.angles import AngleConvention
-from rtmdet_geo.annotations.coco import image_labels, read_coco
+from rtmdet_geo.annotations.coco import NO_ID, CocoLabels, image_labels, read_coco
 from rtmdet_geo.annotations.dota import read_dota
 from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
@@ -22,7 +23,7 @@ from rtmdet_geo.annotations.voc import read_voc
 from rtmdet_geo.annotations.yolo import read_yolo
 from rtmdet_geo.class_names import KNOWN
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError, RasterError
-from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size
+from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size, image_stem
 from rtmdet_geo.structures import Kind
 
 #: Formats that are converted; "voc" and "rolabelimg" are read alike, "gis" is a vector layer over georeferenced images.
@@ -128,12 +129,6 @@ def read_label_set(
     if label_format == "coco":
         return _read_coco_set(source, images, options)
     return _read_files(source, label_format, images, options, progress)
-
-
-def image_stem(name: str) -> str:
-    """Return the name of an image file without folders and without the ending of an image."""
-    stem, suffix = os.path.splitext(os.path.basename(name))
-    return stem if suffix.lower() in IMAGE_SUFFIXES else os.path.basename(name)
 
 
 def size_of_image(path: Path) -> tuple[int, int]:
@@ -296,6 +291,7 @@ def _read_one(
 
 def _read_coco_set(source: Path, images: Path | None, options: ReadOptions) -> LabelSet:
     content = read_coco(source)
+    _check_annotation_ids(source, content)
     with_outlines = options.kind != "horizontal"
     kind: Kind = "rotated" if with_outlines else "horizontal"
     found = []
@@ -308,6 +304,22 @@ def _read_coco_set(source: Path, images: Path | None, options: ReadOptions) -> L
     if not found:
         raise DatasetNotFoundError(f"label file {str(source)!r} names no images")
     return LabelSet(tuple(found), content.classes)
+
+
+def _check_annotation_ids(source: Path, content: CocoLabels) -> None:
+    """Refuse annotations that share an id: programs that keep them by id lose all but one.
+
+    Raises:
+        AnnotationError: two do; annotations without id may be any number.
+    """
+    counts = Counter(entry.annotation_id for entries in content.objects.values() for entry in entries)
+    counts.pop(NO_ID, None)
+    twice = [annotation_id for annotation_id, number in counts.items() if number > 1]
+    if twice:
+        raise AnnotationError(
+            f"{source}: {counts[twice[0]]} annotations have the id {twice[0]} ({len(twice)} ids are not unique): "
+            "number them anew"
+        )
 
 
 def _picture_size(source: Path, image_id: int, name: str, images: Path | None) -> tuple[int, int] | None:

@@ -141,15 +141,11 @@ def chips(
             progress=advance,
             **settings,
         )
-    if as_json:
-        report.echo_json(summary)
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
-        click.echo(
-            f"{summary['out']}: {summary['num_chips']} chips of {summary['num_scenes']} scenes, "
-            f"{summary['num_boxes']} objects"
-        )
+    text = (
+        f"{summary['out']}: {summary['num_chips']} chips of {summary['num_scenes']} scenes, "
+        f"{summary['num_boxes']} objects"
+    )
+    report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)
 
 
 @data.command()

@@ -122,16 +122,11 @@ def convert(
             overwrite=overwrite,
             progress=advance,
         )
-    if as_json:
-        report.echo_json(summary)
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
-        counts = ", ".join(f"{number} {name}" for name, number in summary["num_by_class"].items() if number)
-        click.echo(
-            f"{summary['out']}: {summary['num_images']} images, {summary['num_objects']} objects"
-            + (f": {counts}" if counts else "")
-        )
+    counts = ", ".join(f"{number} {name}" for name, number in summary["num_by_class"].items() if number)
+    text = f"{summary['out']}: {summary['num_images']} images, {summary['num_objects']} objects" + (
+        f": {counts}" if counts else ""
+    )
+    report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)
 
 
 def only_with(value: object, option: str, partner: str, is_given: bool) -> None:

@@ -107,12 +107,8 @@ def merge(
             overwrite=overwrite,
             progress=advance,
         )
-    if as_json:
-        report.echo_json(summary)
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
-        click.echo(
-            f"{summary['out']}: {summary['after']} of {summary['before']} detections left, in {summary['images']} "
-            f"images and {summary['classes']} classes"
-        )
+    text = (
+        f"{summary['out']}: {summary['after']} of {summary['before']} detections left, in {summary['images']} "
+        f"images and {summary['classes']} classes"
+    )
+    report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)

@@ -166,11 +166,7 @@ def split(
             progress=advance,
             cancelled=report.cancel_requested.is_set,
         )
-    if as_json:
-        report.echo_json(summary)
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
-        reused = f", {summary['reused']} of an earlier run" if summary["reused"] else ""
-        objects = f", {summary['objects']} objects ({summary['difficult']} difficult)" if labels is not None else ""
-        click.echo(f"{summary['out']}: {summary['tiles']} patches of {summary['images']} images{reused}{objects}")
+    reused = f", {summary['reused']} of an earlier run" if summary["reused"] else ""
+    objects = f", {summary['objects']} objects ({summary['difficult']} difficult)" if labels is not None else ""
+    text = f"{summary['out']}: {summary['tiles']} patches of {summary['images']} images{reused}{objects}"
+    report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)

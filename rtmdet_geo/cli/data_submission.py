@@ -119,23 +119,20 @@ def submission(
         summary = run_dota(
             engine, images, output, progress=advance, cancelled=report.cancel_requested.is_set, **settings
         )
+    names = None if settings["patches"] else find_images(images)
     findings = []
-    if output.suffix.lower() == ".zip":
-        names = None if settings["patches"] else find_images(images)
-        findings = check_submission(output, classes or engine.spec.classes, names, task=summary["task"])
+    for path, task in ((output, summary["task"]), (settings["task2"], 2)):
+        if path is not None and path.suffix.lower() == ".zip":
+            findings += check_submission(path, classes or engine.spec.classes, names, task=task)
     for finding in findings if report.verbosity(ctx) >= 0 else ():
         report.echo(ctx, f"rtmdet-geo: warning: {finding}")
     summary["findings"] = [finding._asdict() for finding in findings]
-    if as_json:
-        report.echo_json(summary)
-    elif progress_mode == "jsonl":
-        report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
-        reused = f", {summary['reused']} of an earlier run" if summary["reused"] else ""
-        click.echo(
-            f"{summary['out']}: task {summary['task']}, {summary['detections']} detections in {summary['images']} "
-            f"images{reused} ({summary['patches']} patches)"
-        )
+    reused = f", {summary['reused']} of an earlier run" if summary["reused"] else ""
+    text = (
+        f"{summary['out']}: task {summary['task']}, {summary['detections']} detections in {summary['images']} "
+        f"images{reused} ({summary['patches']} patches)"
+    )
+    report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)
 
 
 @click.command()

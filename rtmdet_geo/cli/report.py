@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -149,10 +149,26 @@ def echo_layer(
 
         for line in geojson_features(layer):
             click.echo(line)
-    elif as_json:
-        echo_json(layer.attrs["summary"])
+    else:
+        echo_summary(ctx, layer.attrs["summary"], text, as_json=as_json, progress_mode=progress_mode)
+
+
+def echo_summary(
+    ctx: click.Context, summary: Mapping[str, Any], text: str, *, as_json: bool, progress_mode: str
+) -> None:
+    """Write what a verb did to stdout: as JSON, as an event, or in one line unless it shall be quiet.
+
+    Args:
+        ctx: of the command.
+        summary: what the verb's function returned.
+        text: the same in one line.
+        as_json: ``--json`` was given.
+        progress_mode: value of ``--progress``.
+    """
+    if as_json:
+        echo_json(summary)
     elif progress_mode == "jsonl":
-        emit_event(ctx, {"event": "done", **layer.attrs["summary"]})
+        emit_event(ctx, {"event": "done", **summary})
     elif verbosity(ctx) >= 0:
         click.echo(text)
 

@@ -30,7 +30,7 @@ from rtmdet_geo.dota.partial import open_partial
 from rtmdet_geo.dota.rules import PatchName, SplitRules, Tool, parse_patch_name
 from rtmdet_geo.dota.submission import check_output, write_texts
 from rtmdet_geo.dota.tiles import cut_pixels
-from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, SaturatedTileWarning
+from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
 from rtmdet_geo.images import array_scene, load_model
 from rtmdet_geo.nms import nms_horizontal, nms_rotated
 from rtmdet_geo.preprocess import letterbox
@@ -135,6 +135,8 @@ def run_dota(
     settings = _Settings(score_threshold, iou_threshold, merge_iou_threshold, max_detections, multi_label, batch_size)
     for path in (out, *([task2] if task2 is not None else [])):
         check_output(path, overwrite=overwrite)
+    if task2 is not None and os.path.abspath(task2) == os.path.abspath(out):
+        raise OutputError(f"outputs of task 1 and task 2 are both {os.fspath(out)!r}; give two names")
     engine = load_model(model) if model is None or isinstance(model, str | os.PathLike) else model
     is_rotated = engine.spec.object_kind == "rotated"
     if task2 is not None and not is_rotated:

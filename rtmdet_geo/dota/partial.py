@@ -16,6 +16,8 @@ from typing import Any
 from rtmdet_geo.errors import ConfigError, OutputError
 
 SETTINGS_FILE = "settings.json"
+#: What a finished output's settings have besides: its records.
+FINISHED_KEY = "images"
 _RECORDS = "done"
 #: Files that are being written end so.
 _STAGED = ".partial"
@@ -83,6 +85,7 @@ def open_partial(
         if begun is None:
             raise OutputError(f"{str(folder)!r} is not what an unfinished run leaves; move it or choose another output")
         if resume:
+            begun.pop(FINISHED_KEY, None)  # it was stopped just before it got its name
             check_settings(wanted, begun, str(folder))
             return PartialFolder(folder)
         if not overwrite:

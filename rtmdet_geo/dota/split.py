@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.annotations.dota import read_dota_objects
 from rtmdet_geo.dota.files import decode_large, find_images, find_labels, stamp
 from rtmdet_geo.dota.partial import (
+    FINISHED_KEY,
     SETTINGS_FILE,
     PartialFolder,
     check_settings,
@@ -161,13 +162,13 @@ def _finished(
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     made = read_json(out / SETTINGS_FILE)
-    if made is None or "images" not in made:
+    if made is None or FINISHED_KEY not in made:
         raise OutputError(f"output {str(out)!r} exists and is no earlier split; choose another name")
     if overwrite:
         return None
     if not resume:
         raise OutputError(f"output {str(out)!r} exists; add --overwrite to replace it")
-    records: dict[str, dict[str, Any]] = made.pop("images")
+    records: dict[str, dict[str, Any]] = made.pop(FINISHED_KEY)
     check_settings({**settings, "rates": list(settings["rates"])}, made, str(out))
     if {name: record.get("stamps") for name, record in records.items()} != stamps:
         raise OutputError(f"output {str(out)!r} was made of other images or labels; add --overwrite to replace it")
@@ -305,7 +306,7 @@ def _publish(
 
 
 def _settings_text(settings: dict[str, Any], records: dict[str, dict[str, Any]]) -> bytes:
-    return json.dumps({**settings, "images": records}, indent=1).encode()
+    return json.dumps({**settings, FINISHED_KEY: records}, indent=1).encode()
 
 
 def _summary(out: Path, rules: SplitRules, records: dict[str, dict[str, Any]], num_reused: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from rtmdet_geo.annotations.dota_results import LINES, Task, read_results
+from rtmdet_geo.annotations.dota_results import LINES, Task
 from rtmdet_geo.class_names import DOTA_V1
 from rtmdet_geo.dota.rules import parse_patch_name
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError, OutputError
@@ -41,50 +41,6 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         """Return place and text."""
         return f"{self.place}: {self.text}"
-
-
-def write_submission(
-    results: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    task: Task = 1,
-    classes: Sequence[str] = DOTA_V1,
-    image_ids: Iterable[str] | None = None,
-    overwrite: bool = False,
-) -> list[Finding]:
-    """Pack a folder of result files over whole images into the zip to submit, and check it.
-
-    Args:
-        results: folder of ``Task1_<class>.txt`` files; a class without file gets an empty one.
-        out: zip file.
-        task: 1 oriented, 2 horizontal.
-        classes: all of the data set's.
-        image_ids: see :func:`check_submission`.
-        overwrite: replace an earlier output.
-
-    Returns:
-        What :func:`check_submission` finds in it.
-
-    Raises:
-        AnnotationError: a line is malformed, or a file is of another class; it is named.
-        DatasetNotFoundError: the folder is missing, or has no result files.
-        OutputError: ``out`` exists or cannot be written.
-    """
-    check_output(out, overwrite=overwrite)
-    found = read_results(Path(results), task)
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise AnnotationError(
-            f"{found[unknown[0]].path}: class {unknown[0]!r} is not among {', '.join(classes)}; name the classes of "
-            "the data set that you submit to"
-        )
-    folder = Path(results)
-    texts = {
-        name: (folder / f"Task{task}_{name}.txt").read_text(encoding="utf-8-sig") if name in found else ""
-        for name in classes
-    }
-    write_texts(out, texts, task, overwrite=overwrite)
-    return check_submission(out, classes, image_ids, task=task) if _is_zip(out) else []
 
 
 def check_submission(

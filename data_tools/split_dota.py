@@ -1,6 +1,6 @@
 """Cut DOTA images and their labels into patches, by the rules of DOTA_devkit or BboxToolkit.
 
-python -m data_tools.split_dota train/images -l train/labelTxt -o dota_ss/train --tool bboxtoolkit
+python -m data_tools.split_dota trainval/images -l trainval/labelTxt -o dota_ss/trainval --tool bboxtoolkit
 
 The same as `rtmdet-geo data split`.
 """

@@ -263,8 +263,8 @@ def test_other_folders_are_not_touched(source, tmp_path):
         split_dota(*source, tmp_path / "mine", overwrite=True, **SMALL)
     with pytest.raises(OutputError, match="is not what an unfinished run leaves"):
         split_dota(*source, tmp_path / "out", overwrite=True, **SMALL)
-    with pytest.raises(OutputError, match="make it first"):
-        split_dota(*source, tmp_path / "no/out", **SMALL)
+    with pytest.raises(OutputError, match="cannot make folder"):
+        split_dota(*source, tmp_path / "mine/thesis.txt/out", **SMALL)
     assert (tmp_path / "mine/thesis.txt").exists() and (tmp_path / "out.partial").exists()
 
 

@@ -136,7 +136,7 @@ def split(
 
     \b
     Example:
-      rtmdet-geo data split train/images -l train/labelTxt -o dota_ss/train --tool bboxtoolkit
+      rtmdet-geo data split trainval/images -l trainval/labelTxt -o dota_ss/trainval --tool bboxtoolkit
       rtmdet-geo data split test/images -o dota_ms/test --rates 0.5,1,1.5 --gap 500
 
     Windows, cut objects and file names are those of the tool, to the digit. Each process holds one image in memory. A

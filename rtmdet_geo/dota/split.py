@@ -86,7 +86,7 @@ def split_dota(
     Args:
         images: folder.
         labels: folder of labelTxt files, one for each image; None: there are none (a test set).
-        out: folder to make.
+        out: folder to make, with those above it: a data set has one for each part.
         tool: whose rules, see :mod:`rtmdet_geo.dota.rules`; so are the six that follow.
         size: side of patches in px.
         gap: px that neighbours share.
@@ -157,8 +157,6 @@ def _finished(
         ConfigError: it was made with other settings.
         OutputError: it shall not be replaced, or is no split.
     """
-    if not out.parent.is_dir():
-        raise OutputError(f"folder {str(out.parent)!r} of the output does not exist; make it first")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     made = read_json(out / SETTINGS_FILE)

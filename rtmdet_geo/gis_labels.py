@@ -22,7 +22,7 @@ from rtmdet_geo.annotations.outlines import Outline, outline_to_lists, transform
 from rtmdet_geo.boxes import boxes_to_polygons, minimum_area_rectangle
 from rtmdet_geo.errors import AnnotationError, OutputError
 from rtmdet_geo.label_layers import LabelLayer, RasterPlace
-from rtmdet_geo.outputs import staged_folder
+from rtmdet_geo.outputs import check_replaceable, staged_folder
 from rtmdet_geo.raster import Scene, open_scene, scene_stem
 from rtmdet_geo.structures import StretchSpec, Tile
 from rtmdet_geo.tiles import TileGrid
@@ -118,7 +118,7 @@ def cut_chips(
         )
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise OutputError(f"folder {str(out)!r} exists; use --overwrite or another name")
-    _check_replaceable(out)
+    check_replaceable(out, "chips", lambda entry: entry.name == _INDEX_NAME or entry.suffix == ".npy")
     if chip_size != 0:
         TileGrid(chip_size, chip_size, chip_size, overlap)  # refuses sizes out of range before any work is done
     reader = _open_labels(Path(labels), stems, class_column, classes)
@@ -362,23 +362,3 @@ def _class_index(name: str | None, classes: Sequence[str], path: Path) -> int:
     if name is None or name not in classes:
         raise AnnotationError(f"labels {str(path)!r} name class {name!r}, but the classes are {', '.join(classes)}")
     return list(classes).index(name)
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuse to replace anything but an earlier folder of chips.
-
-    Raises:
-        OutputError: ``out`` is a file, or holds something that is not a chip.
-    """
-    if not (out.exists() or out.is_symlink()):
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise OutputError(f"{str(out)!r} is no folder of chips; give another name")
-    foreign = sorted(
-        path.name for path in out.iterdir() if path.is_dir() or not (path.name == _INDEX_NAME or path.suffix == ".npy")
-    )
-    if foreign:
-        raise OutputError(
-            f"folder {str(out)!r} holds other files than chips ({', '.join(foreign[:3])}), which would be "
-            "deleted; give another name"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,6 +114,30 @@ def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
     finally:
         shutil.rmtree(around, ignore_errors=True)
+
+
+def check_replaceable(path: str | os.PathLike[str], what: str, is_own: Callable[[Path], bool]) -> None:
+    """Refuse to replace anything but an earlier folder of the same kind.
+
+    Args:
+        path: of the output; where nothing is, anything may come.
+        what: the folder holds.
+        is_own: says whether an entry of the folder is such.
+
+    Raises:
+        OutputError: there is a file or a link, or a folder that holds something else.
+    """
+    path = Path(path)
+    if not (path.exists() or path.is_symlink()):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise OutputError(f"output {str(path)!r} is no folder of {what}; give another name")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.is_dir() or not is_own(entry))
+    if foreign:
+        raise OutputError(
+            f"folder {str(path)!r} holds other files than {what} ({', '.join(foreign[:3])}), which would be deleted; "
+            "give another name"
+        )
 
 
 def check_not_input(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:

@@ -211,7 +211,7 @@ def test_wrong_files_are_named_and_nothing_is_written(results, tmp_path):
 def test_folders_of_other_things_are_not_replaced(results, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="holds more than results"):
+    with pytest.raises(OutputError, match="holds other files than results"):
         merge_results(results, tmp_path / "mine", overwrite=True)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(OutputError, match=r"is a file, and no \.zip"):

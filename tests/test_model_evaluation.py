@@ -150,7 +150,7 @@ def test_wrong_input_is_named(dota, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     for label_format in ("dota", "rbox"):
-        with pytest.raises(OutputError, match="holds more than results"):
+        with pytest.raises(OutputError, match="holds other files than results"):
             evaluate_model(
                 Ships(), images, labels, label_format=label_format, results=tmp_path / "mine", overwrite=True
             )

@@ -48,7 +48,7 @@ from rtmdet_geo.annotations.voc import write_voc
 from rtmdet_geo.annotations.yolo import write_yolo
 from rtmdet_geo.boxes import convex_hull
 from rtmdet_geo.errors import AnnotationError, ConfigError, OutputError
-from rtmdet_geo.outputs import check_folder, staged_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_replaceable, staged_folder, staged_output
 from rtmdet_geo.structures import Kind
 
 logger = logging.getLogger(__name__)
@@ -199,21 +199,11 @@ def _check_target(source: Path, target: Path, to_format: ConvertFormat, overwrit
         check_folder(target, overwrite)
     elif target.suffix.lower() == suffix:
         check_folder(target, overwrite)
-    elif target.exists() or target.is_symlink():
-        _check_replaceable(target, suffix, overwrite)
-
-
-def _check_replaceable(target: Path, suffix: str, overwrite: bool) -> None:
-    if not overwrite:
+    elif target.exists() and not overwrite:
         raise OutputError(f"output {str(target)!r} exists; add --overwrite to replace it")
-    if target.is_symlink() or not target.is_dir():
-        raise OutputError(f"output {str(target)!r} is no folder of labels; give another name")
-    names = sorted(path.name for path in target.iterdir())
-    foreign = [name for name in names if name != CLASS_LIST and not name.lower().endswith(suffix)]
-    if foreign:
-        raise OutputError(
-            f"folder {str(target)!r} holds other files than labels ({', '.join(foreign[:3])}), which would be deleted; "
-            "give another name"
+    else:
+        check_replaceable(
+            target, "labels", lambda entry: entry.name == CLASS_LIST or entry.name.lower().endswith(suffix)
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -121,7 +121,8 @@ def submission(
         )
     names = None if settings["patches"] else find_images(images)
     findings = []
-    for path, task in ((output, summary["task"]), (settings["task2"], 2)):
+    written: list[tuple[Path | None, Literal[1, 2]]] = [(output, summary["task"]), (settings["task2"], 2)]
+    for path, task in written:
         if path is not None and path.suffix.lower() == ".zip":
             findings += check_submission(path, classes or engine.spec.classes, names, task=task)
     for finding in findings if report.verbosity(ctx) >= 0 else ():

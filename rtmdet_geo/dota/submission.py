@@ -19,7 +19,7 @@ from rtmdet_geo.annotations.dota_results import LINES, Task
 from rtmdet_geo.class_names import DOTA_V1
 from rtmdet_geo.dota.rules import parse_patch_name
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError, OutputError
-from rtmdet_geo.outputs import check_folder, staged_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_replaceable, staged_folder, staged_output
 
 #: Faulty lines of one file that are named; the others are counted.
 _EXAMPLES = 3
@@ -165,32 +165,20 @@ def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Check that results could be written to a folder, or to a zip file if ``out`` ends so.
 
     Raises:
-        OutputError: ``out`` exists and ``overwrite`` is False, or is of the other kind, or its folder is missing.
-    """
-    if _is_zip(out):
-        check_folder(out, overwrite)
-    else:
-        check_result_folder(out, overwrite=overwrite)
-
-
-def check_result_folder(out: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Check that a folder of result files could be made, or replaced: one that holds other things is not.
-
-    Raises:
-        OutputError: it could not.
+        OutputError: ``out`` exists and ``overwrite`` is False, or is of the other kind, or a folder that holds other
+            things than results, or its folder is missing.
     """
     path = Path(out)
+    if _is_zip(out):
+        check_folder(out, overwrite)
+        return
     if not path.parent.is_dir():
         raise OutputError(f"folder {str(path.parent)!r} of the output does not exist; make it first")
-    if not path.exists():
-        return
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise OutputError(f"output {str(path)!r} is a file, and no .zip; give the name of a folder or of a .zip file")
-    if not overwrite:
+    if path.exists() and not overwrite:
         raise OutputError(f"output {str(path)!r} exists; add --overwrite to replace it")
-    others = [name for name in sorted(os.listdir(path)) if not (name.startswith("Task") and name.endswith(".txt"))]
-    if others:
-        raise OutputError(f"output {str(path)!r} holds more than results ({others[0]!r}); choose another folder")
+    check_replaceable(path, "results", lambda entry: entry.name.startswith("Task") and entry.suffix == ".txt")
 
 
 def write_texts(out: str | os.PathLike[str], texts: Mapping[str, str], task: Task, *, overwrite: bool = False) -> None:

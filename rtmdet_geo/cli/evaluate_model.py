@@ -96,4 +96,4 @@ def model(
             progress=advance,
             cancelled=report.cancel_requested.is_set,
         )
-    finish(ctx, result, **output)
+    finish(ctx, result, progress_mode=progress_mode, **output)

@@ -117,7 +117,9 @@ def test_hrsc(folders):
     figures = json.loads(run(*words).stdout)["figures"]
     assert next(iter(figures)) == "AP50_voc12" and set(figures.values()) == {1.0}
     events = [json.loads(line) for line in run(*words[:3], "--progress", "jsonl").stdout.splitlines()]
-    assert [event["event"] for event in events] == ["start", "progress", "done"] and "AP50_voc07" in events[-1]["figures"]
+    assert [event["event"] for event in events] == ["start", "progress", "done"] and "AP50_voc07" in events[-1][
+        "figures"
+    ]
     (folders / "texts" / "P1.xml").write_text("<HRSC_Image/>")
     result = run(*words)
     assert result.exit_code == 1 and "holds .xml and .txt files" in result.stderr

@@ -41,6 +41,15 @@ def evaluate() -> None:
     """
 
 
+protocol_option = click.option(
+    "--protocol",
+    type=click.Choice(["devkit", "mmrotate"]),
+    default="devkit",
+    show_default=True,
+    help="Rules for DOTA: those of its development kit, or of MMRotate.",
+)
+
+
 def report_options(command: Command) -> Command:
     """Add the options of every verb that ends with a report; their values go to :func:`prepare` and :func:`finish`."""
     command = options.verbosity_options(command)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from rtmdet_geo.cli import options, report
-from rtmdet_geo.cli.evaluate import finish, prepare, report_options
+from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_options
 
 
 @click.command()
@@ -28,13 +28,7 @@ from rtmdet_geo.cli.evaluate import finish, prepare, report_options
     metavar="v1.0|v1.5|v2.0|FILE",
     help="Classes of a version of DOTA, or a file with one name a line.",
 )
-@click.option(
-    "--protocol",
-    type=click.Choice(["devkit", "mmrotate"]),
-    default="devkit",
-    show_default=True,
-    help="Rules of DOTA's development kit, or of MMRotate.",
-)
+@protocol_option
 @click.option(
     "--difficult",
     type=click.Choice(["ignore", "count"]),

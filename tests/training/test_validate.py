@@ -269,7 +269,7 @@ def test_matches_once_for_all_thresholds(monkeypatch):
 
 def test_without_coco_the_message_names_the_other_protocol(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(MissingDependencyError, match="or set validation.protocol=area"):
+    with pytest.raises(MissingDependencyError, match=r"or set validation\.protocol=area"):
         task._check_coco()
 
 

@@ -21,8 +21,6 @@ Array = NDArray[Any]
 CHARTS = ("classes.png", "objects.png")
 #: Classes that get a bar; the others share one.
 MAX_CLASSES = 40
-#: Directions are shown of objects that are at least so many times as long as wide: of others they are chance.
-_ELONGATED = 1.5
 _NUM_BARS = 40
 
 
@@ -89,7 +87,7 @@ def draw_objects(stats: Mapping[str, PartStats]) -> bytes:
         sizes = {name: np.sqrt(np.prod(part.sizes.astype(float), axis=1)) for name, part in stats.items()}
         _histogram(long_m, sizes, "side of a square as large as the image, px", what="images")
     _histogram(aspect, {name: part.aspects for name, part in stats.items()}, "long / short side", is_log=True)
-    turns = {name: np.degrees(part.boxes[part.aspects >= _ELONGATED, 4]) % 180 for name, part in stats.items()}
+    turns = {name: part.angles_deg for name, part in stats.items()}
     _histogram(angle, turns, "angle of elongated objects, deg clockwise", limits=(0, 180))
     angle.set_xticks(range(0, 181, 45))
     counts = {name: part.objects_per_image for name, part in stats.items()}

@@ -29,6 +29,10 @@ Array = NDArray[Any]
 
 #: COCO's borders of small, medium and large objects, px^2.
 _MEDIUM_PX2, _LARGE_PX2 = 32.0**2, 96.0**2
+#: From this ratio of long to short side on the angle of an object is told.
+ELONGATED = 1.5
+#: Directions that angles are counted by, deg.
+_DIRECTIONS = (0, 45, 90, 135)
 #: Endings of image files that may say where they lie on the ground.
 _GEOREFERENCED = {".tif", ".tiff"}
 
@@ -69,6 +73,14 @@ class PartStats:
     def aspects(self) -> NDArray[np.float64]:
         """(N,) long side over short side."""
         return np.asarray(self.boxes[:, 2] / self.boxes[:, 3])
+
+    @property
+    def angles_deg(self) -> NDArray[np.float64]:
+        """(K,) angles of the long sides in [0, 180), clockwise on screen from the row, of elongated objects.
+
+        These are at least :data:`ELONGATED` times as long as wide: the direction of others is chance.
+        """
+        return np.asarray(np.degrees(self.boxes[self.aspects >= ELONGATED, 4]) % 180)
 
     @property
     def objects_per_image(self) -> NDArray[np.int64]:
@@ -259,10 +271,20 @@ def _part_summary(part: PartStats) -> dict[str, Any]:
         "long_m": _spread(part.sides_m[:, 0]),
         "short_m": _spread(part.sides_m[:, 1]),
         "aspect": _spread(part.aspects),
+        "angles": _directions(part.angles_deg),
         "small": int((areas < _MEDIUM_PX2).sum()),
         "medium": int(((areas >= _MEDIUM_PX2) & (areas < _LARGE_PX2)).sum()),
         "large": int((areas >= _LARGE_PX2).sum()),
     }
+
+
+def _directions(angles_deg: Array) -> dict[str, int] | None:
+    """Return how many angles are nearest to each of the directions, by its name; None of none."""
+    if not len(angles_deg):
+        return None
+    nearest = np.round(angles_deg / (180 / len(_DIRECTIONS))).astype(np.int64) % len(_DIRECTIONS)
+    counts = np.bincount(nearest, minlength=len(_DIRECTIONS)).tolist()
+    return dict(zip(map(str, _DIRECTIONS), counts, strict=True))
 
 
 def _spread(values: Array) -> dict[str, float] | None:
@@ -288,6 +310,10 @@ def stats_text(stats: Mapping[str, PartStats]) -> str:
         for key, text in _FACTS.items():
             if facts[key] is not None:
                 lines.append(f"  {text}: {_spread_text(facts[key])}")
+        if facts["angles"] is not None:
+            whole = sum(facts["angles"].values())
+            shares = ", ".join(f"{number / whole:.0%} near {angle}" for angle, number in facts["angles"].items())
+            lines.append(f"  angles of elongated objects, deg clockwise from the row: {shares}")
         if facts["long_px"] is not None:
             sizes = ", ".join(f"{facts[size]} {size}" for size in ("small", "medium", "large"))
             lines.append(f"  by area (borders 32^2 and 96^2 px): {sizes}")
@@ -333,7 +359,7 @@ def write_stats(
     """Write the table as CSV, and charts as PNG files into a folder; return the files.
 
     Raises:
-        OutputError: a file exists and ``overwrite`` is False, or cannot be written; then none is.
+        OutputError: a file exists and ``overwrite`` is False, then none is written; or one cannot be written.
         MissingDependencyError: charts are asked for without matplotlib.
     """
     contents: dict[Path, bytes] = {}

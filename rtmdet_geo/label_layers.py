@@ -69,39 +69,22 @@ class LabelLayer:
         import geopandas
 
         self.path = path
+        name = f"label layer {str(path)!r}"
         try:
             layer = geopandas.read_file(path)
         except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
-            raise AnnotationError(
-                f"label layer {str(path)!r} cannot be read: {' '.join(str(error).split())}"
-            ) from error
-        if class_column is None and usual_column in layer.columns:
-            class_column = usual_column
-        if class_column is not None and class_column not in layer.columns:
-            raise AnnotationError(
-                f"label layer {str(path)!r} has no column {class_column!r}; it has "
-                f"{', '.join(str(name) for name in layer.columns if name != 'geometry')}"
-            )
-        geometries = layer.geometry if isinstance(layer, geopandas.GeoDataFrame) else None
-        if geometries is None:
-            raise AnnotationError(f"label layer {str(path)!r} has no geometries; give a layer of polygons")
-        keep = ~(geometries.isna() | geometries.is_empty)
-        if (~keep).any():
-            logger.warning("%s: %d features without geometry are left out", path, int((~keep).sum()))
-        self.table = layer[keep]
+            raise AnnotationError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+        column = find_column(layer, name, class_column, usual_column)
+        if not isinstance(layer, geopandas.GeoDataFrame):
+            raise AnnotationError(f"{name} has no geometries; give a layer of polygons")
+        rows = features_with_geometry(layer, name)
+        self.table = layer.iloc[rows - 1]
         kinds = set(self.table.geom_type.unique())
         if not kinds <= {"Polygon", "MultiPolygon"}:
-            raise AnnotationError(
-                f"label layer {str(path)!r} holds {', '.join(sorted(kinds))}; objects must be polygons"
-            )
-        if class_column is not None and self.table[class_column].isna().any():
-            number = int(self.table[class_column].isna().sum())
-            raise AnnotationError(
-                f"label layer {str(path)!r} has {number} features without a value in {class_column!r}; name their class"
-            )
+            raise AnnotationError(f"{name} holds {', '.join(sorted(kinds))}; objects must be polygons")
         self.class_names: list[str | None] = [None] * len(self.table)
-        if class_column is not None:
-            self.class_names = [str(value) for value in self.table[class_column]]
+        if column is not None:
+            self.class_names = [*class_values(self.table[column], rows, name)]
         self._num_near = 0
 
     def __len__(self) -> int:
@@ -161,6 +144,54 @@ class LabelLayer:
     def sorted_classes(self) -> Sequence[str]:
         """Return the names of the classes that features have, sorted."""
         return sorted({name for name in self.class_names if name is not None})
+
+
+def features_with_geometry(layer: Any, name: str) -> NDArray[np.int64]:
+    """Return the places, from 1, of the features of a GeoDataFrame that have a geometry; the log hears of others."""
+    keep = np.asarray(~(layer.geometry.isna() | layer.geometry.is_empty))
+    if not keep.all():
+        logger.warning("%s: %d features without geometry are left out", name, int((~keep).sum()))
+    return np.flatnonzero(keep) + 1
+
+
+def find_column(layer: Any, name: str, wanted: str | None, usual: str | None) -> str | None:
+    """Return the name of a column: the one that is asked for, or the usual one if it is there.
+
+    Args:
+        layer: a GeoDataFrame.
+        name: of the layer, for messages.
+        wanted: column that somebody asks for, or None.
+        usual: column to take where nobody does, or None.
+
+    Raises:
+        AnnotationError: there is no column as asked for.
+    """
+    if wanted is None:
+        return usual if usual in layer.columns else None
+    if wanted not in layer.columns:
+        known = ", ".join(str(one) for one in layer.columns if one != "geometry") or "none"
+        raise AnnotationError(f"{name} has no column {wanted!r}; its columns: {known}")
+    return wanted
+
+
+def class_values(column: Any, rows: NDArray[np.int64], name: str) -> list[str]:
+    """Return the values of a column of N class names as text.
+
+    Args:
+        column: a pandas.Series.
+        rows: (N,) places of the features in the layer, from 1.
+        name: of the layer, for messages.
+
+    Raises:
+        AnnotationError: a value is missing; the first such feature is named.
+    """
+    is_missing = np.asarray(column.isna())
+    if is_missing.any():
+        raise AnnotationError(
+            f"{name}, feature {rows[is_missing][0]}: no value in {column.name!r} ({int(is_missing.sum())} such "
+            "features); name their class"
+        )
+    return [str(value) for value in column]
 
 
 def _outline_of(shape: Any, to_pixels: NDArray[np.float64]) -> Outline:

@@ -72,6 +72,16 @@ def test_json_csv_plots_and_verdict(folders):
     assert run(*words, *output, "--overwrite").exit_code == 0
 
 
+def test_progress_as_events(folders):
+    """With --progress jsonl stdout is events only, the report in the last one."""
+    words = ("dota", folders / "results", folders / "labels", "--protocol", "mmrotate", "--progress", "jsonl")
+    events = [json.loads(line) for line in run(*words, "--min-ap", 0.4).stdout.splitlines()]
+    assert [event["event"] for event in events] == ["start", *["progress"] * (2 + 15 + 15), "done"]
+    assert (events[-2]["done"], events[-2]["total"]) == (32, 32)
+    assert events[-1]["figures"]["AP50_11"] == 0.5 and events[-1]["is_met"] is True
+    assert run(*words, "--json").exit_code == 2
+
+
 def test_errors_are_one_line_and_nothing_is_written(folders):
     (folders / "results" / "Task1_ship.txt").write_text(f"P1 0.9 {SHIP}\nP1 nan {SHIP}\n")
     result = run("dota", folders / "results", folders / "labels", "--csv", folders / "ap.csv")
@@ -106,6 +116,10 @@ def test_hrsc(folders):
     words = ("hrsc", folders / "results", folders / "texts", "--json", "--points", "voc12")
     figures = json.loads(run(*words).stdout)["figures"]
     assert next(iter(figures)) == "AP50_voc12" and set(figures.values()) == {1.0}
+    events = [json.loads(line) for line in run(*words[:3], "--progress", "jsonl").stdout.splitlines()]
+    assert [event["event"] for event in events] == ["start", "progress", "done"] and "AP50_voc07" in events[-1][
+        "figures"
+    ]
     (folders / "texts" / "P1.xml").write_text("<HRSC_Image/>")
     result = run(*words)
     assert result.exit_code == 1 and "holds .xml and .txt files" in result.stderr

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rtmdet_geo.annotations.folders import FoldersSource
 from rtmdet_geo.annotations.parts import PartSource
+from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.cli import cli
 from rtmdet_geo.contact_sheet import show_data
 from rtmdet_geo.dataset_check import ChipsSource
@@ -62,9 +63,20 @@ def test_counts_and_sizes_worked_out_by_hand(source):
         4 / 3
     )
     assert (part["small"], part["medium"], part["large"]) == (4, 0, 0)
+    assert part["angles"] == {"0": 2, "45": 0, "90": 1, "135": 0}  # the plane is as wide as long
     text = stats_text(found)
+    assert "deg clockwise from the row: 67% near 0, 0% near 45, 33% near 90, 0% near 135\n" in text
     assert "train: 3 images (1 without objects), 4 objects" in text and "metres per px: 0.5\n" in text
     json.dumps(stats_summary(found), allow_nan=False, default=str)
+
+
+def test_angles_are_counted_by_the_nearest_direction(tmp_path):
+    """Clockwise on screen from the row; 170 deg is nearer to the row than to 135."""
+    corners = boxes_to_polygons([[50, 50, 40, 10, math.radians(angle)] for angle in (10, 40, 170, 140, 100)])
+    lines = [" ".join(map(str, row)) + " ship 0" for row in corners.reshape(-1, 8).tolist()]
+    found = data_stats({"train": dota(tmp_path / "data", {"a": lines})})
+    assert np.sort(found["train"].angles_deg) == pytest.approx([10, 40, 100, 140, 170])
+    assert stats_summary(found)["parts"]["train"]["angles"] == {"0": 2, "45": 1, "90": 1, "135": 1}
 
 
 def test_without_resolution_there_are_no_metres(source):

@@ -92,7 +92,7 @@ def test_inputs_that_disagree_are_refused():
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[eval\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[eval\]'$"):
         evaluate_coco([], [], num_classes=1)
 
 

@@ -133,6 +133,7 @@ def test_oracle_through_files(dota_oracle, tmp_path):
     by_area = evaluate_dota(tmp_path / "results", labels, classes=names, points="area").figures
     assert next(iter(by_area)) == "AP50_area"
     assert by_area["AP50_area_present"] == pytest.approx(np.mean(present), abs=TOLERANCE)
+    assert by_area == {name: pytest.approx(value, nan_ok=True) for name, value in figures.items()}
     # of the labels' polygons and the detections' we fit the boxes ourselves: within what 0.01 px do to an IoU
     expected = dota_oracle["mmrotate_difficult_ignored"]["11points"]["0.50"]["mAP"]
     fitted = evaluate_dota(tmp_path / "results", labels, classes=names, protocol="mmrotate", difficult="ignore")
@@ -322,7 +323,7 @@ def test_threads_and_progress(tmp_path):
         for threads in (1, 3)
     ]
     assert reports[0].rows == reports[1].rows and reports[0].figures == reports[1].figures
-    assert steps == [(1, 3), (2, 3), (3, 3)] * 2
+    assert steps == [(step, 9) for step in range(1, 10)] * 2  # 3 label files, 3 of results, 3 classes
 
 
 # ---------------------------------------------------------------- real labels

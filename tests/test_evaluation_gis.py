@@ -350,10 +350,14 @@ def test_wrong_layers_are_named(tmp_path):
         evaluate_layers(found, truth.to_crs(32632).set_crs(4326, allow_override=True))
     with pytest.raises(AnnotationError, match="holds LineString; objects must be"):
         evaluate_layers(found, truth.set_geometry(truth.boundary))
-    with pytest.raises(AnnotationError, match="1 features without a number in 'score'"):
+    with pytest.raises(AnnotationError, match=r"predicted layer, feature 2: no number in 'score' \(1 such"):
         evaluate_layers(found.assign(score=[0.1, np.nan, 0.2, 0.3]), truth)
-    with pytest.raises(AnnotationError, match="1 features without a value in 'class_name'"):
+    with pytest.raises(AnnotationError, match=r"labelled layer, feature 2: no value in 'class_name' \(1 such"):
         evaluate_layers(found, truth.assign(class_name=["ship", None, "ship"]))
+    assert evaluate_layers(found, truth.assign(class_name=["ship", None, "ship"]), any_class=True).figures["hits"] == 2
+    empty = truth.assign(class_name=["", "ship", None]).set_geometry([None, *truth.geometry[1:]], crs=truth.crs)
+    with pytest.raises(AnnotationError, match="feature 3: no value"):  # counted in the layer, empty ones too
+        evaluate_layers(found, empty)
     truth.to_file(path, layer="one")
     truth.to_file(path, layer="two")
     with pytest.raises(AnnotationError, match="holds the layers one, two; name one"):
@@ -372,6 +376,7 @@ def test_wrong_layers_are_named(tmp_path):
         ({"match": "distance", "distance_m": -1.0}, "outside"),
         ({"length_bands_m": (100, 50)}, "must be positive and rise"),
         ({"score": math.nan}, "no number"),
+        ({"any_class": True, "classes": ["ship"]}, "compares places only"),
     ],
 )
 def test_options_out_of_range(options, text):
@@ -425,5 +430,11 @@ def test_command(tmp_path):
     near = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--length-band", "50", "--min-ap", "0.6"])
     assert near.exit_code == 3 and "layers, centroids at most 5 m apart" in near.stdout
     assert "50 and more" in near.stdout and "AP 5 m 0.5000 is below --min-ap 0.6" in near.stderr
-    both = CliRunner().invoke(cli, [*words, "--distance-m", "5", "--match", "iou"])
-    assert both.exit_code == 1 and "--match distance" in both.stderr
+    for wrong, part in (
+        (["--distance-m", "5", "--match", "iou"], "--match distance"),
+        (["--match", "distance"], "needs --distance-m"),
+        (["--any-class", "--class", "ship"], "--any-class goes with neither"),
+        (["--length-band", "9", "--length-band", "5"], "must rise"),
+    ):
+        done = CliRunner().invoke(cli, [*words, *wrong])
+        assert done.exit_code == 2 and part in done.stderr

@@ -171,3 +171,5 @@ def test_command(dota, tmp_path, monkeypatch):
     found = run(*words, "--overwrite", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)["figures"]["AP50_11"] == 1
     assert run(*words, "--overwrite", "--json", "--progress", "jsonl").exit_code == 2
+    lines = run(*words, "--overwrite", "--progress", "jsonl").stdout.splitlines()
+    assert json.loads(lines[-1])["event"] == "done" and json.loads(lines[-1])["figures"]["AP50_11"] == 1

@@ -8,7 +8,7 @@ https://captain-whu.github.io/DOTA/tasks.html.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,13 +57,20 @@ class ResultRows:
         return f"{self.path}:{self.lines[index]}"
 
 
-def read_results(folder: str | Path, task: Task, classes: Sequence[str] | None = None) -> dict[str, ResultRows]:
+def read_results(
+    folder: str | Path,
+    task: Task,
+    classes: Sequence[str] | None = None,
+    *,
+    seen: Callable[[str], None] | None = None,
+) -> dict[str, ResultRows]:
     """Read a folder of result files; files of other names are passed over.
 
     Args:
         folder: of the files.
         task: 1 oriented, 2 horizontal.
         classes: names that there must be a file for, and no other; None takes what there is.
+        seen: called with the name of each class after its file was read.
 
     Returns:
         Detections by name of the class, in the order of ``classes``, or of the names.
@@ -82,7 +89,12 @@ def read_results(folder: str | Path, task: Task, classes: Sequence[str] | None =
         raise DatasetNotFoundError(f"no result files ({start}<class>.txt) in {str(folder)!r}: is it task {task}?")
     if classes is not None:
         _check_classes(files, classes, folder, start)
-    return {name: read_result_file(files[name], task) for name in (files if classes is None else classes)}
+    found = {}
+    for name in files if classes is None else classes:
+        found[name] = read_result_file(files[name], task)
+        if seen is not None:
+            seen(name)
+    return found
 
 
 def _check_classes(files: Mapping[str, Path], classes: Sequence[str], folder: Path, start: str) -> None:

@@ -43,7 +43,8 @@ def stats(
 
     By class: objects, images that have some, the long side in px (5th percentile, median, 95th), the short side, long
     over short side; in metres where chips or GeoTIFFs know their resolution, or --gsd says it. By part: sizes of
-    images, objects an image and per million px. Objects that training leaves out are left out here.
+    images, objects an image and per million px, angles of elongated objects. Objects that training leaves out are left
+    out here.
     """
     options.check_stdout_owner(as_json, progress_mode)
     from rtmdet_geo.dataset_stats import check_stats_outputs, data_stats, stats_summary, stats_text, write_stats

@@ -41,6 +41,15 @@ def evaluate() -> None:
     """
 
 
+protocol_option = click.option(
+    "--protocol",
+    type=click.Choice(["devkit", "mmrotate"]),
+    default="devkit",
+    show_default=True,
+    help="Rules for DOTA: those of its development kit, or of MMRotate.",
+)
+
+
 def report_options(command: Command) -> Command:
     """Add the options of every verb that ends with a report; their values go to :func:`prepare` and :func:`finish`."""
     command = options.verbosity_options(command)
@@ -84,16 +93,22 @@ def finish(
     plots: Path | None,
     min_ap: float | None,
     overwrite: bool,
+    progress_mode: str = "auto",
 ) -> None:
-    """Write and print a report, and exit with 3 if its first figure is below ``--min-ap``."""
+    """Write and print a report, and exit with 3 if its first figure is below ``--min-ap``.
+
+    The arguments are the values of :func:`report_options`, and of ``--progress`` where a verb has it.
+    """
     from rtmdet_geo.evaluation.report import report_json, report_text, write_report
 
     write_report(result, csv=csv, plots=plots, overwrite=overwrite)
     name, value = next(iter(result.figures.items()))
     is_met = min_ap is None or value >= min_ap  # nan is not
+    summary = report_json(result) | ({} if min_ap is None else {"min_ap": min_ap, "is_met": is_met})
     if as_json:
-        verdict = {} if min_ap is None else {"min_ap": min_ap, "is_met": is_met}
-        report.echo_json(report_json(result) | verdict)
+        report.echo_json(summary)
+    elif progress_mode == "jsonl":
+        report.emit_event(ctx, {"event": "done", **summary})
     elif report.verbosity(ctx) >= 0:
         click.echo(report_text(result))
     if not is_met:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from rtmdet_geo.cli import report
-from rtmdet_geo.cli.evaluate import finish, prepare, report_options
+from rtmdet_geo.cli import options, report
+from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_options
 
 
 @click.command()
@@ -28,13 +28,7 @@ from rtmdet_geo.cli.evaluate import finish, prepare, report_options
     metavar="v1.0|v1.5|v2.0|FILE",
     help="Classes of a version of DOTA, or a file with one name a line.",
 )
-@click.option(
-    "--protocol",
-    type=click.Choice(["devkit", "mmrotate"]),
-    default="devkit",
-    show_default=True,
-    help="Rules of DOTA's development kit, or of MMRotate.",
-)
+@protocol_option
 @click.option(
     "--difficult",
     type=click.Choice(["ignore", "count"]),
@@ -48,6 +42,7 @@ from rtmdet_geo.cli.evaluate import finish, prepare, report_options
     help="Whose figures come first: 11 recalls (VOC 2007) or the area under the curve (VOC 2010). Both are told.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Classes scored at a time.  [default: one per usable core]")
+@options.progress_option
 @report_options
 @click.pass_context
 def dota(
@@ -61,6 +56,7 @@ def dota(
     difficult: str | None,
     points: str,
     threads: int | None,
+    progress_mode: str,
     **output: Any,
 ) -> None:
     """Score DOTA result files: the folder RESULTS against the folder LABELS of labelTxt files.
@@ -76,21 +72,25 @@ def dota(
     """
     if protocol == "devkit" and difficult == "count":
         raise click.UsageError("--protocol devkit ignores difficult objects; count them with --protocol mmrotate.")
+    options.check_stdout_owner(output["as_json"], progress_mode)
     prepare(**output)
     from rtmdet_geo.evaluation.dota import evaluate_dota
 
-    result = evaluate_dota(
-        results,
-        labels,
-        classes=classes,
-        task=int(task),  # type: ignore[arg-type]
-        protocol=protocol,  # type: ignore[arg-type]
-        difficult=difficult,  # type: ignore[arg-type]
-        points=points,  # type: ignore[arg-type]
-        threads=threads,
-        cancelled=report.cancel_requested.is_set,
-    )
-    finish(ctx, result, **output)
+    start = {"results": str(results), "labels": str(labels)}
+    with report.signals_are_polled(), report.progress(ctx, progress_mode, "files and classes", start) as advance:
+        result = evaluate_dota(
+            results,
+            labels,
+            classes=classes,
+            task=int(task),  # type: ignore[arg-type]
+            protocol=protocol,  # type: ignore[arg-type]
+            difficult=difficult,  # type: ignore[arg-type]
+            points=points,  # type: ignore[arg-type]
+            threads=threads,
+            progress=advance,
+            cancelled=report.cancel_requested.is_set,
+        )
+    finish(ctx, result, progress_mode=progress_mode, **output)
 
 
 @click.command()
@@ -110,9 +110,19 @@ def dota(
     show_default=True,
     help="Difficult ships are neither hit nor miss, or like others, as in published figures.",
 )
+@options.progress_option
 @report_options
 @click.pass_context
-def hrsc(ctx: click.Context, /, results: Path, labels: Path, points: str, difficult: str, **output: Any) -> None:
+def hrsc(
+    ctx: click.Context,
+    /,
+    results: Path,
+    labels: Path,
+    points: str,
+    difficult: str,
+    progress_mode: str,
+    **output: Any,
+) -> None:
     """Score ships found in HRSC2016: RESULTS against the folder LABELS.
 
     \b
@@ -122,7 +132,18 @@ def hrsc(ctx: click.Context, /, results: Path, labels: Path, points: str, diffic
     RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder of Task1_ship.txt. LABELS
     has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an image that was searched.
     """
+    options.check_stdout_owner(output["as_json"], progress_mode)
     prepare(**output)
     from rtmdet_geo.evaluation.hrsc import evaluate_hrsc
 
-    finish(ctx, evaluate_hrsc(results, labels, points=points, difficult=difficult), **output)  # type: ignore[arg-type]
+    start = {"results": str(results), "labels": str(labels)}
+    with report.signals_are_polled(), report.progress(ctx, progress_mode, "label files", start) as advance:
+        result = evaluate_hrsc(
+            results,
+            labels,
+            points=points,  # type: ignore[arg-type]
+            difficult=difficult,  # type: ignore[arg-type]
+            progress=advance,
+            cancelled=report.cancel_requested.is_set,
+        )
+    finish(ctx, result, progress_mode=progress_mode, **output)

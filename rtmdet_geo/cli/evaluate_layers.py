@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def layers(
     (mean, median, 90th percentile), azimuth error mod 180 of labels at least 1.5 times as long as wide, errors of
     length and width.
     """
+    _check(match, distance_m, classes, settings)
     output = {name: settings.pop(name) for name in ("as_json", "csv", "plots", "min_ap")} | {"overwrite": overwrite}
     prepare(**output)
     from rtmdet_geo.evaluation.gis import evaluate_layers
@@ -107,3 +109,20 @@ def layers(
         **settings,
     )
     finish(ctx, result, **output)
+
+
+def _check(match: str | None, distance_m: float | None, classes: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        click.UsageError: that is so.
+    """
+    if match == "distance" and distance_m is None:
+        raise click.UsageError("--match distance needs --distance-m, such as 20.")
+    if match == "iou" and distance_m is not None:
+        raise click.UsageError("--distance-m goes with --match distance.")
+    if settings["any_class"] and (classes or settings["class_column"] or settings["labelled_class_column"]):
+        raise click.UsageError("--any-class goes with neither --class nor --class-column.")
+    bands = settings["length_bands_m"]
+    if any(low >= high for low, high in pairwise(bands)):
+        raise click.UsageError("--length-band must rise from one to the next.")

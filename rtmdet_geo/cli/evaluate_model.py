@@ -9,7 +9,7 @@ import click
 
 from rtmdet_geo.cli import options, report
 from rtmdet_geo.cli.data_split import rates_option
-from rtmdet_geo.cli.evaluate import finish, prepare, report_options
+from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_options
 
 
 @click.command()
@@ -24,13 +24,7 @@ from rtmdet_geo.cli.evaluate import finish, prepare, report_options
     show_default=True,
     help="Of LABELS: folder of DOTA's text, HRSC2016's XML or text of rotated boxes (ships), or COCO's file.",
 )
-@click.option(
-    "--protocol",
-    type=click.Choice(["devkit", "mmrotate"]),
-    default="devkit",
-    show_default=True,
-    help="dota: rules of the development kit, or of MMRotate.",
-)
+@protocol_option
 @rates_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="dota: patches per call.")
 @click.option(
@@ -96,4 +90,4 @@ def model(
             progress=advance,
             cancelled=report.cancel_requested.is_set,
         )
-    finish(ctx, result, **output)
+    finish(ctx, result, progress_mode=progress_mode, **output)

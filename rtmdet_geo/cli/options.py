@@ -6,8 +6,8 @@ verb                    -o/--output -m/--model --overwrite --json --progress -v/
 detect                  x           x          x           x      x          x
 classify                x           x          x           x      x          x
 train                   x                      x           x      x          x
-evaluate dota                                  x           x                 x
-evaluate hrsc                                  x           x                 x
+evaluate dota                                  x           x      x          x
+evaluate hrsc                                  x           x      x          x
 evaluate coco                                  x           x                 x
 evaluate classification                        x           x                 x
 evaluate layers         x                      x           x                 x

@@ -168,8 +168,7 @@ def require_coco() -> Any:
         import faster_coco_eval
     except ImportError as error:
         raise MissingDependencyError(
-            f"faster_coco_eval cannot be imported ({error}); run: pip install 'rtmdet-geo[eval]', or set "
-            "validation.protocol=area"
+            f"faster_coco_eval cannot be imported ({error}); for COCO's figures run: pip install 'rtmdet-geo[eval]'"
         ) from error
     return faster_coco_eval
 

@@ -18,7 +18,7 @@ from rtmdet_geo.annotations.dota_results import Task, read_results
 from rtmdet_geo.annotations.labels import ImageLabels
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.class_names import KNOWN
-from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
+from rtmdet_geo.errors import AnnotationError, Cancelled, DatasetNotFoundError
 from rtmdet_geo.evaluation.report import EvaluationReport
 from rtmdet_geo.evaluation.voc import Difficult, LabelledObjects, Points, Protocol, score_results, voc_report
 
@@ -52,12 +52,13 @@ def evaluate_dota(
         difficult: what becomes of difficult objects; None: as the protocol does.
         points: "11" (Pascal VOC 2007, what DOTA's server reports) or "area" (2010); its figures come first.
         threads: classes scored at a time; None takes the cores there are.
-        progress: called with the number of classes scored, and of all.
-        cancelled: asked between classes whether to stop.
+        progress: called with the number of steps done, and of all: files read, then classes scored.
+        cancelled: asked between steps whether to stop.
 
     Returns:
-        Figures ``AP50_11``, ``AP75_11``, ``AP50_95_11``, the same ending in ``_area``, and by protocol "devkit" those
-        ending in ``_present``, which are means over classes with objects; the same per class.
+        Figures ``AP50_11``, ``AP75_11``, ``AP50_95_11``, the same ending in ``_area``, and by protocol "devkit" the
+        same ending in ``_11_present`` and ``_area_present``, which are means over classes with objects; without these
+        means per class.
 
     Raises:
         DatasetNotFoundError: a folder, a class's file or the file of classes is missing.
@@ -66,17 +67,19 @@ def evaluate_dota(
         Cancelled: the caller wished so.
     """
     names = read_class_list(classes)
-    objects = read_objects(Path(labels), "*.txt", lambda path: read_dota(path, with_outlines=True))
+    paths = label_files(Path(labels), "*.txt")
+    steps = Steps(len(paths) + 2 * len(names), progress, cancelled)
+    objects = read_objects(paths, lambda path: read_dota(path, with_outlines=True), steps)
     warn_of_other_classes(objects, names)
     scores = score_results(
-        read_results(results, task, names),
+        read_results(results, task, names, seen=lambda _: steps.take()),
         objects,
         names,
         task=task,
         protocol=protocol,
         difficult=difficult,
         threads=threads,
-        progress=progress,
+        progress=lambda *_: steps.take(),
         cancelled=cancelled,
     )
     absent = [name for name in names if name not in scores.present]
@@ -120,24 +123,59 @@ def read_class_list(classes: str | Path | Sequence[str]) -> tuple[str, ...]:
     return tuple(seen)
 
 
-def read_objects(folder: Path, pattern: str, read: Callable[[Path], ImageLabels]) -> LabelledObjects:
-    """Read all label files of a folder, one an image.
+class Steps:
+    """Tells how many steps of a long evaluation are done, and hears whether to stop."""
 
-    Args:
-        folder: of the files.
-        pattern: of their names.
-        read: a reader that keeps the four corners of each object as its outline, or no outlines at all.
+    def __init__(
+        self, number: int, progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """Remember the number of all steps."""
+        self.done, self.number = 0, number
+        self._progress, self._cancelled = progress, cancelled
+
+    def take(self) -> None:
+        """Count a step.
+
+        Raises:
+            Cancelled: the caller wished so.
+        """
+        self.done += 1
+        if self._progress is not None:
+            self._progress(self.done, self.number)
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled("evaluation stopped")
+
+
+def label_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the label files of a folder, by name.
 
     Raises:
         DatasetNotFoundError: the folder is missing or holds no such file.
-        AnnotationError: a file is malformed.
     """
     if not folder.is_dir():
         raise DatasetNotFoundError(f"folder of labels {str(folder)!r} is missing")
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise DatasetNotFoundError(f"no label files ({pattern}) in {str(folder)!r}")
-    parts = [read(path) for path in paths]
+    return paths
+
+
+def read_objects(paths: Sequence[Path], read: Callable[[Path], ImageLabels], steps: Steps) -> LabelledObjects:
+    """Read label files, one an image.
+
+    Args:
+        paths: of the files, at least one, in one folder.
+        read: a reader that keeps the four corners of each object as its outline, or no outlines at all.
+        steps: one is taken for each file.
+
+    Raises:
+        AnnotationError: a file is malformed.
+        Cancelled: the caller wished so.
+    """
+    parts = []
+    for path in paths:
+        parts.append(read(path))
+        steps.take()
     return LabelledObjects(
         tuple(path.stem for path in paths),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
@@ -145,7 +183,7 @@ def read_objects(folder: Path, pattern: str, read: Callable[[Path], ImageLabels]
         np.concatenate([_corners(part) for part in parts]),
         np.concatenate([part.boxes for part in parts]),
         np.concatenate([part.difficult for part in parts]),
-        repr(str(folder)),
+        repr(str(paths[0].parent)),
     )
 
 

@@ -101,7 +101,7 @@ def evaluate_layers(
         class_column: column of the class names, in both layers; None: "class_name" if both have it, else all objects
             are of one class.
         labelled_class_column: that of the labels where it has another name.
-        any_class: classes do not matter.
+        any_class: classes do not matter, nor do features without one.
         score_column: column of the scores; None: "score", or all predictions are equally certain.
         score: leave out predictions below; None: take the whole layer.
         aoi: polygons: objects with their centroid inside count. A prediction outside may hit a label inside, and one
@@ -123,7 +123,7 @@ def evaluate_layers(
         labelled). Rows: the same by class, and by band of length.
 
     Raises:
-        ConfigError: a number is out of range or missing.
+        ConfigError: a number is out of range or missing, or arguments do not go together.
         UnknownClassError: neither layer has a class of that name.
         DatasetNotFoundError, AnnotationError: a layer is missing or malformed, or the layers share no class.
         OutputError: ``output`` exists or cannot be written.
@@ -131,12 +131,19 @@ def evaluate_layers(
     _check_options(match, iou, distance_m, score, length_bands_m)
     if output is not None:
         check_output(output, overwrite)
-    column = None if any_class else class_column
-    other = None if any_class else labelled_class_column or class_column
+    if any_class and (classes or class_column or labelled_class_column):
+        raise ConfigError("any_class compares places only; name no classes and no column of them")
     found = read_layer(
-        predicted, "predicted", layer=predicted_layer, class_column=column, score_column=score_column, has_scores=True
+        predicted,
+        "predicted",
+        layer=predicted_layer,
+        class_column=class_column,
+        score_column=score_column,
+        has_classes=not any_class,
+        has_scores=True,
     )
-    truth = read_layer(labelled, "labelled", layer=labelled_layer, class_column=other)
+    column = labelled_class_column or class_column
+    truth = read_layer(labelled, "labelled", layer=labelled_layer, class_column=column, has_classes=not any_class)
     area = read_area(aoi) if aoi is not None else None
     found, truth = _agree_on_classes(found, truth, any_class, classes)
     if score is not None:

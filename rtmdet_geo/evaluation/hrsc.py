@@ -16,7 +16,7 @@ from rtmdet_geo.annotations.labels import ImageLabels
 from rtmdet_geo.annotations.rbox import read_rbox
 from rtmdet_geo.class_names import HRSC
 from rtmdet_geo.errors import DatasetNotFoundError
-from rtmdet_geo.evaluation.dota import read_objects, warn_of_other_classes
+from rtmdet_geo.evaluation.dota import Steps, label_files, read_objects, warn_of_other_classes
 from rtmdet_geo.evaluation.report import EvaluationReport
 from rtmdet_geo.evaluation.voc import Difficult, score_results, voc_report
 
@@ -24,7 +24,13 @@ VocPoints = Literal["voc07", "voc12"]
 
 
 def evaluate_hrsc(
-    results: str | Path, labels: str | Path, *, points: VocPoints = "voc07", difficult: Difficult = "count"
+    results: str | Path,
+    labels: str | Path,
+    *,
+    points: VocPoints = "voc07",
+    difficult: Difficult = "count",
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> EvaluationReport:
     """Score ships found in HRSC2016.
 
@@ -34,6 +40,8 @@ def evaluate_hrsc(
             searched.
         points: whose figures come first.
         difficult: what becomes of difficult ships; published figures count them.
+        progress: called with the number of label files read, and of all.
+        cancelled: asked between them whether to stop.
 
     Returns:
         Figures ``AP50_voc07``, ``AP75_voc07``, ``AP50_95_voc07``, and the same ending in ``_voc12``.
@@ -41,6 +49,7 @@ def evaluate_hrsc(
     Raises:
         DatasetNotFoundError: a file or folder is missing, or the folder of labels holds both kinds.
         AnnotationError: a file is malformed, or speaks of an image without labels; it is named with the line.
+        Cancelled: the caller wished so.
     """
     folder, path = Path(labels), Path(results)
     (ship,) = HRSC
@@ -55,7 +64,8 @@ def evaluate_hrsc(
         return read_rbox(file, ship)
 
     read: Callable[[Path], ImageLabels] = read_hrsc if is_xml else read_text
-    objects = read_objects(folder, "*.xml" if is_xml else "*.txt", read)
+    paths = label_files(folder, "*.xml" if is_xml else "*.txt")
+    objects = read_objects(paths, read, Steps(len(paths), progress, cancelled))
     warn_of_other_classes(objects, HRSC)
     scores = score_results({ship: read_result_file(path, 1)}, objects, HRSC, protocol="mmrotate", difficult=difficult)
     title = f"HRSC2016, difficult ships: {difficult}"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.evaluation.ground import GroundObjects, place_objects
+from rtmdet_geo.label_layers import class_values, features_with_geometry, find_column
 from rtmdet_geo.vector import WGS84, project_points
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def read_layer(
     layer: str | None = None,
     class_column: str | None = None,
     score_column: str | None = None,
+    has_classes: bool = True,
     has_scores: bool = False,
 ) -> Layer:
     """Read a layer of polygons or points.
@@ -88,7 +90,8 @@ def read_layer(
         layer: its name where a file has several.
         class_column: names the classes; None: "class_name" if there is such a column.
         score_column: holds the scores; None: "score" if there is such a column, else all are 1.
-        has_scores: whether scores are asked for.
+        has_classes: whether classes are asked for; if not, none are read.
+        has_scores: the same of scores.
 
     Raises:
         DatasetNotFoundError: there is no such file.
@@ -98,8 +101,8 @@ def read_layer(
     name = f"{role} layer" if isinstance(source, geopandas.GeoDataFrame) else f"{role} layer {os.fspath(source)!r}"
     frame = source if isinstance(source, geopandas.GeoDataFrame) else _read(Path(source), name, layer)
     frame, rows = _with_geometry(frame, name)
-    names = _class_names(frame, name, class_column)
-    scores = _scores(frame, name, score_column) if has_scores else np.ones(len(frame))
+    names = _class_names(frame, rows, name, class_column) if has_classes else None
+    scores = _scores(frame, rows, name, score_column) if has_scores else np.ones(len(frame))
     return Layer(name, frame, rows, names, scores, _place(frame, name))
 
 
@@ -159,11 +162,8 @@ def _with_geometry(frame: Any, name: str) -> tuple[geopandas.GeoDataFrame, NDArr
             raise AnnotationError(f"{name} has no geometries; give a layer of polygons or points")
     if frame.crs is None:
         raise AnnotationError(f"{name} has no CRS; assign one, such as with ogr2ogr -a_srs EPSG:32630")
-    keep = np.asarray(~(frame.geometry.isna() | frame.geometry.is_empty))
-    if not keep.all():
-        logger.warning("%s: %d features without geometry are left out", name, int((~keep).sum()))
-    rows = np.flatnonzero(keep) + 1
-    frame = frame[keep]
+    rows = features_with_geometry(frame, name)
+    frame = frame.iloc[rows - 1]
     shapes = np.asarray(frame.geometry.array)
     kinds, multi = shapely.get_type_id(shapes), (shapely.GeometryType.MULTIPOLYGON, shapely.GeometryType.MULTIPOINT)
     single = np.isin(kinds, multi) & (shapely.get_num_geometries(shapes) == 1)
@@ -180,40 +180,27 @@ def _kinds(frame: geopandas.GeoDataFrame) -> str:
     return ", ".join(sorted(set(frame.geom_type))) or "nothing"
 
 
-def _column(frame: geopandas.GeoDataFrame, name: str, wanted: str | None, usual: str) -> pd.Series | None:
-    """Return a column, or None where nobody asked for it and it is not there."""
-    name_of_column = usual if wanted is None else wanted
-    if name_of_column in frame.columns:
-        column: pd.Series = frame[name_of_column]
-        return column
-    if wanted is not None and len(frame):
-        known = ", ".join(str(one) for one in frame.columns if one != frame.geometry.name) or "none"
-        raise AnnotationError(f"{name} has no column {wanted!r}; its columns: {known}")
-    return None
+def _class_names(
+    frame: geopandas.GeoDataFrame, rows: NDArray[np.int64], name: str, wanted: str | None
+) -> NDArray[np.object_] | None:
+    column = find_column(frame, name, wanted if len(frame) else None, CLASS_COLUMN)
+    return None if column is None else np.array(class_values(frame[column], rows, name), object)
 
 
-def _class_names(frame: geopandas.GeoDataFrame, name: str, wanted: str | None) -> NDArray[np.object_] | None:
-    column = _column(frame, name, wanted, CLASS_COLUMN)
-    if column is None:
-        return None
-    is_missing = column.isna()
-    if is_missing.any():
-        raise AnnotationError(
-            f"{name} has {int(is_missing.sum())} features without a value in {column.name!r}; name their class"
-        )
-    return np.array([str(value) for value in column], object)
-
-
-def _scores(frame: geopandas.GeoDataFrame, name: str, wanted: str | None) -> NDArray[np.float64]:
-    column = _column(frame, name, wanted, SCORE_COLUMN)
+def _scores(
+    frame: geopandas.GeoDataFrame, rows: NDArray[np.int64], name: str, wanted: str | None
+) -> NDArray[np.float64]:
+    column = find_column(frame, name, wanted if len(frame) else None, SCORE_COLUMN)
     if column is None:
         if len(frame):
             logger.warning("%s has no column %r: all its objects count as equally certain", name, SCORE_COLUMN)
         return np.ones(len(frame))
-    scores = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    scores = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
     is_wrong = ~np.isfinite(scores)
     if is_wrong.any():
-        raise AnnotationError(f"{name} has {int(is_wrong.sum())} features without a number in {column.name!r}")
+        raise AnnotationError(
+            f"{name}, feature {rows[is_wrong][0]}: no number in {column!r} ({int(is_wrong.sum())} such features)"
+        )
     return np.asarray(scores)
 
 

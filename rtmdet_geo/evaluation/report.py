@@ -200,7 +200,7 @@ def write_report(
         The files written.
 
     Raises:
-        OutputError: a file exists and ``overwrite`` is False, or cannot be written; then none is.
+        OutputError: a file exists and ``overwrite`` is False, then none is written; or one cannot be written.
         MissingDependencyError: plots are asked for without matplotlib.
     """
     check_report_outputs(csv=csv, plots=plots, overwrite=overwrite)

@@ -139,18 +139,39 @@ def precision_recall(
 
     Each detection looks at the object of its image that it overlaps most (as the DOTA and VOC development kits do): a
     hit if the IoU reaches the threshold and the object is still free, a miss if it is taken; detections that fall on
-    an ignored object do not count.
+    an ignored object do not count. For several thresholds see :func:`match_images`.
 
     Args:
         detections: one per image.
         truths: one per image, same order.
         label: class index.
         iou_threshold: IoU from which on a detection is a hit, in (0, 1].
-        overlaps: per image (D, G) IoU of all its detections with all its objects, classes mixed; None: the rotated IoU
-            of the boxes.
+        overlaps: see :func:`match_images`.
 
     Returns:
         The curve.
+
+    Raises:
+        ValueError: as :func:`match_images`.
+    """
+    return match_images(detections, truths, label=label, overlaps=overlaps).curve(iou_threshold)
+
+
+def match_images(
+    detections: Sequence[Detections],
+    truths: Sequence[Truth],
+    *,
+    label: int,
+    overlaps: Sequence[Array] | None = None,
+) -> ClassMatches:
+    """Match the detections of a class once; :meth:`ClassMatches.curve` gives the curve at any IoU threshold.
+
+    Args:
+        detections: one per image.
+        truths: one per image, same order.
+        label: class index.
+        overlaps: per image (D, G) IoU of all its detections with all its objects, classes mixed; None: the rotated IoU
+            of the boxes.
 
     Raises:
         ValueError: detections, truths and overlaps do not agree in number or shape.
@@ -172,7 +193,7 @@ def precision_recall(
         )
     else:
         best, overlap = best_of_overlaps(overlaps, rows, columns)
-    return match_class(scores, best, overlap, ignored).curve(iou_threshold)
+    return match_class(scores, best, overlap, ignored)
 
 
 def _pool(boxes: Sequence[Array]) -> tuple[Array, Array]:

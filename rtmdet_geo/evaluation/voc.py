@@ -291,9 +291,9 @@ def voc_report(
     """
     ends = suffixes or {"11": "11", "area": "area"}
     ordered: list[Points] = sorted(_BOTH, key=lambda one: one != points)
-    figures = {name: value for one in ordered for name, value in _figures(scores.means(one), ends[one]).items()}
-    if scores.protocol == "devkit":
-        figures |= _figures(scores.means(points, of_present=True), f"{ends[points]}_present")
+    figures = {name: value for way in ordered for name, value in _figures(scores.means(way), ends[way]).items()}
+    for way in ordered if scores.protocol == "devkit" else ():
+        figures |= _figures(scores.means(way, of_present=True), f"{ends[way]}_present")
     rows = []
     hits, misses = [np.zeros(0)], [np.zeros(0)]
     for name, one in scores.classes.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import rtmdet_geo
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.config import Recipe
+from rtmdet_geo.errors import MissingDependencyError
 from rtmdet_geo.evaluation.coco import require_coco
 from rtmdet_geo.models import get_model
 from rtmdet_geo.models.weights import load_checkpoint
@@ -117,7 +118,7 @@ class DetectionTask:
         self.training, self.left_out = load_datasets(recipe)
         self.can_validate = bool(self.left_out)
         if self.can_validate and recipe.validation.protocol == "coco":
-            require_coco()  # now, not after hours of training
+            _check_coco()  # now, not after hours of training
         model = recipe.model
         self.network = get_model(model.name, num_classes=len(model.classes), in_channels=len(model.bands))
         if load_weights and model.weights is not None:
@@ -267,6 +268,18 @@ def make_spec(recipe: Recipe, validation: Validation | None = None) -> ModelSpec
         attribution=card.attribution,
         exporter=f"rtmdet-geo {rtmdet_geo.__version__}",
     )
+
+
+def _check_coco() -> None:
+    """Refuse a recipe that asks for COCO's figures where they cannot be counted.
+
+    Raises:
+        MissingDependencyError: faster-coco-eval is not installed.
+    """
+    try:
+        require_coco()
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error}, or set validation.protocol=area") from error
 
 
 def _target(sample: Sample, device: torch.device) -> Target:

@@ -20,7 +20,7 @@ from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.evaluation.coco import CocoDetections, CocoScores, CocoTruth, evaluate_coco, run_lengths
 from rtmdet_geo.evaluation.masks import mask_iou
 from rtmdet_geo.evaluation.plots import NamedCurve
-from rtmdet_geo.evaluation.rotated import Curve, Truth, precision_recall
+from rtmdet_geo.evaluation.rotated import Curve, Truth, match_images
 from rtmdet_geo.masks import CroppedMask, crop_outline
 from rtmdet_geo.nms import rotated_iou
 from rtmdet_geo.structures import Detections, Kind
@@ -249,8 +249,9 @@ def _judge_by_curves(seen: Sequence[_Seen], images: Sequence[LabelledImage], rec
     averages: dict[str, list[float]] = {_measure(kind, iou): [] for iou in section.iou_thresholds}
     rows, curves = [], []
     for label, name in enumerate(recipe.model.classes):
+        matches = match_images(detections, truths, label=label, overlaps=overlaps)
         for iou in section.iou_thresholds:
-            curve = precision_recall(detections, truths, label=label, iou_threshold=iou, overlaps=overlaps)
+            curve = matches.curve(iou)
             measure, average = _measure(kind, iou), average_of(curve, section.protocol)
             averages[measure].append(average)
             rows.append(_row(name, measure, iou, average, curve))

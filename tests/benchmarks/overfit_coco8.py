@@ -8,6 +8,7 @@ rates are set otherwise than published. Reads ``$RTMDET_DATA/coco8_seg``; takes 
 A batch is all 8 images: with 4, batch norm sees other statistics in every step, and boxes stay imprecise for long. The
 rate is high for large objects that are alone in their image: boxes begin small, and a box's loss weighs as much as its
 IoU, so these learn last. Masks need large images: ``mask_ceiling.py`` says how well stride 8 can fit the labels at all.
+Most is learnt on small ones, which are cheap, so masks train in stages, each from the best weights of the one before.
 """
 
 from __future__ import annotations
@@ -54,12 +55,18 @@ COMMON = {
     "loop.workers": 1,
     "loop.log_interval": 10,
     "loop.tensorboard": "false",
+    "validation.interval": 50,
     "validation.interval_epochs": 0,
     "validation.late_epochs": 0,
 }
-OVERRIDES = {
-    "coco_det": {"augment.image_size": 320, "optim.iterations": 450, "optim.lr": 4e-3, "validation.interval": 50},
-    "coco_ins": {"augment.image_size": 640, "optim.iterations": 600, "optim.lr": 4e-3, "validation.interval": 50},
+#: Stages of the trainings; each begins with the weights of the one before.
+STAGES = {
+    "coco_det": [{"augment.image_size": 320, "optim.iterations": 450, "optim.lr": 4e-3}],
+    "coco_ins": [
+        {"augment.image_size": 320, "optim.iterations": 380, "optim.lr": 4e-3},
+        {"augment.image_size": 768, "optim.iterations": 300, "optim.lr": 4e-3},
+        {"augment.image_size": 960, "optim.iterations": 200, "optim.lr": 2e-3},
+    ],
 }
 
 
@@ -109,40 +116,44 @@ def train(name, data, run, overrides):
 
 
 def measure(name, data, runs, more):
-    """Row of the results for one recipe; the figures are those of the end of the training."""
+    """Row of the results for one recipe; the figures are those of the end of the last stage."""
     import torch
 
-    overrides = COMMON | OVERRIDES[name] | more
     start = time.perf_counter()
-    summary = train(name, data, runs / name, overrides)
+    weights: dict = {}
+    for number, stage in enumerate(STAGES[name], 1):
+        run = runs / f"{name}_{number}"
+        summary = train(name, data, run, COMMON | stage | weights | more)
+        weights = {"model.weights": run / "best.safetensors"}
     seconds = time.perf_counter() - start
     kind = "masks" if name == "coco_ins" else "boxes"
     prefix = "mask " if kind == "masks" else ""
+    stages = [COMMON | stage | more for stage in STAGES[name]]
     return {
         "recipe": name,
         "network": "rtmdet_ins_tiny" if name == "coco_ins" else "rtmdet_tiny",
-        "image_size": overrides["augment.image_size"],
-        "iterations": summary["iterations"],
+        "image_size": " ".join(str(stage["augment.image_size"]) for stage in stages),
+        "iterations": " ".join(str(stage["optim.iterations"]) for stage in stages),
         "seconds": round(seconds),
         "measure": kind,
         **{figure: round(summary["figures"][prefix + figure], 4) for figure in ("AP", "AP50", "AP75")},
-        "seed": overrides.get("loop.seed", 0),
+        "seed": stages[-1].get("loop.seed", 0),
         "machine": f"{platform.machine()}, {summary['device']}, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}",
         "date": datetime.date.today().isoformat(),
-        "overrides": " ".join(f"{key}={value}" for key, value in overrides.items()),
+        "overrides": " ".join(f"{key}={value}" for key, value in stages[-1].items()),
     }
 
 
 def main():
     """Train, print, write the CSV; exit 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(OVERRIDES)}; all by default")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(STAGES)}; all by default")
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of recipes that are not trained now stay")
     parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipes")
     options = parser.parse_args()
-    unknown = sorted(set(options.recipes) - set(OVERRIDES))
+    unknown = sorted(set(options.recipes) - set(STAGES))
     if unknown or not os.environ.get("RTMDET_DATA"):
         parser.error(f"no recipe {unknown[0]}" if unknown else "RTMDET_DATA is not set: the folder that has coco8_seg")
     sys.path.insert(0, str(ROOT))
@@ -155,9 +166,9 @@ def main():
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
         write_coco(Path(os.environ["RTMDET_DATA"]) / "coco8_seg", folder / "data")
-        for name in options.recipes or OVERRIDES:
+        for name in options.recipes or STAGES:
             rows[name] = measure(name, folder / "data", options.runs or folder / "runs", more)
-    rows = [rows[name] for name in OVERRIDES if name in rows]
+    rows = [rows[name] for name in STAGES if name in rows]
     with options.output.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()

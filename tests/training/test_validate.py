@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 from dataclasses import dataclass, field, replace
 
@@ -19,9 +20,11 @@ from rtmdet_geo.annotations.outlines import as_outline
 from rtmdet_geo.backends import open_backend
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.config import parse_recipe
-from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.errors import AnnotationError, MissingDependencyError
+from rtmdet_geo.evaluation import rotated
 from rtmdet_geo.evaluation.coco import FIGURES
 from rtmdet_geo.evaluation.masks import mask_iou
+from rtmdet_geo.evaluation.matching import best_matches
 from rtmdet_geo.images import predict
 from rtmdet_geo.masks import crop_outline
 from rtmdet_geo.models import HorizontalOutputs, InstanceOutputs, RotatedOutputs, get_model
@@ -29,7 +32,7 @@ from rtmdet_geo.models.decode import encode_distances, encode_sides
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.nms import rotated_iou_aligned
 from rtmdet_geo.structures import Detections
-from rtmdet_geo.training import search
+from rtmdet_geo.training import search, task
 from rtmdet_geo.training.labelled import LabelledImage
 from rtmdet_geo.training.processes import Processes
 from rtmdet_geo.training.search import find_objects
@@ -116,7 +119,9 @@ def recipe_of(kind, *, protocol="area", sampling="images", classes=("thing",), d
         model["optional_bands"] = {"blue": 114}
     values = {"name": "toy", "model": model | {"overlap": 96}, "data": {"chips": "unused"}, "augment": augment}
     values["validation"] = {"protocol": protocol, "drop_bands": drop_bands, "iou_thresholds": (0.5, 0.75)}
-    values["validation"] |= {key: more[key] for key in ("max_detections", "score_threshold") if key in more}
+    values["validation"] |= {
+        key: more[key] for key in ("iou_thresholds", "max_detections", "score_threshold") if key in more
+    }
     values["data"] |= {"on_bad_image": more.get("on_bad_image", "stop")}
     return parse_recipe(values | {"loop": {"workers": more.get("workers", 2)}})
 
@@ -246,6 +251,26 @@ def test_voc07_is_the_mean_of_eleven_points():
     }
     assert result["area"] == pytest.approx(3 / number)
     assert result["voc07"] == pytest.approx((math.floor(30 / number) + 1) / 11)
+
+
+def test_matches_once_for_all_thresholds(monkeypatch):
+    """Boxes are compared once a class, whatever the number of IoU thresholds; each has the figure that it has alone."""
+    image = labelled("rotated", (256, 256), 5, hidden=(0, 3))
+    thresholds = (0.3, 0.5, 0.75, 0.95)
+    alone = [
+        next(iter(validate(Seer("rotated"), [image], recipe_of("rotated", iou_thresholds=(iou,))).figures.values()))
+        for iou in thresholds
+    ]
+    calls = []
+    monkeypatch.setattr(rotated, "best_matches", lambda *parts: calls.append(1) or best_matches(*parts))
+    result = validate(Seer("rotated"), [image], recipe_of("rotated", iou_thresholds=thresholds))
+    assert list(result.figures.values()) == alone and len(calls) == 1
+
+
+def test_without_coco_the_message_names_the_other_protocol(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(MissingDependencyError, match=r"or set validation\.protocol=area"):
+        task._check_coco()
 
 
 def test_without_a_band_figures_carry_the_names_of_the_others():

@@ -58,6 +58,7 @@ CONFINED: dict[str, set[str]] = {
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
     "onnx": {"export", "onnx_graph"},
     "onnxruntime": {"backends", "export"},
+    "openvino": {"backends.openvino_rt"},
     "click": {"cli"},
     "rich": {"cli"},
     "data_tools": set(),
@@ -65,6 +66,7 @@ CONFINED: dict[str, set[str]] = {
 }
 # Training runs where these are not installed; nothing that it imports on the way may need them.
 NOT_FOR_TRAINING = {"rasterio", "shapely", "geopandas", "pyogrio", "pyarrow", "pyproj", "onnxruntime", "click", "rich"}
+NOT_FOR_TRAINING |= {"openvino"}
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,7 @@ def test_no_public_name_is_a_module():
         ("vector", "import importlib\nimportlib.import_module('torch')", "torch belongs to"),
         ("raster", "from data_tools import convert", "data_tools belongs to"),
         ("detect", "from rtmdet_geo.backends.pytorch import PyTorchBackend", "loads torch"),
+        ("backends.onnxrt", "def f():\n    import openvino", "openvino belongs to"),
         ("helpers", "import numpy", "has no place"),
     ],
 )

@@ -1,7 +1,10 @@
-"""The onnxruntime backend: what it accepts, and how rows become Detections."""
+"""The engines of model files: what they accept, and how rows become Detections."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,24 @@ from onnx import TensorProto, helper
 from synthetic import make_spec, small_model
 
 from rtmdet_geo.backends import BACKEND_NAMES, Backend, open_backend, require_package
-from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level, rows_to_detections
-from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
+from rtmdet_geo.backends.contract import OUTPUTS, RowsBackend, rows_per_level, rows_to_detections
 from rtmdet_geo.errors import ConfigError, MissingDependencyError, ModelFileError, SaturatedTileWarning
 from rtmdet_geo.export import make_check_tiles
 from rtmdet_geo.structures import Kind
+
+ENGINES = [
+    "onnxruntime",
+    pytest.param(
+        "openvino",
+        marks=pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed"),
+    ),
+]
+
+
+@pytest.fixture(params=ENGINES)
+def opened(request: pytest.FixtureRequest) -> Callable[..., RowsBackend]:
+    """Open model files, with each engine that runs them."""
+    return partial(open_backend, name=request.param)
 
 
 def write_model(
@@ -64,7 +80,7 @@ def image(number: int = 1, side: int = 256) -> np.ndarray:
     return np.zeros((number, 3, side, side), np.uint8)
 
 
-def test_rows_become_detections_by_hand(tmp_path):
+def test_rows_become_detections_by_hand(opened, tmp_path):
     rows = [
         [10, 20, 4, 30, 0.0, 0.9, 0],  # short side first: turned by a quarter
         [50, 60, 30, 4, 0.5, 0.8, 0],
@@ -74,7 +90,7 @@ def test_rows_become_detections_by_hand(tmp_path):
         [np.nan, 60, 3, 4, 0.5, 0.9, 0],
         [np.inf, 60, 3, 4, 0.5, 0.9, 0],
     ]
-    backend = open_backend(write_model(tmp_path / "fixed.onnx", rows=np.array(rows)))
+    backend = opened(write_model(tmp_path / "fixed.onnx", rows=np.array(rows)))
     first, second = backend.predict(image(2), score_threshold=0.3)
     np.testing.assert_allclose(first.boxes, [[10, 20, 30, 4, -np.pi / 2], [50, 60, 30, 4, 0.5]], atol=1e-6)
     np.testing.assert_allclose(first.scores, [0.9, 0.8])
@@ -169,8 +185,8 @@ def test_instances_need_their_kernels():
 
 
 @pytest.mark.parametrize("kind", ["horizontal", "mask"])
-def test_model_files_of_other_kinds_run(kind):
-    backend = open_backend(small_model(kind), threads=1)
+def test_model_files_of_other_kinds_run(opened, kind):
+    backend = opened(small_model(kind), threads=1)
     tiles = make_check_tiles(2, 3, 96, seed=2)
     found = backend.predict(tiles, score_threshold=0.2)
     raw = dict(zip(OUTPUTS[kind], backend.raw(tiles), strict=True))
@@ -184,9 +200,9 @@ def test_model_files_of_other_kinds_run(kind):
     assert (found[0].masks is not None) == (kind == "mask")
 
 
-def test_classifier_is_refused():
+def test_classifier_is_refused(opened):
     with pytest.raises(ModelFileError, match=r"small_classification\.onnx.*rtmdet-geo classify"):
-        open_backend(small_model("classification"))
+        opened(small_model("classification"))
 
 
 @pytest.mark.parametrize("kind,limit", [("rotated", 2000), ("mask", 1000), ("horizontal", 3840)])
@@ -205,9 +221,9 @@ def saturated_rows(last_score: float) -> np.ndarray:
     return rows
 
 
-def test_saturation_looks_at_the_cut_level_only(tmp_path):
+def test_saturation_looks_at_the_cut_level_only(opened, tmp_path):
     path = write_model(tmp_path / "full.onnx", rows=saturated_rows(0.31))
-    backend = open_backend(path)
+    backend = opened(path)
     with pytest.warns(SaturatedTileWarning, match="2 of 2 images"):
         backend.predict(image(2, 512), score_threshold=0.3)
     assert backend.num_saturated == 2
@@ -215,15 +231,15 @@ def test_saturation_looks_at_the_cut_level_only(tmp_path):
     assert backend.num_saturated == 2
 
 
-def test_uncut_levels_never_saturate(tmp_path):
+def test_uncut_levels_never_saturate(opened, tmp_path):
     rows = np.tile(np.array([[5, 5, 4, 2, 0, 0.9, 0]], np.float32), (1024 + 256 + 64, 1))
-    backend = open_backend(write_model(tmp_path / "all.onnx", rows=rows))
+    backend = opened(write_model(tmp_path / "all.onnx", rows=rows))
     backend.predict(image(1, 256), score_threshold=0.3)
     assert backend.num_saturated == 0
 
 
-def test_run_is_lazy_and_in_order():
-    backend = open_backend(small_model(), threads=1)
+def test_run_is_lazy_and_in_order(opened):
+    backend = opened(small_model(), threads=1)
     taken = []
 
     def batches():
@@ -237,8 +253,8 @@ def test_run_is_lazy_and_in_order():
     assert [len(result) for result in results] == [3, 2]
 
 
-def test_protocol_and_spec():
-    backend = open_backend(small_model(), name="onnxruntime")
+def test_protocol_and_spec(opened):
+    backend = opened(small_model())
     assert isinstance(backend, Backend) and backend.name in BACKEND_NAMES
     assert backend.spec.name == "small" and backend.fixed_tile_size is None
 
@@ -265,34 +281,34 @@ def test_protocol_and_spec():
         ({"channels": 4}, "4 channels"),
     ],
 )
-def test_foreign_files_are_told_what_they_lack(tmp_path, changes, words):
+def test_foreign_files_are_told_what_they_lack(opened, tmp_path, changes, words):
     path = write_model(tmp_path / "foreign.onnx", **changes)
     with pytest.raises(ModelFileError, match=words) as caught:
-        open_backend(path)
+        opened(path)
     assert "\n" not in str(caught.value) and "foreign.onnx" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08:\xff\xff\xff\x7f"])
-def test_corrupt_files(tmp_path, content):
+def test_corrupt_files(opened, tmp_path, content):
     path = tmp_path / "corrupt.onnx"
     path.write_bytes(content)
     with pytest.raises(ModelFileError, match=r"corrupt\.onnx"):
-        open_backend(path)
+        opened(path)
 
 
-def test_truncated_and_missing_file(tmp_path):
+def test_truncated_and_missing_file(opened, tmp_path):
     path = tmp_path / "cut.onnx"
     data = small_model().read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelFileError, match="truncated"):
-        open_backend(path)
+        opened(path)
     with pytest.raises(ModelFileError, match="not there"):
-        open_backend(tmp_path / "nosuch.onnx")
+        opened(tmp_path / "nosuch.onnx")
 
 
-def test_model_exported_by_others(data_dir):
+def test_model_exported_by_others(opened, data_dir):
     with pytest.raises(ModelFileError, match=r"input 'images' uint8.*metadata key 'model_spec'"):
-        open_backend(data_dir / "weights" / "rtmdet_nano_person.onnx")
+        opened(data_dir / "weights" / "rtmdet_nano_person.onnx")
 
 
 @pytest.mark.parametrize(
@@ -304,20 +320,20 @@ def test_model_exported_by_others(data_dir):
         (np.zeros((1, 3, 60, 64), np.uint8), "multiples of 32"),
     ],
 )
-def test_wrong_batches(batch, words):
+def test_wrong_batches(opened, batch, words):
     with pytest.raises(ConfigError, match=words):
-        OnnxRuntimeBackend(small_model()).predict(batch, score_threshold=0.3)
+        opened(small_model()).predict(batch, score_threshold=0.3)
 
 
-def test_wrong_names():
+def test_wrong_names(opened):
     with pytest.raises(ConfigError, match="onnxruntime"):
         open_backend(small_model(), name="tensorflow")
     with pytest.raises(ConfigError, match="device"):
-        open_backend(small_model(), device="cuda")
+        opened(small_model(), device="cuda")
     with pytest.raises(ConfigError, match="threads"):
-        open_backend(small_model(), threads=0)
+        opened(small_model(), threads=0)
     with pytest.raises(ConfigError, match="candidates"):
-        open_backend(small_model(), candidates=5)
+        opened(small_model(), candidates=5)
 
 
 def test_missing_package_names_the_extra():
@@ -325,7 +341,7 @@ def test_missing_package_names_the_extra():
         require_package("no_such_package_here", extra="tensorrt")
 
 
-def test_scores_that_are_no_numbers_are_an_error(tmp_path):
-    backend = open_backend(write_model(tmp_path / "nan.onnx", rows=[[1, 1, 2, 2, 0, np.nan, 0]]))
+def test_scores_that_are_no_numbers_are_an_error(opened, tmp_path):
+    backend = opened(write_model(tmp_path / "nan.onnx", rows=[[1, 1, 2, 2, 0, np.nan, 0]]))
     with pytest.raises(ModelFileError, match="damaged"):
         backend.predict(image(), score_threshold=0.3)

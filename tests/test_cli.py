@@ -42,7 +42,7 @@ COMMANDS = [
         "data submission",
     ),
     *("data check-submission", "data check", "data chips"),
-    *("models", "models download", "models list", "models show", "info"),
+    *("models", "models download", "models list", "models show", "engines", "info"),
 ]
 PROGRAM = [sys.executable, "-m", "rtmdet_geo.cli"]
 

@@ -1,8 +1,8 @@
 """Inference engines behind one protocol: uint8 tiles in, thresholded Detections out, no NMS.
 
-The engines "onnxruntime" (model files, on the CPU) and "torch" (weights, on CPU or CUDA) give the same rows by the same
-contract, which :mod:`rtmdet_geo.backends.contract` holds: boxes, scores and labels, of instances what their masks are
-made of. NMS is merge.py's alone.
+The engines "onnxruntime" and "openvino" (model files, on the CPU) and "torch" (weights, on CPU or CUDA) give the same
+rows by the same contract, which :mod:`rtmdet_geo.backends.contract` holds: boxes, scores and labels, of instances what
+their masks are made of. NMS is merge.py's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rtmdet_geo.structures import Detections, ModelSpec
 
-BackendName = Literal["auto", "onnxruntime", "torch"]
+BackendName = Literal["auto", "onnxruntime", "openvino", "torch"]
 BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
 
 
@@ -80,8 +80,8 @@ def open_backend(
         name: one of BACKEND_NAMES; ``auto`` is onnxruntime for model files and torch for weights. torch runs a bundled
             model file by the weights beside it.
         threads: CPU threads of the engine; None is one per usable core.
-        device: "auto", "cpu", "cuda" or "cuda:N"; onnxruntime runs on the CPU, with torch "auto" is cuda where there
-            is one.
+        device: "auto", "cpu", "cuda" or "cuda:N"; model files run on the CPU, with torch "auto" is cuda where there is
+            one.
         candidates: rows per level that torch keeps; None is a model file's number. COCO's protocol wants 30,000.
 
     Raises:
@@ -100,12 +100,17 @@ def open_backend(
     weights = _find_weights_of(path)
     if name == "torch" or (name == "auto" and weights is not None and weights == os.fspath(path)):
         return _open_torch(path, weights, threads, device, candidates)
+    engine = "onnxruntime" if name == "auto" else name
     if weights is not None and weights == os.fspath(path):
-        raise ConfigError(f"{weights!r} holds weights, which torch runs, not onnxruntime; leave the backend out")
+        raise ConfigError(f"{weights!r} holds weights, which torch runs, not {engine}; leave the backend out")
     if device not in ("auto", "cpu"):
-        raise ConfigError(f"device {device!r} is not supported by the onnxruntime backend; choose 'auto' or 'cpu'")
+        raise ConfigError(f"device {device!r} is not supported by the {engine} backend; choose 'auto' or 'cpu'")
     if candidates is not None:
         raise ConfigError("a model file's candidates per level are fixed; candidates= is for weights, which torch runs")
+    if engine == "openvino":
+        from rtmdet_geo.backends.openvino_rt import OpenVinoBackend
+
+        return OpenVinoBackend(path, threads=threads)
     from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, threads=threads)
@@ -128,7 +133,8 @@ def _open_torch(
 ) -> Backend:
     if weights is None:
         raise ConfigError(
-            f"{os.fspath(path)!r} is a model file, which onnxruntime runs; torch runs weights (.safetensors, .pth)"
+            f"{os.fspath(path)!r} is a model file, which onnxruntime and openvino run; torch runs weights "
+            "(.safetensors, .pth)"
         )
     require_package("torch", extra="train")
     from rtmdet_geo.backends.pytorch import TorchBackend

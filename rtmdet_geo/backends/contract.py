@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.boxes import regularize_le90
+from rtmdet_geo.catalog import SPEC_KEY, check_graph, read_metadata, read_spec
 from rtmdet_geo.errors import ConfigError, ModelFileError, SaturatedTileWarning
 from rtmdet_geo.masks import NUM_KERNEL_PARAMETERS, NUM_MASK_FEATURES
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, MaskView, ModelKind, ModelSpec
@@ -38,6 +39,85 @@ OUTPUTS: dict[ModelKind, dict[str, Sizes]] = {
     },
     "classification": {"scores": ("classes",)},
 }
+
+
+class Port(NamedTuple):
+    """An input or output of a model file as an engine sees it.
+
+    Attributes:
+        name: in the graph.
+        type: "uint8", "fp32", or what the engine calls another type.
+        sizes: of the axes; what is no number is dynamic.
+    """
+
+    name: str
+    type: str
+    sizes: tuple[int | str | None, ...]
+
+
+def check_model_file(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> ModelSpec:
+    """Compare an opened file with the contract and return what it says of itself.
+
+    Args:
+        path: of the file.
+        inputs: of its graph.
+        outputs: of its graph.
+
+    Raises:
+        ModelFileError: it is foreign (the message names all that it lacks), damaged, or contradicts itself.
+    """
+    has_spec = SPEC_KEY in read_metadata(path)
+    spec = read_spec(path) if has_spec else None
+    missing = _missing_parts(inputs, outputs, spec.kind if spec is not None else "rotated")
+    if not has_spec:
+        missing.append(f"metadata key {SPEC_KEY!r}")
+    if missing or spec is None:
+        raise ModelFileError(
+            f"{str(path)!r} does not follow the model-file contract; it lacks {'; '.join(missing)}; "
+            "export the model with `rtmdet-geo export`"
+        )
+    check_graph(path)
+    channels = inputs[0].sizes[1]
+    if channels != len(spec.bands):
+        raise ModelFileError(
+            f"{str(path)!r} contradicts itself: input 'images' has {channels} channels, its {SPEC_KEY} "
+            f"{len(spec.bands)} bands; export it again"
+        )
+    return spec
+
+
+def _missing_parts(inputs: Sequence[Port], outputs: Sequence[Port], kind: ModelKind) -> list[str]:
+    """Return what the graph lacks of the contract's input and of the kind's outputs, in words."""
+    missing = []
+    if len(inputs) != 1 or inputs[0][:2] != ("images", "uint8") or len(inputs[0].sizes) != 4:
+        found = ", ".join(f"{port.name} {port.type} ({', '.join(map(str, port.sizes))})" for port in inputs)
+        missing.append(f"input 'images' uint8 (N, C, H, W) (it has {found})")
+    ports = {port.name: port for port in outputs}
+    for name, sizes in OUTPUTS[kind].items():
+        port = ports.get(name)
+        wanted = ("N", *sizes)
+        if port is None or port.type != "fp32" or not _is_shape(port.sizes, wanted):
+            missing.append(f"output {name!r} fp32 ({', '.join(map(str, wanted))})")
+    return missing
+
+
+def _is_shape(shape: tuple[int | str | None, ...], wanted: Sizes) -> bool:
+    """Say whether a shape, whose dynamic sizes are no numbers, can be the wanted one."""
+    known = [pair for pair in zip(shape, wanted, strict=False) if all(isinstance(size, int) for size in pair)]
+    return len(shape) == len(wanted) and all(given == size for given, size in known)
+
+
+def fixed_side(port: Port) -> int | None:
+    """Return the side in px of the square images that an input demands; None: it has no fixed side."""
+    height, width = port.sizes[2:]
+    return height if isinstance(height, int) and height == width else None
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may run on; engines by themselves would count the whole machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def rows_per_level(

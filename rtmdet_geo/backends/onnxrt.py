@@ -11,10 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.contract import OUTPUTS, RowsBackend, Sizes, refuse_classifier
-from rtmdet_geo.catalog import SPEC_KEY, check_graph, read_spec
+from rtmdet_geo.backends.contract import (
+    OUTPUTS,
+    Port,
+    RowsBackend,
+    check_model_file,
+    fixed_side,
+    refuse_classifier,
+    usable_cores,
+)
 from rtmdet_geo.errors import ConfigError, ModelFileError
-from rtmdet_geo.structures import ModelKind, ModelSpec
+from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +45,7 @@ class OnnxRuntimeBackend(RowsBackend):
         """Open and check the file."""
         session, spec = open_model_file(path, threads=threads)
         refuse_classifier(spec, path)
-        height, width = session.get_inputs()[0].shape[2:]
-        super().__init__(
-            Path(path), spec, fixed_tile_size=height if isinstance(height, int) and height == width else None
-        )
+        super().__init__(Path(path), spec, fixed_tile_size=fixed_side(_ports(session.get_inputs())[0]))
         self._session = session
         self._names = list(OUTPUTS[spec.kind])
 
@@ -69,32 +73,14 @@ def open_model_file(path: str | os.PathLike[str], *, threads: int | None = None)
     onnxruntime = require_package("onnxruntime")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
-    session = _open_session(onnxruntime, file, threads or _usable_cores())
-    has_spec = SPEC_KEY in session.get_modelmeta().custom_metadata_map
-    spec = read_spec(file) if has_spec else None
-    missing = _missing_parts(session, spec.kind if spec is not None else "rotated")
-    if not has_spec:
-        missing.append(f"metadata key {SPEC_KEY!r}")
-    if missing or spec is None:
-        raise ModelFileError(
-            f"{str(file)!r} does not follow the model-file contract; it lacks {'; '.join(missing)}; "
-            "export the model with `rtmdet-geo export`"
-        )
-    check_graph(file)
-    channels = session.get_inputs()[0].shape[1]
-    if channels != len(spec.bands):
-        raise ModelFileError(
-            f"{str(file)!r} contradicts itself: input 'images' has {channels} channels, its {SPEC_KEY} "
-            f"{len(spec.bands)} bands; export it again"
-        )
-    return session, spec
+    session = _open_session(onnxruntime, file, threads or usable_cores())
+    return session, check_model_file(file, _ports(session.get_inputs()), _ports(session.get_outputs()))
 
 
-def _usable_cores() -> int:
-    """Cores that this process may run on; onnxruntime itself would count the whole machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _ports(items: list[Any]) -> list[Port]:
+    """Return onnxruntime's descriptions of inputs or outputs in the contract's words."""
+    types = {"tensor(uint8)": "uint8", "tensor(float)": "fp32"}
+    return [Port(item.name, types.get(item.type, item.type), tuple(item.shape)) for item in items]
 
 
 def _open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
@@ -111,26 +97,3 @@ def _open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
         raise ModelFileError(
             f"{str(path)!r} is no readable ONNX file ({reason}); it may be truncated: copy or export it again"
         ) from error
-
-
-def _missing_parts(session: Any, kind: ModelKind) -> list[str]:
-    """Return what the graph lacks of the contract's input and of the kind's outputs, in words."""
-    missing = []
-    inputs = session.get_inputs()
-    image = inputs[0]
-    if len(inputs) != 1 or image.name != "images" or image.type != "tensor(uint8)" or len(image.shape) != 4:
-        found = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
-        missing.append(f"input 'images' uint8 (N, C, H, W) (it has {found})")
-    outputs = {item.name: item for item in session.get_outputs()}
-    for name, sizes in OUTPUTS[kind].items():
-        item = outputs.get(name)
-        wanted = ("N", *sizes)
-        if item is None or item.type != "tensor(float)" or not _is_shape(item.shape, wanted):
-            missing.append(f"output {name!r} fp32 ({', '.join(map(str, wanted))})")
-    return missing
-
-
-def _is_shape(shape: list[Any], wanted: Sizes) -> bool:
-    """Say whether a shape, whose dynamic sizes are names, can be the wanted one."""
-    known = [pair for pair in zip(shape, wanted, strict=False) if all(isinstance(size, int) for size in pair)]
-    return len(shape) == len(wanted) and all(given == size for given, size in known)

@@ -86,6 +86,12 @@ class TorchBackend(RowsBackend):
             ) from error
 
 
+def list_devices() -> tuple[str, ...]:
+    """Return the names of the devices that torch has here, the CPU first."""
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cpu", *(f"cuda:{index}" for index in range(number)))
+
+
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
     """Give torch so many CPU threads meanwhile; the number is the whole process's."""

@@ -64,14 +64,8 @@ from rtmdet_geo.cli.group import EXIT_VERDICT_NO
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Patches per engine call.")
 @classes_options("the model's")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
-    default="auto",
-    show_default=True,
-    help="Inference engine.",
-)
-@click.option("--device", default="auto", show_default=True, help="Where it runs: auto, cpu, cuda or cuda:N.")
+@options.backend_option
+@options.device_option
 @options.threads_option
 @resume_option
 @options.overwrite_option

@@ -61,19 +61,8 @@ from rtmdet_geo.cli import options, report
     help="Overlap of neighbouring tiles in px, longest object at least.  [default: the model's]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Tiles per engine call.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
-    default="auto",
-    show_default=True,
-    help="Engine: onnxruntime for model files, torch for weights.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Of torch: cpu, cuda, cuda:1, or auto: cuda if there is one. onnxruntime runs on the CPU.",
-)
+@options.backend_option
+@options.device_option
 @options.threads_option
 @click.option(
     "--max-overlap",

@@ -30,14 +30,8 @@ from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_opt
 @click.option(
     "--results", type=click.Path(path_type=Path), help="Keep what is found: folder of result files; coco: .json file."
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
-    default="auto",
-    show_default=True,
-    help="Inference engine.",
-)
-@click.option("--device", default="auto", show_default=True, help="Where it runs: auto, cpu, cuda or cuda:N.")
+@options.backend_option
+@options.device_option
 @options.threads_option
 @options.progress_option
 @report_options

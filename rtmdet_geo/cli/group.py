@@ -109,6 +109,7 @@ def describe(error: Exception) -> tuple[str, int]:
         "export": "rtmdet_geo.cli.export:export",
         "data": "rtmdet_geo.cli.data:data",
         "models": "rtmdet_geo.cli.models:models",
+        "engines": "rtmdet_geo.cli.engines:engines",
         "info": "rtmdet_geo.cli.info:info",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -25,6 +25,7 @@ data chips              x                      x           x      x          x
 models download                                            x      x          x
 models list                                                x                 x
 models show                                                x                 x
+engines                                                    x                 x
 info                                                       x                 x
 ======================= =========== ========== =========== ====== ========== =====
 """
@@ -37,6 +38,7 @@ from typing import Any, TypeVar
 
 import click
 
+from rtmdet_geo.backends import BACKEND_NAMES
 from rtmdet_geo.cli import report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -89,6 +91,21 @@ progress_option = click.option(
     show_default=True,
     callback=_choose_progress,
     help="Bar on stderr (auto: only on a terminal), or JSON lines start/progress/error/done on stdout.",
+)
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKEND_NAMES),
+    default="auto",
+    show_default=True,
+    help="Engine: onnxruntime (auto) or openvino for model files, torch for weights; see `rtmdet-geo engines`.",
+)
+
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Of torch: cpu, cuda, cuda:1, or auto: cuda if there is one. Model files run on the CPU.",
 )
 
 threads_option = click.option(

@@ -1,0 +1,184 @@
+"""Which engines this machine has, which one `auto` takes and why, and what a report of a fault should name.
+
+Nothing heavy is loaded unless it is asked for: versions come from the packages' metadata, GPUs from nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rtmdet_geo import __version__
+from rtmdet_geo.backends import require_package
+from rtmdet_geo.backends.contract import usable_cores
+from rtmdet_geo.errors import MissingDependencyError
+
+#: Features of processors that engines use, as /proc/cpuinfo names them (x86, then Arm).
+_CPU_FEATURES = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16"),
+)
+#: Seconds that nvidia-smi may take; it waits for a driver that hangs.
+_GPU_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine on this machine.
+
+    Attributes:
+        name: what ``--backend`` calls it.
+        runs: "model files" or "weights".
+        version: of the installed package, with its name where that is not the engine's; None: not installed.
+        devices: where it runs, as ``--device`` calls them.
+        problem: why it cannot be used, with the remedy; None: nothing is known against it.
+    """
+
+    name: str
+    runs: str
+    version: str | None
+    devices: tuple[str, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` takes for one sort of files.
+
+    Attributes:
+        files: the sort.
+        engine: name of the engine.
+        reason: why it.
+        problem: why it cannot be used here, with the remedy; None: it can.
+    """
+
+    files: str
+    engine: str
+    reason: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """Everything that :func:`list_engines` found.
+
+    Attributes:
+        engines: all that the program knows, installed or not.
+        choices: what `auto` takes.
+        machine: name -> value: versions, processor, GPUs.
+    """
+
+    engines: tuple[Engine, ...]
+    choices: tuple[Choice, ...]
+    machine: dict[str, Any]
+
+
+def list_engines(*, load: bool = False) -> EngineReport:
+    """Look for engines, and say what `auto` takes.
+
+    Args:
+        load: import each installed engine, which shows whether it works and of torch which devices it has. torch takes
+            seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its CPU build.
+    """
+    gpus = _find_gpus()
+    engines: tuple[Engine, ...] = (
+        _find_engine("onnxruntime", ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")),
+        _find_engine("openvino", ("openvino",), extra="openvino"),
+        _find_engine("torch", ("torch",), extra="train", gpus=gpus),
+    )
+    if load:
+        engines = tuple(map(_loaded, engines))
+    return EngineReport(engines, _choices(engines), _describe_machine(engines, gpus))
+
+
+def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None, gpus: tuple[str, ...] = ()) -> Engine:
+    """Return what the metadata of an engine's packages say; the first that is there counts."""
+    runs = "weights" if name == "torch" else "model files"
+    found = {package: version for package in packages if (version := _version_of(package)) is not None}
+    if not found:
+        wanted = f"'rtmdet-geo[{extra}]'" if extra else name
+        return Engine(name, runs, None, (), f"not installed; run: pip install {wanted}")
+    package, version = next(iter(found.items()))
+    has_gpus = name == "torch" and not version.endswith("+cpu")
+    devices = ("cpu", *(f"cuda:{index}" for index in range(len(gpus) if has_gpus else 0)))
+    return Engine(name, runs, version if package == name else f"{version} ({package})", devices)
+
+
+def _version_of(package: str) -> str | None:
+    """Return a package's version by its metadata; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _loaded(engine: Engine) -> Engine:
+    """Import an engine; a failure becomes its problem, and torch is asked for its devices."""
+    if engine.version is None:
+        return engine
+    try:
+        require_package(engine.name)
+    except (MissingDependencyError, OSError) as error:  # OSError: a shared library of the package is missing
+        reason = error.__cause__ or error
+        text = f"cannot be loaded ({' '.join(str(reason).split())}); install it again"
+        return replace(engine, devices=(), problem=text)
+    if engine.name == "torch":
+        from rtmdet_geo.backends.pytorch import list_devices
+
+        return replace(engine, devices=list_devices())
+    return engine
+
+
+def _choices(engines: tuple[Engine, ...]) -> tuple[Choice, ...]:
+    """Return what :func:`rtmdet_geo.backends.open_backend` takes for ``auto``."""
+    problems = {engine.name: engine.problem for engine in engines}
+    rules = (
+        ("model files (.onnx)", "onnxruntime", "every installation has it, and all others are compared with it"),
+        ("weights (.safetensors, .pth, published names)", "torch", "no other engine runs weights without an export"),
+    )
+    return tuple(Choice(files, name, reason, problems[name]) for files, name, reason in rules)
+
+
+def _describe_machine(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> dict[str, Any]:
+    """Return versions, processor and GPUs by name."""
+    model, features = _describe_cpu()
+    return {
+        "rtmdet-geo": __version__,
+        "python": platform.python_version(),
+        "numpy": _version_of("numpy"),
+        **{engine.name: engine.version for engine in engines},
+        "system": platform.platform(),
+        "cpu": model,
+        "cpu_features": features,
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "gpus": gpus,
+    }
+
+
+def _describe_cpu(source: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
+    """Return the processor's name and those of its features that engines use; none where the system hides them."""
+    name = platform.processor() or platform.machine()
+    if not source.is_file():
+        return name, ()
+    lines = (line.partition(":") for line in source.read_text(encoding="utf-8", errors="replace").splitlines())
+    facts = {key.strip().lower(): value.strip() for key, colon, value in lines if colon}
+    flags = set(facts.get("flags", facts.get("features", "")).split())
+    return facts.get("model name", name), tuple(feature for feature in _CPU_FEATURES if feature in flags)
+
+
+def _find_gpus() -> tuple[str, ...]:
+    """Return name, driver and memory of the GPUs that nvidia-smi names; none without it or its driver."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GPU_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())

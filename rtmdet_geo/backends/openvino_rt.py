@@ -118,7 +118,7 @@ def _ports(items: list[Any]) -> list[Port]:
     ports = []
     for item in items:
         shape = [] if item.partial_shape.rank.is_dynamic else item.partial_shape
-        sizes = tuple(size.get_length() if size.is_static else None for size in shape)
+        sizes = tuple(size.get_length() if size.is_static else "?" for size in shape)
         type_name = item.element_type.get_type_name()
         ports.append(Port(item.any_name, types.get(type_name, type_name), sizes))
     return ports

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,16 +337,21 @@ _FACTS = {
 
 
 def check_stats_outputs(
-    *, csv: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None, overwrite: bool = False
+    *,
+    csv: str | os.PathLike[str] | None = None,
+    plots: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
-    """Check before a long run that :func:`write_stats` could write there.
+    """Check before a long run that :func:`write_stats` could write there, and would not write over its sources.
 
     Raises:
-        OutputError, MissingDependencyError: as :func:`write_stats`, as far as it can be known without writing.
+        OutputError, MissingDependencyError: as :func:`write_stats`, as far as it can be known without writing; or the
+            CSV file is a source.
     """
     from rtmdet_geo.dataset_charts import CHARTS
 
-    check_files(csv, plots, CHARTS, overwrite)
+    check_files(csv, plots, CHARTS, overwrite, sources)
 
 
 def write_stats(

@@ -36,16 +36,18 @@ def folders(tmp_path):
 
 
 def test_table_and_figures(folders):
-    result = run("dota", folders / "results", folders / "labels", "-q")
-    assert (result.exit_code, result.output) == (0, "")
+    quiet = run("dota", folders / "results", folders / "labels", "-q")
     result = run("dota", folders / "results", folders / "labels")
+    assert (quiet.exit_code, quiet.stderr, quiet.stdout) == (0, "", result.stdout)
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[0] == "DOTA task 1, protocol devkit"
     assert len([line for line in lines if line.startswith(DOTA_V1)]) == 15
     figures = dict(line.split() for line in lines if line.startswith("AP"))
     assert figures["AP50_11"] == "0.0667" and figures["AP50_11_present"] == "0.5000" and figures["AP50_area"] == "-"
     (line,) = result.stderr.splitlines()
-    assert "13 of 15 classes" in line
+    assert line.startswith("rtmdet-geo: warning: ") and "13 of 15 classes" in line
+    loud = run("dota", folders / "results", folders / "labels", "-v")
+    assert "WARNING rtmdet_geo.evaluation.dota: " in loud.stderr
 
 
 def test_json_csv_plots_and_verdict(folders):

@@ -59,9 +59,13 @@ def show(
     grey, objects of unknown classes are white.
     """
     options.check_stdout_owner(as_json, progress_mode)
+    if output.suffix.lower() != ".png":
+        raise click.UsageError(f"-o {output} must end with .png.")
     from rtmdet_geo.contact_sheet import show_data
+    from rtmdet_geo.outputs import check_not_among
 
     parts, _ = source.parts()
+    check_not_among(output, source.places(parts))
     with report.progress(ctx, progress_mode, "images", {"recipe": source.recipe, "out": str(output)}) as advance:
         summary = show_data(
             parts,

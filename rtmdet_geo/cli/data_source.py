@@ -51,6 +51,12 @@ class SourceOptions:
         loaded = load_recipe(self.recipe, self.overrides).with_data(self.folder)
         return recipe_parts(loaded), loaded.data.unknown_classes == "drop"
 
+    def places(self, parts: dict[str, Source]) -> list[Path]:
+        """Return the files and folders that parts are read from, and the recipe."""
+        names = ("images", "labels", "ids", "folder")
+        found = {path for part in parts.values() for name in names if (path := getattr(part, name, None)) is not None}
+        return [*([Path(self.recipe)] if self.recipe else []), *sorted(found)]
+
     def _source(self, label_format: str) -> Source:
         """Return what ``--format`` and the options beside it name."""
         from rtmdet_geo.annotations.folders import FoldersSource

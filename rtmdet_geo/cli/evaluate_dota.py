@@ -73,7 +73,7 @@ def dota(
     if protocol == "devkit" and difficult == "count":
         raise click.UsageError("--protocol devkit ignores difficult objects; count them with --protocol mmrotate.")
     options.check_stdout_owner(output["as_json"], progress_mode)
-    prepare(**output)
+    prepare(results, labels, *([classes] if Path(classes).is_file() else []), **output)
     from rtmdet_geo.evaluation.dota import evaluate_dota
 
     start = {"results": str(results), "labels": str(labels)}
@@ -133,7 +133,7 @@ def hrsc(
     has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an image that was searched.
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
-    prepare(**output)
+    prepare(results, labels, **output)
     from rtmdet_geo.evaluation.hrsc import evaluate_hrsc
 
     start = {"results": str(results), "labels": str(labels)}

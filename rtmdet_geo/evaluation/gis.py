@@ -28,6 +28,7 @@ from rtmdet_geo.evaluation.layers import ANY_CLASS, Layer, Source, is_within, nu
 from rtmdet_geo.evaluation.plots import best_threshold
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
 from rtmdet_geo.evaluation.rotated import Curve, curve_of
+from rtmdet_geo.outputs import check_not_among
 from rtmdet_geo.vector import WGS84, GeometryType, check_output, project_polygons, write_features
 
 logger = logging.getLogger(__name__)
@@ -126,10 +127,12 @@ def evaluate_layers(
         ConfigError: a number is out of range or missing, or arguments do not go together.
         UnknownClassError: neither layer has a class of that name.
         DatasetNotFoundError, AnnotationError: a layer is missing or malformed, or the layers share no class.
-        OutputError: ``output`` exists or cannot be written.
+        OutputError: ``output`` exists, is one of the layers, or cannot be written.
     """
     _check_options(match, iou, distance_m, score, length_bands_m)
     if output is not None:
+        files = (predicted, labelled, aoi)
+        check_not_among(output, [one for one in files if isinstance(one, str | os.PathLike)])
         check_output(output, overwrite)
     if any_class and (classes or class_column or labelled_class_column):
         raise ConfigError("any_class compares places only; name no classes and no column of them")

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from rtmdet_geo.charts import require_matplotlib
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.evaluation.rotated import Curve
-from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_not_among, staged_output
 
 Array = NDArray[Any]
 
@@ -147,29 +147,39 @@ def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_report_outputs(
-    *, csv: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None, overwrite: bool = False
+    *,
+    csv: str | os.PathLike[str] | None = None,
+    plots: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
-    """Check before a long run that :func:`write_report` could write there.
+    """Check before a long run that :func:`write_report` could write there, and would not write over its sources.
 
     Raises:
-        OutputError: as :func:`write_report`, as far as it can be known without writing.
+        OutputError: as :func:`write_report`, as far as it can be known without writing; or an output is a source.
         MissingDependencyError: plots are asked for without matplotlib.
     """
     from rtmdet_geo.evaluation.plots import PICTURES
 
-    check_files(csv, plots, PICTURES, overwrite)
+    check_files(csv, plots, PICTURES, overwrite, sources)
 
 
 def check_files(
-    csv: str | os.PathLike[str] | None, plots: str | os.PathLike[str] | None, pictures: Sequence[str], overwrite: bool
+    csv: str | os.PathLike[str] | None,
+    plots: str | os.PathLike[str] | None,
+    pictures: Sequence[str],
+    overwrite: bool,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
     """Check before a long run that a CSV file and pictures in a folder, which need not be there, could be written.
 
     Raises:
-        OutputError: a file exists and ``overwrite`` is False, or its folder is not writable, or is a file.
+        OutputError: a file exists and ``overwrite`` is False, or is one of the sources; or its folder is not writable,
+            or is a file.
         MissingDependencyError: pictures are asked for without matplotlib.
     """
     if csv is not None:
+        check_not_among(csv, sources)
         check_folder(csv, overwrite)
     if plots is not None:
         require_matplotlib()

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_errors_are_one_line_and_nothing_is_written(folders):
     assert result.exit_code == 1 and result.stdout == "" and not (folders / "ap.csv").exists()
     (line,) = result.stderr.splitlines()
     assert line.startswith("rtmdet-geo: error: ") and "Task1_ship.txt:2: score or coordinates are not finite" in line
+    result = run("dota", folders / "results", folders / "labels" / "P1.txt")
+    assert result.exit_code == 1 and "P1.txt' is a file; give the folder that it lies in" in result.stderr
     result = run("dota", folders / "nowhere", folders / "labels")
     assert result.exit_code == 1 and "nowhere" in result.stderr
     result = run("dota", folders / "results", folders / "labels", "--csv", folders / "no" / "ap.csv")
@@ -122,6 +125,12 @@ def test_hrsc(folders):
     assert [event["event"] for event in events] == ["start", "progress", "done"] and "AP50_voc07" in events[-1][
         "figures"
     ]
+    with zipfile.ZipFile(folders / "found.zip", "w") as archive:
+        archive.write(folders / "results" / "Task1_ship.txt", "Task1_ship.txt")
+    assert json.loads(run("hrsc", folders / "found.zip", *words[2:]).stdout)["figures"] == figures
+    (folders / "results" / "Task1_ship.txt").write_text("")
+    (row,) = json.loads(run(*words).stdout)["rows"]
+    assert (row["objects"], row["recall"], row["best_f1"], row["best_score"]) == (1, 0.0, None, None)
     (folders / "texts" / "P1.xml").write_text("<HRSC_Image/>")
     result = run(*words)
     assert result.exit_code == 1 and "holds .xml and .txt files" in result.stderr

@@ -222,6 +222,6 @@ def test_commands(source, tmp_path):
     shown = CliRunner().invoke(cli, ["data", "show", *data, "-o", str(out), "-n", "2", "--only", "ship"])
     assert shown.exit_code == 0 and shown.stdout.endswith("2 images, 4 objects\n") and out.is_file()
     wrong = CliRunner().invoke(cli, ["data", "show", *data, "-o", str(tmp_path / "sheet.jpg")])
-    assert wrong.exit_code == 1 and "must be a .png file" in wrong.stderr
+    assert wrong.exit_code == 2 and "must end with .png" in wrong.stderr
     neither = CliRunner().invoke(cli, ["data", "stats"])
     assert neither.exit_code == 2 and "Give a RECIPE" in neither.stderr

@@ -23,10 +23,10 @@ from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_opt
 )
 @click.option(
     "--classes",
-    default="v1.0",
+    default="dota_v1.0",
     show_default=True,
-    metavar="v1.0|v1.5|v2.0|FILE",
-    help="Classes of a version of DOTA, or a file with one name a line.",
+    metavar="LIST",
+    help="Classes: dota_v1.0, dota_v1.5 or dota_v2.0, a file with one name a line, or names with commas.",
 )
 @protocol_option
 @click.option(
@@ -59,7 +59,7 @@ def dota(
     progress_mode: str,
     **output: Any,
 ) -> None:
-    """Score DOTA result files: the folder RESULTS against the folder LABELS of labelTxt files.
+    """Score DOTA result files: the folder or zip RESULTS against the folder LABELS of labelTxt files.
 
     \b
     Example:
@@ -129,7 +129,7 @@ def hrsc(
     Example:
       rtmdet-geo evaluate hrsc results/Task1_ship.txt Test/Annotations
 
-    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder of Task1_ship.txt. LABELS
+    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder or zip of Task1_ship.txt. LABELS
     has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an image that was searched.
     """
     options.check_stdout_owner(output["as_json"], progress_mode)

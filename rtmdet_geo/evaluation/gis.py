@@ -27,7 +27,7 @@ from rtmdet_geo.evaluation.layer_matching import Matches, Rule, Shape, layer_rul
 from rtmdet_geo.evaluation.layers import ANY_CLASS, Layer, Source, is_within, number_classes, read_area, read_layer
 from rtmdet_geo.evaluation.plots import best_threshold
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
-from rtmdet_geo.evaluation.rotated import Curve, curve_of
+from rtmdet_geo.evaluation.rotated import Curve, best_columns, curve_of
 from rtmdet_geo.outputs import check_not_among
 from rtmdet_geo.vector import WGS84, GeometryType, check_output, project_polygons, write_features
 
@@ -291,14 +291,11 @@ class _Part:
     def _rates(self) -> dict[str, float]:
         """Return precision, recall and F1 of all, and the best F1; nan where there is nothing to divide by."""
         hits, misses = map(len, self.scores)
-        f1, score = best_threshold(*self.scores, self.num_objects)
         return {
             "precision": _ratio(hits, hits + misses),
             "recall": _ratio(hits, self.num_objects),
             "f1": _ratio(2 * hits, hits + misses + self.num_objects),
-            "best_f1": f1 if self.num_objects else math.nan,
-            "best_score": score if self.num_objects and hits else math.nan,
-        }
+        } | best_columns(*best_threshold(*self.scores, self.num_objects), self.num_objects, hits + misses)
 
     def _sizes(self) -> dict[str, float]:
         """Return how far off the hits are."""

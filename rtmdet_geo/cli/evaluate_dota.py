@@ -129,8 +129,9 @@ def hrsc(
     Example:
       rtmdet-geo evaluate hrsc results/Task1_ship.txt Test/Annotations
 
-    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder or zip of Task1_ship.txt. LABELS
-    has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an image that was searched.
+    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder or zip of
+    Task1_ship.txt. LABELS has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an
+    image that was searched.
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
     prepare(results, labels, **output)

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError, ConfigError, UnknownClassError
 from rtmdet_geo.evaluation.layer_matching import Matches, Rule, Shape, layer_rule, match_layers, pair_errors
-from rtmdet_geo.evaluation.layers import ANY_CLASS, Layer, Source, is_within, number_classes, read_area, read_layer
+from rtmdet_geo.evaluation.layers import (
+    ANY_CLASS,
+    Layer,
+    Source,
+    is_within,
+    number_classes,
+    read_area,
+    read_layer,
+    warn_of_doubles,
+)
 from rtmdet_geo.evaluation.plots import best_threshold
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
 from rtmdet_geo.evaluation.rotated import Curve, best_columns, curve_of
@@ -126,7 +135,8 @@ def evaluate_layers(
     Raises:
         ConfigError: a number is out of range or missing, or arguments do not go together.
         UnknownClassError: neither layer has a class of that name.
-        DatasetNotFoundError, AnnotationError: a layer is missing or malformed, or the layers share no class.
+        DatasetNotFoundError, AnnotationError: a layer is missing or malformed, has no scores where ``score`` is given,
+            or the layers share no class.
         OutputError: ``output`` exists, is one of the layers, or cannot be written.
     """
     _check_options(match, iou, distance_m, score, length_bands_m)
@@ -145,8 +155,15 @@ def evaluate_layers(
         has_classes=not any_class,
         has_scores=True,
     )
+    if score is not None and not found.has_scores and len(found):
+        columns = ", ".join(str(one) for one in found.frame.columns if one != "geometry") or "none"
+        raise AnnotationError(
+            f"{found.name} has no column 'score', which --score asks for: name it with --score-column; its columns: "
+            f"{columns}"
+        )
     column = labelled_class_column or class_column
     truth = read_layer(labelled, "labelled", layer=labelled_layer, class_column=column, has_classes=not any_class)
+    warn_of_doubles(truth)
     area = read_area(aoi) if aoi is not None else None
     found, truth = _agree_on_classes(found, truth, any_class, classes)
     if score is not None:
@@ -175,7 +192,9 @@ def _check_options(
     if score is not None and not math.isfinite(score):
         raise ConfigError(f"score threshold {score!r} is no number")
     if any(not 0 < low < high for low, high in pairwise([*bands, math.inf])):
-        raise ConfigError(f"bands of length {list(bands)!r} must be positive and rise")
+        raise ConfigError(
+            f"bands of length {list(bands)!r} must be positive and rise: --length-band 50 --length-band 100"
+        )
 
 
 def _agree_on_classes(
@@ -191,10 +210,13 @@ def _agree_on_classes(
     if any_class or any(layer.class_names is None and len(layer) for layer in (found, truth)):
         for layer in named if not any_class else ():
             number = len(set(layer.class_names if layer.class_names is not None else ()))
-            if number > 1:
-                logger.warning(
-                    "classes are not compared: %s has %d, but the other layer has no column of them", layer.name, number
-                )
+            logger.warning(
+                "places are compared, not classes: %s has %d, but the %s has no column of them (--class-column, "
+                "--labelled-class-column, or --any-class to say so)",
+                layer.name,
+                number,
+                (truth if layer is found else found).name,
+            )
         found, truth = (replace(layer, class_names=np.full(len(layer), ANY_CLASS, object)) for layer in (found, truth))
     names = [set() if layer.class_names is None else set(layer.class_names) for layer in (found, truth)]
     if classes is not None:
@@ -238,6 +260,17 @@ def _compare(found: Layer, truth: Layer, rule: Rule, area: geopandas.GeoSeries |
     found_in, truth_in = (
         np.ones(len(layer), bool) if area is None else is_within(layer.objects.lonlat, area) for layer in (found, truth)
     )
+    if area is not None and (len(found) or len(truth)) and not (found_in.any() or truth_in.any()):
+        west, south, east, north = area.to_crs(WGS84).total_bounds
+        place = (found if len(found) else truth).objects.lonlat[0]
+        logger.warning(
+            "none of the %d predictions and %d labels lies in the area of interest, longitude %.4f to %.4f and "
+            "latitude %.4f to %.4f; the first lies at %.4f %.4f: is --aoi of the same place, and its CRS right?",
+            len(found),
+            len(truth),
+            *(west, east, south, north),
+            *place,
+        )
     errors = pair_errors(found, truth, same.best, rule)
     return _Comparison(
         found, truth, classes, found_labels, truth_labels, rule, same, any_class, found_in, truth_in, errors

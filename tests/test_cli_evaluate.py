@@ -61,7 +61,7 @@ def test_json_csv_plots_and_verdict(folders):
     with (folders / "ap.csv").open(newline="") as stream:
         rows = {row["class"]: row for row in csv.DictReader(stream)}
     assert len(rows) == 15 and rows["ship"]["AP50_11"] == "1.0" and rows["plane"]["objects"] == "1"
-    assert {path.suffix for path in (folders / "plots").iterdir()} == {".png"}
+    assert {path.suffix for path in (folders / "plots").iterdir()} == {".png", ".csv"}
     assert summary["confusion"]["names"][-1] == "background"
 
     below = run(*words, "--min-ap", 0.6)

@@ -135,9 +135,10 @@ def test_table_and_charts_are_written(source, tmp_path):
         write_stats(found, plots=tmp_path / "charts")
 
 
-def test_nothing_has_no_charts(tmp_path):
+def test_nothing_has_no_charts(tmp_path, caplog):
     found = data_stats({"train": dota(tmp_path / "data", {"a": []})})
     assert write_stats(found, plots=tmp_path / "charts") == []
+    assert not (tmp_path / "charts").exists() and "there is nothing to draw" in caplog.text
     assert stats_rows(found) == [{**stats_rows(found)[0], "class": "all", "objects": 0}]
 
 

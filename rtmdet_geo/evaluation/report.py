@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from rtmdet_geo.charts import require_matplotlib
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.evaluation.rotated import Curve
 from rtmdet_geo.outputs import check_folder, check_not_among, staged_output
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -141,6 +144,16 @@ def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def confusion_csv(confusion: Confusion) -> str:
+    """Return a confusion matrix as CSV: a row a labelled class, a column a predicted one, background last."""
+    names = [*confusion.names, BACKGROUND]
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["labelled", *names])
+    writer.writerows([name, *row] for name, row in zip(names, confusion.matrix.tolist(), strict=True))
+    return stream.getvalue()
+
+
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of columns in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
@@ -159,9 +172,9 @@ def check_report_outputs(
         OutputError: as :func:`write_report`, as far as it can be known without writing; or an output is a source.
         MissingDependencyError: plots are asked for without matplotlib.
     """
-    from rtmdet_geo.evaluation.plots import PICTURES
+    from rtmdet_geo.evaluation.plots import CONFUSION_TABLE, PICTURES
 
-    check_files(csv, plots, PICTURES, overwrite, sources)
+    check_files(csv, plots, (*PICTURES, CONFUSION_TABLE), overwrite, sources)
 
 
 def check_files(
@@ -203,7 +216,7 @@ def write_report(
         report: what to write.
         csv: file for the rows.
         plots: folder for the pictures, made if it is not there: ``precision_recall.png``, ``confusion.png``,
-            ``scores.png``, those that there is something to draw for.
+            ``scores.png``, those that there is something to draw for, and ``confusion.csv``, the numbers by name.
         overwrite: replace files that are there.
 
     Returns:
@@ -218,9 +231,15 @@ def write_report(
     if csv is not None:
         contents[Path(csv)] = report_csv(report).encode()
     if plots is not None:
-        from rtmdet_geo.evaluation.plots import draw_report
+        from rtmdet_geo.evaluation.plots import CONFUSION_TABLE, draw_report
 
-        contents |= {Path(plots) / name: picture for name, picture in draw_report(report).items()}
+        drawn = draw_report(report)
+        if not drawn:
+            logger.warning("nothing was labelled or predicted: there is nothing to draw into %r", os.fspath(plots))
+        if report.confusion is not None and report.confusion.matrix.any():
+            drawn[CONFUSION_TABLE] = confusion_csv(report.confusion).encode()
+        contents |= {Path(plots) / name: picture for name, picture in drawn.items()}
+        plots = plots if drawn else None
     write_files(contents, None if plots is None else Path(plots), overwrite)
     return list(contents)
 

@@ -93,7 +93,10 @@ def test_whole_images_patches_and_single_steps_find_the_same(folder, tmp_path, t
     expected = steps_one_by_one(folder, tmp_path, task=task, **rules)
     kind = "rotated" if task == 1 else "horizontal"
     summary = run_dota(TwoClasses(kind), folder, tmp_path / "whole", **rules)
-    run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "cut", patches=True, tool=tool, batch_size=3)
+    run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "cut", patches=True, batch_size=3)
+    with pytest.raises(ConfigError, match=f"were cut by {tool}, as settings.json says"):
+        other = "devkit" if tool == "bboxtoolkit" else "bboxtoolkit"
+        run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "no", patches=True, tool=other)
     assert summary["task"] == task and summary["empty_classes"] == []
     found = read_results(tmp_path / "whole", task)
     for name in CLASSES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -21,13 +22,16 @@ def parse_rates(ctx: click.Context, parameter: click.Parameter, value: str) -> t
         raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5.") from error
 
 
-tool_option = click.option(
-    "--tool",
-    type=click.Choice(["devkit", "bboxtoolkit"]),
-    default="devkit",
-    show_default=True,
-    help="Whose rules and names: DOTA_devkit's image__rate__x___y, or BboxToolkit's (MMRotate's) image__size__x___y.",
-)
+
+def tool_option(default: str) -> Callable[[options.Command], options.Command]:
+    """Return ``--tool``; ``default`` says what is taken without it."""
+    return click.option(
+        "--tool",
+        type=click.Choice(["devkit", "bboxtoolkit"]),
+        help="Whose rules and names: DOTA_devkit's image__rate__x___y, or BboxToolkit's (MMRotate's) "
+        f"image__size__x___y.  [default: {default}]",
+    )
+
 
 rates_option = click.option(
     "--rates",
@@ -60,7 +64,7 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     help="Folder of labelTxt files, one for each image.  [default: none, as for a test set]",
 )
 @options.output_option("Folder to make: images/, labelTxt/ (bboxtoolkit: annfiles/) and settings.json.")
-@tool_option
+@tool_option("devkit")
 @click.option(
     "--size",
     type=click.IntRange(min=1),
@@ -118,7 +122,7 @@ def split(
     images: Path,
     labels: Path | None,
     output: Path,
-    tool: str,
+    tool: str | None,
     size: int,
     gap: int,
     rates: tuple[float, ...],
@@ -152,7 +156,7 @@ def split(
             images,
             labels,
             output,
-            tool=tool,  # type: ignore[arg-type]
+            tool=tool or "devkit",  # type: ignore[arg-type]
             size=size,
             gap=gap,
             rates=rates,

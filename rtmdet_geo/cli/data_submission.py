@@ -23,7 +23,7 @@ from rtmdet_geo.cli.group import EXIT_VERDICT_NO
     help="Write Task 2 too: .zip or folder of the boxes that enclose those of Task 1.",
 )
 @click.option("--patches", is_flag=True, help="IMAGES holds patches that `data split` made, not whole images.")
-@tool_option
+@tool_option("devkit; with --patches, as their names say")
 @click.option("--size", type=click.IntRange(min=1), help="Side of patches in px.  [default: the model's tile size]")
 @click.option(
     "--gap", type=click.IntRange(min=0), help="Px that neighbouring patches share.  [default: the model's overlap]"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,8 @@ from rtmdet_geo.backends import Backend
 from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.dota.files import decode_large, find_images, large_image_size, stamp
 from rtmdet_geo.dota.merge import PatchBoxes, merge_boxes, merge_rows, result_texts
-from rtmdet_geo.dota.partial import open_partial
-from rtmdet_geo.dota.rules import PatchName, SplitRules, Tool, parse_patch_name
+from rtmdet_geo.dota.partial import SETTINGS_FILE, open_partial, read_json
+from rtmdet_geo.dota.rules import PatchName, SplitRules, Tool, find_tool, parse_patch_name
 from rtmdet_geo.dota.submission import check_output, write_texts
 from rtmdet_geo.dota.tiles import cut_pixels
 from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
@@ -79,7 +79,7 @@ def run_dota(
     *,
     task2: str | os.PathLike[str] | None = None,
     patches: bool = False,
-    tool: Tool = "devkit",
+    tool: Tool | None = None,
     size: int | None = None,
     gap: int | None = None,
     rates: Sequence[float] = (1.0,),
@@ -105,7 +105,8 @@ def run_dota(
         out: folder to make, or ``.zip`` file to submit: Task 1 of models of rotated boxes, Task 2 of others.
         task2: likewise, for Task 2 of a model of rotated boxes: the boxes that enclose those of Task 1.
         patches: the folder holds patches, named as ``tool`` does, and not whole images.
-        tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`.
+        tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`;
+            None: "devkit"; of patches, as their names say, or the ``settings.json`` beside their folder.
         size: side of patches in px; None: the model's. Of no matter, as the two that follow, where patches are given.
         gap: px that neighbours share; None: the model's overlap, half of ``size`` at most.
         rates: an image is cut once per rate.
@@ -127,7 +128,7 @@ def run_dota(
 
     Raises:
         AnnotationError: an image does not decode, or is no patch; it is named.
-        ConfigError: a value is outside its range, or ``OUT.partial`` was begun with others.
+        ConfigError: a value is outside its range, patches are not the tool's, or ``OUT.partial`` was begun with others.
         DatasetNotFoundError: the folder is missing, or holds no images.
         OutputError: an output exists or cannot be written.
         Cancelled: ``cancelled`` said so; ``OUT.partial`` stays.
@@ -147,7 +148,7 @@ def run_dota(
         size = engine.fixed_tile_size or engine.spec.tile_size
     if gap is None:
         gap = min(engine.spec.overlap, size // 2)
-    rules = SplitRules(tool, size, gap, tuple(float(rate) for rate in rates))
+    rules = SplitRules(_tool_of_patches(Path(images), tool) if patches else tool or "devkit", size, gap, tuple(float(rate) for rate in rates))
     sources = _patch_sources(images) if patches else _image_sources(images, rules, names)
     if names is not None:
         sources = [source for source in sources if source.name in names]
@@ -252,6 +253,20 @@ def _patch_sources(folder: str | os.PathLike[str]) -> list[_Source]:
         patch = parse_patch_name(name, str(path))
         found.setdefault(patch.image, []).append((_place(patch), path))
     return [_Source(name, tuple(path for _, path in sorted(found[name])), len(found[name])) for name in sorted(found)]
+
+
+def _tool_of_patches(folder: Path, tool: Tool | None) -> Tool:
+    """Return whose patches a folder holds.
+
+    Raises:
+        ConfigError: their names, or the settings of the split that made them, contradict ``tool``.
+        DatasetNotFoundError: there are none.
+    """
+    settings = read_json(folder.resolve().parent / SETTINGS_FILE) or {}
+    made_by = settings.get("tool") if settings.get("tool") in get_args(Tool) else None
+    if made_by is not None and tool not in (None, made_by):
+        raise ConfigError(f"patches of {str(folder)!r} were cut by {made_by}, as {SETTINGS_FILE} says, not by {tool}")
+    return find_tool(find_images(folder), tool or made_by)
 
 
 def _place(patch: PatchName) -> tuple[float, int, int]:

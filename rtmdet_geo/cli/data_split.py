@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -17,10 +18,12 @@ def parse_rates(ctx: click.Context, parameter: click.Parameter, value: str) -> t
         click.BadParameter: it is no such list.
     """
     try:
-        return tuple(float(word) for word in value.split(","))
+        rates = tuple(float(word) for word in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5.") from error
-
+    if not all(0.01 <= rate <= 100 for rate in rates):
+        raise click.BadParameter(f"{value!r}: rates are from 0.01 to 100.")
+    return rates
 
 
 def tool_option(default: str) -> Callable[[options.Command], options.Command]:
@@ -92,9 +95,7 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     "--image-share",
     "image_threshold",
     type=click.FloatRange(0, 1),
-    default=0.6,
-    show_default=True,
-    help="bboxtoolkit: windows with no more image than this share are left out.",
+    help="bboxtoolkit: windows with no more image than this share are left out.  [default: 0.6]",
 )
 @click.option(
     "--pad/--no-pad",
@@ -127,7 +128,7 @@ def split(
     gap: int,
     rates: tuple[float, ...],
     iof_threshold: float,
-    image_threshold: float,
+    image_threshold: float | None,
     pad: bool,
     image_format: str,
     workers: int | None,
@@ -148,21 +149,21 @@ def split(
     """
     options.check_stdout_owner(as_json, progress_mode)
     check_resume(resume, overwrite)
+    if image_threshold is not None and tool != "bboxtoolkit":
+        raise click.UsageError("--image-share goes with --tool bboxtoolkit.")
+    from rtmdet_geo.dota.rules import SplitRules
     from rtmdet_geo.dota.split import split_dota
 
+    share = 0.6 if image_threshold is None else image_threshold
+    with options.usage_errors():
+        rules = SplitRules(tool or "devkit", size, gap, rates, iof_threshold, share, pad)  # type: ignore[arg-type]
     start = {"images": str(images), "out": str(output)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "images", start) as advance:
         summary = split_dota(
             images,
             labels,
             output,
-            tool=tool or "devkit",  # type: ignore[arg-type]
-            size=size,
-            gap=gap,
-            rates=rates,
-            iof_threshold=iof_threshold,
-            image_threshold=image_threshold,
-            pad=pad,
+            **asdict(rules),
             image_format=image_format,  # type: ignore[arg-type]
             workers=workers,
             resume=resume,

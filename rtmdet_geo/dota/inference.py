@@ -90,6 +90,7 @@ def run_dota(
     multi_label: bool = True,
     batch_size: int = 1,
     names: Collection[str] | None = None,
+    classes: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -117,6 +118,7 @@ def run_dota(
         multi_label: several classes for one place are several detections.
         batch_size: patches per call of the engine.
         names: images to take, without ending; None takes all of the folder.
+        classes: names that there must be a file for, besides the model's; those that it does not know are empty.
         resume: go on from ``OUT.partial``: images whose files have not changed are not run again.
         overwrite: replace earlier results, or ``OUT.partial``.
         progress: called with patches done and all patches.
@@ -148,7 +150,12 @@ def run_dota(
         size = engine.fixed_tile_size or engine.spec.tile_size
     if gap is None:
         gap = min(engine.spec.overlap, size // 2)
-    rules = SplitRules(_tool_of_patches(Path(images), tool) if patches else tool or "devkit", size, gap, tuple(float(rate) for rate in rates))
+    rules = SplitRules(
+        _tool_of_patches(Path(images), tool) if patches else tool or "devkit",
+        size,
+        gap,
+        tuple(float(rate) for rate in rates),
+    )
     sources = _patch_sources(images) if patches else _image_sources(images, rules, names)
     if names is not None:
         sources = [source for source in sources if source.name in names]
@@ -165,6 +172,7 @@ def run_dota(
             partial.record(name, done[name])
     task: Task = 1 if is_rotated else 2
     by_class = _join([(source.name, done[source.name]["rows"]) for source in sources], engine.spec.classes, task)
+    by_class |= _join([], [name for name in classes if name not in by_class], task)
     write_texts(out, result_texts(by_class), task, overwrite=overwrite)
     if task2 is not None:
         write_texts(task2, result_texts({name: _enclosing(rows) for name, rows in by_class.items()}), 2, overwrite=True)
@@ -210,7 +218,8 @@ def _search(
     count = total - sum(source.num_patches for source in todo)
     for source in todo:
         found = []
-        for patch in _run(engine, _pixels(source, rules, patches), settings, cancelled):
+        folder = str(source.files[0].parent)
+        for patch in _run(engine, _pixels(source, rules, patches), folder, settings, cancelled):
             found.append(patch)
             count += 1
             if progress is not None:
@@ -290,9 +299,13 @@ def _pixels(source: _Source, rules: SplitRules, patches: bool) -> Iterator[_Patc
 
 
 def _run(
-    engine: Backend, patches: Iterable[_Patch], settings: _Settings, cancelled: Callable[[], bool] | None
+    engine: Backend,
+    patches: Iterable[_Patch],
+    folder: str,
+    settings: _Settings,
+    cancelled: Callable[[], bool] | None,
 ) -> Iterator[tuple[str, Detections]]:
-    """Yield what is found in each patch, in px of it, best score first.
+    """Yield what is found in each patch, in px of it, best score first; warnings name the folder, so each is said once.
 
     Raises:
         Cancelled: ``cancelled`` said so.
@@ -306,7 +319,7 @@ def _run(
             if cancelled is not None and cancelled():
                 raise Cancelled("stopped between two patches; --resume goes on with the image that was being searched")
             height, width = pixels.shape[:2]
-            shown, _ = array_scene(pixels, _RGB, engine.spec).read(0, 0, width, height)
+            shown, _ = array_scene(pixels, _RGB, engine.spec, name=folder).read(0, 0, width, height)
             boxed = letterbox(shown.transpose(1, 2, 0), side)
             waiting.append(boxed.image.transpose(2, 0, 1))
             in_flight.append((name, height, width, boxed.scale_factor))

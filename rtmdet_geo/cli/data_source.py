@@ -60,6 +60,7 @@ class SourceOptions:
     def _source(self, label_format: str) -> Source:
         """Return what ``--format`` and the options beside it name."""
         from rtmdet_geo.annotations.folders import FoldersSource
+        from rtmdet_geo.annotations.label_sets import CLASS_LIST, read_class_list
         from rtmdet_geo.annotations.parts import PartSource
         from rtmdet_geo.dataset_check import ChipsSource
 
@@ -70,6 +71,8 @@ class SourceOptions:
             if self.labels is None:
                 raise click.UsageError(f"--format {label_format} needs --labels.")
             kind = "horizontal" if label_format == "coco" else "rotated"
+            if label_format == "yolo_obb" and classes is None and (self.labels / CLASS_LIST).is_file():
+                classes = read_class_list(self.labels / CLASS_LIST)
             places = label_format, self.images, self.labels, self.ids, classes, kind, self.hrsc_level
             return PartSource(*places)  # type: ignore[arg-type]
         if self.labels:

@@ -204,7 +204,11 @@ def _read_rows(content: bytes, path: Path, task: Task) -> ResultRows:
         path=path,
         lines=lines,
     )
-    _check_rows(rows, "score or coordinates are not finite; write the results again", np.asarray(~np.isfinite(table).all(axis=1)))
+    _check_rows(
+        rows,
+        "score or coordinates are not finite; write the results again",
+        np.asarray(~np.isfinite(table).all(axis=1)),
+    )
     if task == 2:
         _check_rows(
             rows, "x2 < x1 or y2 < y1; give x1 y1 x2 y2", np.asarray((corners[:, 2:] < corners[:, :2]).any(axis=1))

@@ -147,7 +147,7 @@ def find_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
         trained = [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.variant == text]
         hint = f"published weights for it: {', '.join(trained)}" if trained else "train it (`rtmdet-geo train`)"
         raise UnknownModelError(f"{text!r} is a network to train, not a trained model; {hint}")
-    near = difflib.get_close_matches(text, [*CATALOG, *CHECKPOINTS], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(text, [*CATALOG, *CHECKPOINTS], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known names: {', '.join(sorted(CATALOG))}"
     raise UnknownModelError(f"no model is named {text!r} and no file has that path; {hint}")
 

@@ -64,8 +64,14 @@ def shortened(name: str, limit: int = 24) -> str:
     return f" {short}" if short.startswith("_") else short
 
 
-def to_png(figure: Figure, *, grid: bool = True) -> bytes:
-    """Return a figure as PNG; ``grid`` draws one and leaves room beside the lines."""
+def to_png(figure: Figure, *, grid: bool = True, is_fitted: bool = False) -> bytes:
+    """Return a figure as PNG.
+
+    Args:
+        figure: to draw.
+        grid: draw one and leave room beside the lines.
+        is_fitted: the picture is as large as what is on it, where the layout would cut something off.
+    """
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if grid:
@@ -77,5 +83,5 @@ def to_png(figure: Figure, *, grid: bool = True) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
-        figure.savefig(stream, format="png")
+        figure.savefig(stream, format="png", bbox_inches="tight" if is_fitted else None)
     return stream.getvalue()

@@ -234,7 +234,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
     of_variant = [checkpoint.name for checkpoint in CHECKPOINTS.values() if checkpoint.variant == name]
-    near = of_variant or difflib.get_close_matches(name, CHECKPOINTS, n=3, cutoff=0.5)
+    near = of_variant or difflib.get_close_matches(name, CHECKPOINTS, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `rtmdet-geo models list`"
     raise UnknownModelError(f"no published weights are named {name!r}; {hint}")
 

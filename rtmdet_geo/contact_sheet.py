@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.findings import Findings
 from rtmdet_geo.annotations.folders import FoldersSource, list_folders
+from rtmdet_geo.annotations.labels import ImageLabels, enclosing_hboxes, hboxes_to_le90
 from rtmdet_geo.annotations.outlines import Outline
+from rtmdet_geo.annotations.parts import PartSource
 from rtmdet_geo.annotations.usable import sift
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.dataset_check import Source, read_source
@@ -25,6 +27,7 @@ from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.pictures import decode_image
 from rtmdet_geo.polygons import outline_rings
 from rtmdet_geo.preview import caption_strip, check_preview, class_colour, draw_rings, stretch_for_display
+from rtmdet_geo.structures import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ def show_data(
     classes: Sequence[str] = (),
     crop_px: int = 0,
     cell_px: int = 384,
+    kind: Kind | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -88,6 +92,8 @@ def show_data(
         classes: only images that show one of these.
         crop_px: show a square of so many px around one of the objects; 0: whole images.
         cell_px: long side of each image on the sheet.
+        kind: "mask" draws outlines, and boxes of objects that have none, "rotated" rotated boxes, "horizontal" the
+            boxes around them; None: outlines where the labels hold some, else boxes as they are.
         seed: same seed, same images.
         overwrite: replace an existing file.
         progress: called with images drawn and all images to draw.
@@ -102,7 +108,7 @@ def show_data(
         OutputError: ``output`` is no .png, exists, or cannot be written.
     """
     check_preview(output, overwrite)
-    class_names, entries = _read(parts)
+    class_names, entries = _read(parts, kind)
     wanted = _wanted(classes, class_names)
     shown = [entry for entry in entries if wanted is None or np.isin(entry.labels, wanted).any()]
     if not shown:
@@ -131,10 +137,10 @@ def show_data(
     return {"out": str(output), "images": names, "objects": objects, "seed": seed}
 
 
-def _read(parts: Mapping[str, Source]) -> tuple[tuple[str, ...], list[_Entry]]:
+def _read(parts: Mapping[str, Source], kind: Kind | None) -> tuple[tuple[str, ...], list[_Entry]]:
     """Return class names of all parts together, and the images."""
     read: list[tuple[tuple[str, ...], list[_Entry]]] = [
-        _read_folders(source) if isinstance(source, FoldersSource) else _read_objects(source)
+        _read_folders(source) if isinstance(source, FoldersSource) else _read_objects(source, kind)
         for source in parts.values()
     ]
     names = tuple(dict.fromkeys(name for classes, _ in read for name in classes))
@@ -147,7 +153,10 @@ def _read(parts: Mapping[str, Source]) -> tuple[tuple[str, ...], list[_Entry]]:
     return names, entries
 
 
-def _read_objects(source: Any) -> tuple[tuple[str, ...], list[_Entry]]:
+def _read_objects(source: Any, kind: Kind | None) -> tuple[tuple[str, ...], list[_Entry]]:
+    if isinstance(source, PartSource):
+        has_outlines = source.format in ("coco", "yolo_obb")
+        source = replace(source, kind=kind or ("mask" if has_outlines else source.kind))
     findings = Findings()
     files = read_source(source, findings)
     usable = sift(files, source.classes, findings)
@@ -159,13 +168,18 @@ def _read_objects(source: Any) -> tuple[tuple[str, ...], list[_Entry]]:
         _Entry(
             file.path,
             file.name,
-            file.labels.boxes,
+            _upright(file.labels) if kind == "horizontal" else file.labels.boxes,
             own,
             file.labels.difficult | file.labels.crowd,
-            file.labels.outlines,
+            file.labels.outlines if kind in (None, "mask") else (),
         )
         for file, own in zip(files, labels, strict=True)
     ]
+
+
+def _upright(labels: ImageLabels) -> Array:
+    """Return the boxes around objects, (N, 5)."""
+    return hboxes_to_le90(enclosing_hboxes(labels)) if len(labels) else labels.boxes
 
 
 def _read_folders(source: FoldersSource) -> tuple[tuple[str, ...], list[_Entry]]:

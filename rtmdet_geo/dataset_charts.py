@@ -48,7 +48,7 @@ def draw_classes(stats: Mapping[str, PartStats]) -> bytes:
     ranked = sorted(totals, key=lambda name: -totals[name])
     shown, rest = (ranked, []) if len(ranked) <= MAX_CLASSES else (ranked[: MAX_CLASSES - 1], ranked[MAX_CLASSES - 1 :])
     names = [shortened(name).strip() for name in shown] + ([f"{len(rest)} more classes"] if rest else [])
-    figure = new_figure(height=max(2.0, 1.1 + 0.26 * len(names)))
+    figure = new_figure(height=max(1.5, 1.1 + 0.26 * len(names)))
     axes = figure.subplots()
     thickness = 0.8 / len(counts)
     largest = 1
@@ -62,7 +62,7 @@ def draw_classes(stats: Mapping[str, PartStats]) -> bytes:
     axes.set_yticks(range(len(names)), names)
     for text in axes.get_yticklabels():
         text.set_parse_math(False)
-    axes.set_ylim(max(len(names), 3) - 0.4, -0.6)  # one bar does not fill the chart
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("objects" if len(counts) > 1 else f"objects, {sum(totals.values()):,} together")
     least = min(value for value in totals.values() if value)
     if largest > 100 * least:

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -98,6 +98,8 @@ def check_dataset(
         if isinstance(source, FoldersSource):
             files[name], about[name] = _list_images(source, findings[name], drop_unknown_classes)
             continue
+        if isinstance(source, PartSource):
+            source = replace(source, with_outlines=True)
         files[name] = read_source(source, findings[name])
         usable = sift(files[name], source.classes, findings[name])
         _find_doubles(files[name], usable, findings[name])

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class PartStats:
             are an object each.
         num_left_out: objects that training cannot take.
         num_faults: of all kinds; ``data check`` names them.
+        is_upright: the boxes are enclosing ones, by the format of the labels or the kind of the model: their sides and
+            angles are not those of the objects.
     """
 
     classes: tuple[str, ...]
@@ -63,6 +65,7 @@ class PartStats:
     boxes: NDArray[np.float64]
     num_left_out: int
     num_faults: int
+    is_upright: bool = False
 
     @property
     def sides_m(self) -> NDArray[np.float64]:
@@ -163,6 +166,7 @@ def _object_stats(source: PartSource | ChipsSource, clock: _Clock, gsd_m: float 
         boxes[usable.kept],
         int((~usable.kept).sum()),
         sum(findings.counts.values()),
+        isinstance(source, PartSource) and source.kind != "rotated",
     )
 
 
@@ -260,6 +264,7 @@ def _part_summary(part: PartStats) -> dict[str, Any]:
         "objects": len(part.labels),
         "left_out": part.num_left_out,
         "faults": part.num_faults,
+        "is_upright": part.is_upright,
         "classes": dict(zip(part.classes, counts, strict=True)),
         "objects_per_image": _spread(numbers),
         "objects_per_mpx": _spread(part.density),
@@ -314,6 +319,8 @@ def stats_text(stats: Mapping[str, PartStats]) -> str:
             whole = sum(facts["angles"].values())
             shares = ", ".join(f"{number / whole:.0%} near {angle}" for angle, number in facts["angles"].items())
             lines.append(f"  angles of elongated objects, deg clockwise from the row: {shares}")
+        if part.is_upright and len(part.labels):
+            lines.append("  sides, aspect and angles are those of upright boxes around the objects, not of outlines")
         if facts["long_px"] is not None:
             sizes = ", ".join(f"{facts[size]} {size}" for size in ("small", "medium", "large"))
             lines.append(f"  by area (borders 32^2 and 96^2 px): {sizes}")
@@ -337,16 +344,21 @@ _FACTS = {
 
 
 def check_stats_outputs(
-    *, csv: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None, overwrite: bool = False
+    *,
+    csv: str | os.PathLike[str] | None = None,
+    plots: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
-    """Check before a long run that :func:`write_stats` could write there.
+    """Check before a long run that :func:`write_stats` could write there, and would not write over its sources.
 
     Raises:
-        OutputError, MissingDependencyError: as :func:`write_stats`, as far as it can be known without writing.
+        OutputError, MissingDependencyError: as :func:`write_stats`, as far as it can be known without writing; or the
+            CSV file is a source.
     """
     from rtmdet_geo.dataset_charts import CHARTS
 
-    check_files(csv, plots, CHARTS, overwrite)
+    check_files(csv, plots, CHARTS, overwrite, sources)
 
 
 def write_stats(
@@ -368,6 +380,10 @@ def write_stats(
     if plots is not None:
         from rtmdet_geo.dataset_charts import draw_stats
 
-        contents |= {Path(plots) / name: picture for name, picture in draw_stats(stats).items()}
+        drawn = draw_stats(stats)
+        if not drawn:
+            logger.warning("no object is labelled: there is nothing to draw into %r", os.fspath(plots))
+        contents |= {Path(plots) / name: picture for name, picture in drawn.items()}
+        plots = plots if drawn else None
     write_files(contents, None if plots is None else Path(plots), overwrite)
     return list(contents)

@@ -214,18 +214,25 @@ def read_label_layer(
         AnnotationError: the layer cannot be read, has no CRS, other features than polygons, or lies on no image.
         RasterError: an image cannot be opened.
     """
-    layer = LabelLayer(source, options.class_column, "class_name")
+    layer = LabelLayer(source, options.class_column, "class_name", options.layer)
     only = options.classes[0] if options.classes is not None and len(options.classes) == 1 else "object"
     names = [name or only for name in layer.class_names]
+    if options.classes is None and None in layer.class_names:
+        logger.warning(
+            "%s: no column 'class_name', so every object is of class %r (--class-column names another column)",
+            *(source, only),
+        )
     paths = images_by_stem(images)
+    places = {stem: raster_place(path) for stem, path in paths.items()}
+    if layer.table.crs is not None:
+        places = _with_crs(places, images)
     scene_ids = layer.table["scene_id"].astype(str).to_numpy() if "scene_id" in layer.table else None
     if scene_ids is not None and not np.isin(scene_ids, list(paths)).any():
         scene_ids = None
     used = np.zeros(len(layer), np.bool_)
     flags = {name: _flags(layer, name) for name in ("difficult", "crowd")}
     found = []
-    for number, (stem, path) in enumerate(paths.items(), 1):
-        place = raster_place(path)
+    for number, (stem, place) in enumerate(places.items(), 1):
         objects = list(layer.objects(place, None if scene_ids is None else scene_ids == stem))
         rows = np.array([entry.row for entry in objects], np.int64)
         used[rows] = True
@@ -237,17 +244,33 @@ def read_label_layer(
             (rows + 1).tolist(),
             difficult=flags["difficult"][rows],
             crowd=flags["crowd"][rows],
-            outlines=() if options.kind == "horizontal" else outlines,
+            outlines=outlines,
             unit="feature",
             size=(place.width, place.height),
         )
-        found.append(SetImage(path.name, (place.width, place.height), labels))
+        found.append(SetImage(paths[stem].name, (place.width, place.height), labels))
         if progress is not None:
-            progress(number, len(paths))
+            progress(number, len(places))
     layer.check_used()
     if not used.all():
         logger.warning("%s: %d features lie on none of the images and are left out", source, int((~used).sum()))
     return LabelSet(tuple(found), tuple(sorted(set(names))))
+
+
+def _with_crs(places: dict[str, RasterPlace], folder: Path) -> dict[str, RasterPlace]:
+    """Return the images that lie on the ground; the log hears of others.
+
+    Raises:
+        AnnotationError: there are none.
+    """
+    bare = [Path(place.path).name for place in places.values() if place.crs is None]
+    if len(bare) == len(places):
+        raise AnnotationError(f"none of the {len(bare)} images in {str(folder)!r} has a CRS: give georeferenced ones")
+    if bare:
+        logger.warning(
+            "%s: %d of %d images have no CRS and are left out, such as %s", folder, len(bare), len(places), bare[0]
+        )
+    return {stem: place for stem, place in places.items() if place.crs is not None}
 
 
 def _flags(layer: LabelLayer, column: str) -> NDArray[np.bool_]:

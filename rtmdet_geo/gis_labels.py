@@ -67,6 +67,7 @@ def cut_chips(
     chip_size: int = 1024,
     overlap: int = 200,
     class_column: str | None = None,
+    layer: str | None = None,
     bands: Sequence[int | str] | None = None,
     scene_gsd_m: float | None = None,
     nodata: float | None = None,
@@ -90,6 +91,7 @@ def cut_chips(
         chip_size: side in resampled px; 0 makes each scene one chip.
         overlap: px that neighbouring chips share.
         class_column: column of the vector layer that names the class; without it all objects are of the one class.
+        layer: name of the vector layer, where the file holds several.
         bands: ``--bidx`` for every scene.
         scene_gsd_m: ``--gsd`` for every scene.
         nodata: ``--nodata`` for every scene.
@@ -121,7 +123,7 @@ def cut_chips(
     check_replaceable(out, "chips", lambda entry: entry.name == _INDEX_NAME or entry.suffix == ".npy")
     if chip_size != 0:
         TileGrid(chip_size, chip_size, chip_size, overlap)  # refuses sizes out of range before any work is done
-    reader = _open_labels(Path(labels), stems, class_column, classes)
+    reader = _open_labels(Path(labels), stems, class_column, classes, layer)
     class_names = reader.classes
     chips: list[dict[str, Any]] = []
     counts = dict.fromkeys(("empty_chips", "invalid_chips", "objects_outside"), 0)
@@ -311,8 +313,10 @@ class _CocoReader:
 class _LayerReader:
     """Polygons of a vector layer, brought to each scene's pixels."""
 
-    def __init__(self, path: Path, class_column: str | None, classes: Sequence[str] | None) -> None:
-        self._layer = LabelLayer(path, class_column)
+    def __init__(
+        self, path: Path, class_column: str | None, classes: Sequence[str] | None, layer: str | None = None
+    ) -> None:
+        self._layer = LabelLayer(path, class_column, layer_name=layer)
         self.classes = tuple(classes) if classes is not None else tuple(self._layer.sorted_classes()) or ("object",)
         if class_column is None and len(self.classes) != 1:
             raise AnnotationError(
@@ -338,7 +342,7 @@ class _LayerReader:
 
 
 def _open_labels(
-    path: Path, stems: Sequence[str], class_column: str | None, classes: Sequence[str] | None
+    path: Path, stems: Sequence[str], class_column: str | None, classes: Sequence[str] | None, layer: str | None
 ) -> _CocoReader | _LayerReader:
     if classes is not None and (len(classes) == 0 or len(set(classes)) != len(classes)):
         raise AnnotationError(f"classes {list(classes)!r} must be different names, at least one")
@@ -346,7 +350,7 @@ def _open_labels(
         raise AnnotationError(f"label file {str(path)!r} does not exist; check the path")
     if path.suffix.lower() == ".json" and _looks_like_coco(path):
         return _CocoReader(path, stems, classes)
-    return _LayerReader(path, class_column, classes)
+    return _LayerReader(path, class_column, classes, layer)
 
 
 def _looks_like_coco(path: Path) -> bool:

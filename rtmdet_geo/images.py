@@ -357,7 +357,9 @@ class _ArraySource:
         """Do nothing."""
 
 
-def array_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSpec, gsd: float | None = None) -> Scene:
+def array_scene(
+    image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSpec, gsd: float | None = None, *, name: str = "image"
+) -> Scene:
     """Return an image as a model sees it: its bands, stretched.
 
     Args:
@@ -365,6 +367,7 @@ def array_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSp
         channels: what the image's channels show, in their order.
         spec: of the model.
         gsd: metres per pixel; None leaves its resolution as it is.
+        name: of the scene, for messages.
 
     Raises:
         ConfigError: the image is not uint8 of that shape.
@@ -386,7 +389,7 @@ def array_scene(image: NDArray[np.uint8], channels: Sequence[str], spec: ModelSp
             "say what its channels show with channels=(...), or choose another model"
         )
     return Scene(
-        "image",
+        name,
         _ArraySource(array, [None] if is_grey else names),
         bands=None,
         model_bands=spec.bands,

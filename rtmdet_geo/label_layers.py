@@ -55,23 +55,41 @@ class LabelLayer:
         table: columns of the features, as a GeoDataFrame.
     """
 
-    def __init__(self, path: Path, class_column: str | None = None, usual_column: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        class_column: str | None = None,
+        usual_column: str | None = None,
+        layer_name: str | None = None,
+    ) -> None:
         """Read a layer.
 
         Args:
             path: of the file.
             class_column: names the class of each feature.
             usual_column: likewise, where ``class_column`` is None and the layer has it.
+            layer_name: of the layer, where the file holds several.
 
         Raises:
-            AnnotationError: it cannot be read, lacks the column or a value in it, or has other features than polygons.
+            AnnotationError: it is one of several and not named, or there is none of that name; it cannot be read, lacks
+                the column or a value in it, or has other features than polygons.
         """
         import geopandas
+        import pyogrio
 
         self.path = path
         name = f"label layer {str(path)!r}"
         try:
-            layer = geopandas.read_file(path)
+            layer_names = [str(row[0]) for row in pyogrio.list_layers(path)]
+            if layer_name is None and len(layer_names) > 1:
+                raise AnnotationError(
+                    f"{name} holds the layers {', '.join(layer_names)}; name one of them with --layer"
+                )
+            if layer_name is not None and layer_name not in layer_names:
+                raise AnnotationError(f"{name} has no layer {layer_name!r}; it holds {', '.join(layer_names)}")
+            layer = geopandas.read_file(path, layer=layer_name or 0)
+        except AnnotationError:
+            raise
         except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
             raise AnnotationError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
         column = find_column(layer, name, class_column, usual_column)

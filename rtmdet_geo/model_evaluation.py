@@ -36,7 +36,7 @@ from rtmdet_geo.evaluation.hrsc import evaluate_hrsc
 from rtmdet_geo.evaluation.report import EvaluationReport
 from rtmdet_geo.evaluation.voc import Protocol
 from rtmdet_geo.images import Prediction, load_model, predict
-from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_not_input, staged_output
 
 EvaluatedFormat = Literal["dota", "hrsc", "rbox", "coco"]
 
@@ -84,7 +84,7 @@ def evaluate_model(
         UnknownClassError: model and labels have no class in common.
         DatasetNotFoundError: a file or folder is missing, or labels have no image.
         AnnotationError: an image does not decode, or labels are malformed; it is named.
-        OutputError: ``results`` exists or cannot be written.
+        OutputError: ``results`` exists, is the file of labels, or cannot be written.
         Cancelled: ``cancelled`` said so.
     """
     if label_format not in get_args(EvaluatedFormat):
@@ -100,6 +100,7 @@ def evaluate_model(
         else:
             place = Path(results)
         if label_format == "coco":
+            check_not_input(place, labels, "source")
             check_folder(place, overwrite)
             _search_coco(engine, Path(images), read_coco(Path(labels)), place, progress, cancelled)
             return evaluate_coco_results(place, os.fspath(labels), measure="masks" if kind == "mask" else "boxes")

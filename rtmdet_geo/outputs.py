@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rtmdet_geo.errors import OutputError, RTMDetGeoError
 
@@ -140,11 +141,35 @@ def check_replaceable(path: str | os.PathLike[str], what: str, is_own: Callable[
         )
 
 
-def check_not_input(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
+def check_not_input(
+    path: str | os.PathLike[str], source: str | os.PathLike[str], what: Literal["scene", "source"] = "scene"
+) -> None:
     """Refuse an output that is the very file that is read.
+
+    Args:
+        path: of the output.
+        source: that is read.
+        what: its name in the message.
+
+    Raises:
+        OutputError: they are the same file.
+    """
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+        raise OutputError(f"output {os.fspath(path)!r} is the {what} itself; give another name")
+
+
+def check_not_among(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse an output that is one of the files that are read, or a file in a folder of them that is no table (.csv).
 
     Raises:
         OutputError: it is.
     """
-    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-        raise OutputError(f"output {os.fspath(path)!r} is the scene itself; give another name")
+    if not os.path.exists(path):
+        return
+    place = Path(path).resolve()
+    for source in sources:
+        check_not_input(path, source, "source")
+        if place.is_file() and place.suffix.lower() != ".csv" and Path(source).resolve() in place.parents:
+            raise OutputError(
+                f"output {os.fspath(path)!r} is a file of the source {os.fspath(source)!r}; give another name"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -132,7 +133,10 @@ def test_files_that_contradict_their_convention(tmp_path, line, words, reason):
     path = write_text(tmp_path / "bad.txt", f"1 2 20 10 -0.001 ship\n{line}\n")
     with pytest.raises(AnnotationError, match=r"bad\.txt:2: " + reason):
         read_rbox(path, "ship", angle=parse_angle(words))
-    assert len(read_rbox(path, "ship")) == 2
+    assert len(read_rbox(path, "ship", angle=replace(parse_angle(words), range="any"))) == 2
+    if "deg" in words:
+        with pytest.raises(AnnotationError, match=r"bad\.txt:2: angle 120 rad is more than a turn.*any,deg,cw"):
+            read_rbox(path, "ship")
     rounded = write_text(tmp_path / "rounded.txt", "1 2 20 10 1.5708\n1 2 9.995 10 -1.5708")  # pi/2 to four digits
     assert len(read_rbox(rounded, "ship", angle=parse_angle("le90"))) == 2
 

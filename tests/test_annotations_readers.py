@@ -78,10 +78,11 @@ def test_empty_files_have_no_objects(tmp_path):
     [
         ("1 2 3 4 5 6 7 8", "8 words"),
         ("1 2 3 4 5 6 7 8 small vehicle 0", "11 words"),
-        ("1 2 3 4 5 6 7 x ship 0", "could not convert string to float: 'x'"),
+        ("1 2 3 4 5 6 7 x ship 0", "'x' is no number; it should be x1 y1 .* class"),
         ("1 2 3 4 5 6 7 nan ship 0", "not finite"),
         ("1 2 3 4 5 6 7 8 ship maybe", "difficult is 'maybe', not 0, 1 or 2"),
-        ("imagesource:late 2 3 4 5 6 7 8 ship 0", "could not convert"),
+        ("imagesource:late 2 3 4 5 6 7 8 ship 0", "'imagesource:late' is no number"),
+        ("1 2 3 4 5 6 7 ship 0", "'ship' is no number; it should be x1 y1 .* class"),
     ],
 )
 def test_malformed_dota_names_file_and_line(tmp_path, line, message):
@@ -160,7 +161,7 @@ def test_yolo_round_trip(tmp_path_factory, boxes):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ship 0.1 0.2 0.3 0.4", "could not convert string to float: 'ship'"),
+        ("ship 0.1 0.2 0.3 0.4", "'ship' is no number; it should be a class index"),
         ("1.5 0.1 0.2 0.3 0.4", "class '1.5' is no index"),
         ("-1 0.1 0.2 0.3 0.4", "class '-1' is no index"),
         ("0 0.1 0.2 0.3", "4 words"),
@@ -234,7 +235,7 @@ def test_hrsc_classes_not_in_use(tmp_path):
         ("<HRSC_Image/>", "needs HRSC_Image with HRSC_Objects"),
         (hrsc_xml(("", 0, 1, 1, 2, 1, 0)), "object 1: it has no Class_ID"),
         (hrsc_xml(("100000001", 0, 1, 1, 2, 1, 0), ("100000001", 0, 1, "", 2, 1, 0)), "object 2: it has no mbox_cy"),
-        (hrsc_xml(("100000001", 0, 1, "one", 2, 1, 0)), "object 1: could not convert"),
+        (hrsc_xml(("100000001", 0, 1, "one", 2, 1, 0)), "object 1: .* is no number"),
         (hrsc_xml(("100000001", 0, 1, 1, -2, 1, 0)), "object 1: sides -2 x 1 px"),
         (hrsc_xml(("100000001", 7, 1, 1, 2, 1, 0)), "object 1: difficult is '7'"),
     ],

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,18 @@ def folders(tmp_path):
 
 
 def test_table_and_figures(folders):
-    result = run("dota", folders / "results", folders / "labels", "-q")
-    assert (result.exit_code, result.output) == (0, "")
+    quiet = run("dota", folders / "results", folders / "labels", "-q")
     result = run("dota", folders / "results", folders / "labels")
+    assert (quiet.exit_code, quiet.stderr, quiet.stdout) == (0, "", result.stdout)
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[0] == "DOTA task 1, protocol devkit"
     assert len([line for line in lines if line.startswith(DOTA_V1)]) == 15
     figures = dict(line.split() for line in lines if line.startswith("AP"))
     assert figures["AP50_11"] == "0.0667" and figures["AP50_11_present"] == "0.5000" and figures["AP50_area"] == "-"
     (line,) = result.stderr.splitlines()
-    assert "13 of 15 classes" in line
+    assert line.startswith("rtmdet-geo: warning: ") and "13 of 15 classes" in line
+    loud = run("dota", folders / "results", folders / "labels", "-v")
+    assert "WARNING rtmdet_geo.evaluation.dota: " in loud.stderr
 
 
 def test_json_csv_plots_and_verdict(folders):
@@ -58,7 +61,7 @@ def test_json_csv_plots_and_verdict(folders):
     with (folders / "ap.csv").open(newline="") as stream:
         rows = {row["class"]: row for row in csv.DictReader(stream)}
     assert len(rows) == 15 and rows["ship"]["AP50_11"] == "1.0" and rows["plane"]["objects"] == "1"
-    assert {path.suffix for path in (folders / "plots").iterdir()} == {".png"}
+    assert {path.suffix for path in (folders / "plots").iterdir()} == {".png", ".csv"}
     assert summary["confusion"]["names"][-1] == "background"
 
     below = run(*words, "--min-ap", 0.6)
@@ -88,6 +91,8 @@ def test_errors_are_one_line_and_nothing_is_written(folders):
     assert result.exit_code == 1 and result.stdout == "" and not (folders / "ap.csv").exists()
     (line,) = result.stderr.splitlines()
     assert line.startswith("rtmdet-geo: error: ") and "Task1_ship.txt:2: score or coordinates are not finite" in line
+    result = run("dota", folders / "results", folders / "labels" / "P1.txt")
+    assert result.exit_code == 1 and "P1.txt' is a file; give the folder that it lies in" in result.stderr
     result = run("dota", folders / "nowhere", folders / "labels")
     assert result.exit_code == 1 and "nowhere" in result.stderr
     result = run("dota", folders / "results", folders / "labels", "--csv", folders / "no" / "ap.csv")
@@ -120,6 +125,12 @@ def test_hrsc(folders):
     assert [event["event"] for event in events] == ["start", "progress", "done"] and "AP50_voc07" in events[-1][
         "figures"
     ]
+    with zipfile.ZipFile(folders / "found.zip", "w") as archive:
+        archive.write(folders / "results" / "Task1_ship.txt", "Task1_ship.txt")
+    assert json.loads(run("hrsc", folders / "found.zip", *words[2:]).stdout)["figures"] == figures
+    (folders / "results" / "Task1_ship.txt").write_text("")
+    (row,) = json.loads(run(*words).stdout)["rows"]
+    assert (row["objects"], row["recall"], row["best_f1"], row["best_score"]) == (1, 0.0, None, None)
     (folders / "texts" / "P1.xml").write_text("<HRSC_Image/>")
     result = run(*words)
     assert result.exit_code == 1 and "holds .xml and .txt files" in result.stderr

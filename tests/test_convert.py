@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import geopandas
@@ -305,6 +306,51 @@ def test_what_is_lost_is_counted_and_said_once(tmp_path, caplog):
     assert len((tmp_path / "masks" / "2.txt").read_text().splitlines()[0].split()) == 7
 
 
+@pytest.mark.parametrize("source_format", ["dota", "coco", "hrsc", "rbox", "rolabelimg", "gis"])
+def test_boxes_that_enclose_others_are_counted(tmp_path, images, source_format):
+    lines = "10 10 20 10 20 15 10 15 yacht 0\n10 10 20 12 19 17 9 15 yacht 0\n40 30 30 20 50 20 45 25 yacht 0\n"
+    write_text(tmp_path / "dota/port.txt", lines)
+    target = tmp_path / ("a" + {"coco": ".json", "gis": ".gpkg"}.get(source_format, ""))
+    convert(tmp_path / "dota", target, "dota", source_format, images=images)
+    upright = convert(target, tmp_path / "same", source_format, "dota", images=images)
+    assert not any("enclosing" in text for text in upright["changes"])
+    boxes = convert(target, tmp_path / "voc", source_format, "voc", images=images)
+    assert boxes["changes"]["rotated boxes became enclosing boxes"] == 2 and boxes["num_objects"] == 3
+    again = convert(tmp_path / "voc", tmp_path / "again", "voc", "voc")
+    assert again["changes"] == {}
+
+
+def test_masks_that_become_boxes_are_counted(tmp_path):
+    ring = [5, 5, 15, 5, 20, 12, 15, 20, 5, 15]
+    root = coco_folder(tmp_path, [coco_box(1, 1, [5, 5, 15, 15], segmentation=[ring]), coco_box(2, 2, [1, 2, 3, 4])])
+    summary = convert(root / "all.json", tmp_path / "voc", "coco", "voc")
+    assert summary["changes"] == {"outlines became enclosing boxes": 1}
+
+
+def test_layers_of_a_file_images_without_crs_and_classes_without_column(tmp_path, images, caplog):
+    write_text(tmp_path / "dota/port.txt", "10 10 20 10 20 15 10 15 ship 0\n")
+    convert(tmp_path / "dota", tmp_path / "a.gpkg", "dota", "gis", images=images)
+    folder = tmp_path / "mixed"
+    shutil.copytree(images, folder)
+    write_image(folder / "preview.png", 1)
+    table = geopandas.read_file(tmp_path / "a.gpkg").drop(columns="class_name")
+    table.to_file(tmp_path / "a.gpkg", layer="bare")
+    with pytest.raises(AnnotationError, match=r"a\.gpkg' holds the layers labels, bare; name one of them with --layer"):
+        convert(tmp_path / "a.gpkg", tmp_path / "b", "gis", "dota", images=folder)
+    with pytest.raises(AnnotationError, match="has no layer 'ships'; it holds labels, bare"):
+        convert(tmp_path / "a.gpkg", tmp_path / "b", "gis", "dota", images=folder, layer="ships")
+    with caplog.at_level(logging.WARNING):
+        summary = convert(tmp_path / "a.gpkg", tmp_path / "b", "gis", "dota", images=folder, layer="bare")
+    assert summary["num_by_class"] == {"object": 1} and summary["num_images"] == 1
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "no column 'class_name', so every object is of class 'object' (--class-column names another column)",
+        "1 of 2 images have no CRS and are left out, such as preview.png",
+    ]
+    (folder / "port.tif").unlink()
+    with pytest.raises(AnnotationError, match=r"none of the 1 images in .*mixed' has a CRS"):
+        convert(tmp_path / "a.gpkg", tmp_path / "c", "gis", "dota", images=folder, layer="bare")
+
+
 def test_rings_that_a_format_cannot_hold(tmp_path, images):
     ground = geopandas.GeoSeries.from_wkt(
         ["POLYGON ((1 1, 21 1, 21 21, 1 21, 1 1), (5.5 5.5, 9.5 5.5, 9.5 9.5, 5.5 9.5, 5.5 5.5))"], crs="EPSG:32630"
@@ -377,7 +423,7 @@ def test_nothing_is_left_after_bad_input(tmp_path, images, to_format):
     write_text(tmp_path / "labels" / "port.txt", "10 10 30 10 30 20 10 20 Nimitz 0\n1 2 3 nan 5 6 7 8 Nimitz 0\n")
     target = at(tmp_path, to_format)
     before = everything(tmp_path)
-    with pytest.raises(AnnotationError, match=r"port\.txt:2: coordinates are not finite"):
+    with pytest.raises(AnnotationError, match=r"port\.txt:2: '.*' is not finite"):
         convert(tmp_path / "labels", target, "dota", to_format, images=images)
     assert everything(tmp_path) == before
 
@@ -488,7 +534,9 @@ def test_windows_lines_and_sizes_that_differ(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "a.txt").write_bytes(b"gsd:1\r\n1 1 9 1 9 5 1 5 ship 0\r\n")
     convert(tmp_path / "w", tmp_path / "b", "dota", "dota")
-    assert (tmp_path / "b" / "a.txt").read_bytes() == b"1 1 9 1 9 5 1 5 ship 0\n"
+    assert (tmp_path / "b" / "a.txt").read_bytes() == b"gsd:1\n1 1 9 1 9 5 1 5 ship 0\n"
+    summary = convert(tmp_path / "w", tmp_path / "c", "dota", "rbox")
+    assert summary["changes"] == {"files lost their header lines (imagesource, gsd)": 1}
 
 
 def test_layers_that_lie_elsewhere_or_have_no_crs(tmp_path, images):
@@ -589,7 +637,7 @@ def test_command(tmp_path):
     assert result.exit_code == 0 and result.output == ""
     assert read_rbox(tmp_path / "rbox" / "a.txt", "", angle=AngleConvention("le135", "deg")).boxes.shape == (2, 5)
     result = run(*words, "-o", tmp_path / "c", "--to", "rbox", "--to-angle", "le80")
-    assert result.exit_code == 1 and "'le80' is unknown" in result.stderr
+    assert result.exit_code == 2 and "'le80' is unknown" in result.stderr
     events = run(*words, "-o", tmp_path / "voc", "--to", "voc", "--progress", "jsonl").stdout.splitlines()
     assert [json.loads(event)["event"] for event in events] == ["start", "progress", "done"]
 
@@ -604,10 +652,19 @@ def test_command(tmp_path):
         ("--from", "dota", "--to", "coco", "--dst-crs", "EPSG:4326"),
         ("--from", "dota", "--to", "pascal"),
         ("--from", "dota"),
+        ("--from", "dota", "--to", "voc", "--layer", "ships"),
+        ("--from", "rbox", "--to", "voc", "--from-angle", "le77,deg"),
+        ("--from", "dota", "--to", "voc", "--kind", "mask"),
     ],
 )
 def test_wrong_command_lines(tmp_path, words):
-    assert run(tmp_path, "-o", tmp_path / "out", *words).exit_code == 2
+    assert run(tmp_path, "-o", tmp_path / "out.json", *words).exit_code == 2
+
+
+def test_an_ending_of_another_format_is_a_wrong_command_line(tmp_path):
+    write_text(tmp_path / "labels/a.txt", "1 1 9 1 9 5 1 5 ship 0\n")
+    refused = run(tmp_path / "labels", "-o", tmp_path / "y.txt", "--from", "dota", "--to", "coco")
+    assert refused.exit_code == 2 and "should end in .json" in refused.stderr
 
 
 def test_formats_of_the_command_are_those_of_the_library():

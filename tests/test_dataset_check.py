@@ -14,7 +14,8 @@ from PIL import Image
 
 from rtmdet_geo.annotations.findings import MEANINGS, SEVERITIES, Findings
 from rtmdet_geo.annotations.folders import FoldersSource
-from rtmdet_geo.annotations.parts import PartSource
+from rtmdet_geo.annotations.parts import PartSource, read_part
+from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.cli import cli
 from rtmdet_geo.config import parse_recipe
 from rtmdet_geo.dataset_check import ChipsSource, check_dataset, recipe_parts
@@ -111,7 +112,7 @@ def test_every_planted_fault_is_found_once(tmp_path):
     assert example("double object")["text"].endswith(f"has the box of {labels / 'a.txt'}:1")
     assert example("zero area")["place"].endswith("b.txt:1") and example("outside")["place"].endswith("b.txt:2")
     assert example("partly outside")["place"].endswith("b.txt:3")
-    assert example("malformed labels")["place"].endswith("c.txt") and "3 words" in example("malformed labels")["text"]
+    assert example("malformed labels")["place"].endswith("c.txt:1") and "3 words" in example("malformed labels")["text"]
     assert {entry["place"].rpartition("/")[2] for entry in by_kind["broken image"]["examples"]} == {
         "broken.png",
         "deep.png",
@@ -391,3 +392,50 @@ def test_real_data_have_no_errors(data_dir):
         assert (summary["errors"] > 0) == (name == "rbox"), (
             name
         )  # DOTA files read as another format: every line is wrong
+
+
+def test_folders_that_do_not_belong_together(tmp_path):
+    root = dota_folder(tmp_path, a=SHIP)
+    write_text(root / "others/b.txt", SHIP)
+    yolo = PartSource("yolo_obb", root / "images", root / "others")
+    for source in (PartSource("dota", root / "images", root / "others"), yolo):
+        with pytest.raises(DatasetNotFoundError, match=r"images' \(such as 'a\.png'\).*others' \(such as 'b\.txt'\)"):
+            check_dataset({"data": source})
+    coco = coco_folder(tmp_path / "coco", [coco_box(1, 1, [1, 2, 3, 4])])
+    result = check("--format", "coco", "--images", root / "images", "-l", coco / "all.json")
+    assert result.exit_code == 1 and "such as 'a.png'" in result.stderr and "'1.png'" in result.stderr
+
+
+def test_class_list_beside_yolo_labels(tmp_path):
+    root = dota_folder(tmp_path, a="1 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\n")
+    write_text(root / "labels/classes.txt", "plane\nship\nbuoy\n")
+    words = ("--format", "yolo_obb", "--images", root / "images", "-l", root / "labels")
+    found = json.loads(check(*words, "--json").stdout)
+    assert found["parts"]["data"]["classes"] == {"plane": 0, "ship": 1, "buoy": 0}
+    assert kinds(found) == {"absent class": 2}
+    turned = json.loads(check(*words, "--json", "--class", "ship", "--class", "plane").stdout)
+    assert turned["parts"]["data"]["classes"] == {"ship": 1, "plane": 0}
+    other = check(*words, "--class", "vessel", "--class", "boat")  # which would otherwise be a boat
+    assert other.exit_code == 3 and "unknown class" in other.stdout and "'ship' of" in other.stdout
+
+
+def test_partly_outside_is_judged_by_the_outline(tmp_path):
+    # A triangle whose least rectangle lies on the long side and sticks out by 6 px at the top; one that sticks out.
+    triangle = [(0, 0), (20, 4), (34, 20)]
+    inside = " ".join(f"{x / 40} {y / 30}" for x, y in triangle)
+    outside = " ".join(f"{x / 40 - 0.1} {y / 30}" for x, y in triangle)
+    root = dota_folder(tmp_path, a=f"0 {inside}\n", b=f"0 {outside}\n")
+    source = PartSource("yolo_obb", root / "images", root / "labels", classes=("ship",))
+    boxes = [file.labels.boxes for file in read_part(source, Findings())]
+    assert boxes_to_polygons(boxes[0]).min() < -4
+    summary = check_dataset({"data": source})
+    assert kinds(summary) == {"partly outside": 1}
+    assert summary["faults"][0]["examples"][0]["place"].endswith("b.txt:1")
+
+
+def test_angles_in_degrees_are_an_error(tmp_path):
+    root = dota_folder(tmp_path, a="20 15 10 5 65.498 ship 0\n", b="20 15 10 5 6.2832 ship 0\n")
+    summary = check_dataset({"data": PartSource("rbox", root / "images", root / "labels")})
+    assert kinds(summary) == {"malformed labels": 1}
+    (example,) = summary["faults"][0]["examples"]
+    assert example["place"] == f"{root / 'labels/a.txt'}:1" and "any,deg,cw" in example["text"]

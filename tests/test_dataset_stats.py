@@ -135,9 +135,10 @@ def test_table_and_charts_are_written(source, tmp_path):
         write_stats(found, plots=tmp_path / "charts")
 
 
-def test_nothing_has_no_charts(tmp_path):
+def test_nothing_has_no_charts(tmp_path, caplog):
     found = data_stats({"train": dota(tmp_path / "data", {"a": []})})
     assert write_stats(found, plots=tmp_path / "charts") == []
+    assert not (tmp_path / "charts").exists() and "there is nothing to draw" in caplog.text
     assert stats_rows(found) == [{**stats_rows(found)[0], "class": "all", "objects": 0}]
 
 
@@ -222,6 +223,46 @@ def test_commands(source, tmp_path):
     shown = CliRunner().invoke(cli, ["data", "show", *data, "-o", str(out), "-n", "2", "--only", "ship"])
     assert shown.exit_code == 0 and shown.stdout.endswith("2 images, 4 objects\n") and out.is_file()
     wrong = CliRunner().invoke(cli, ["data", "show", *data, "-o", str(tmp_path / "sheet.jpg")])
-    assert wrong.exit_code == 1 and "must be a .png file" in wrong.stderr
+    assert wrong.exit_code == 2 and "must end with .png" in wrong.stderr
     neither = CliRunner().invoke(cli, ["data", "stats"])
     assert neither.exit_code == 2 and "Give a RECIPE" in neither.stderr
+
+
+def triangle(folder: Path, label_format: str) -> PartSource:
+    """A triangle with corners 10 10, 60 60 and 20 60 in an image of 100 x 100 px."""
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (100, 100), (90, 90, 90)).save(folder / "images" / "a.png")
+    if label_format == "yolo_obb":
+        (folder / "labels").mkdir()
+        (folder / "labels" / "a.txt").write_text("0 .1 .1 .6 .6 .2 .6\n")
+        return PartSource("yolo_obb", folder / "images", folder / "labels", classes=("ship",))
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "iscrowd": 0, "area": 1000}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "ship"}],
+        "annotations": [entry | {"segmentation": [[10, 10, 60, 60, 20, 60]]}],
+    }
+    (folder / "all.json").write_text(json.dumps(content))
+    return PartSource("coco", folder / "images", folder / "all.json", kind="horizontal")
+
+
+@pytest.mark.parametrize("label_format", ["coco", "yolo_obb"])
+@pytest.mark.parametrize("kind", [None, "mask", "horizontal", "rotated"])
+def test_sheets_draw_outlines_unless_boxes_are_asked_for(tmp_path, label_format, kind):
+    """The triangle alone passes 15 35, the upright box 60 30, the least rectangle, along the longest side, 50 70."""
+    out = tmp_path / "s.png"
+    show_data({"d": triangle(tmp_path / "data", label_format)}, out, kind=kind, cell_px=100)
+    drawn = np.asarray(redness(out)[6:106, 6:106] > 60)
+
+    def passes(x: int, y: int) -> bool:
+        return bool(drawn[y - 1 : y + 2, x - 1 : x + 2].any())
+
+    seen = {"mask": passes(15, 35), "horizontal": passes(60, 30), "rotated": passes(50, 70)}
+    assert [name for name, is_there in seen.items() if is_there] == [kind or "mask"]
+
+
+def test_upright_boxes_are_told(tmp_path):
+    found = data_stats({"d": triangle(tmp_path, "coco")})
+    assert "of upright boxes around the objects" in stats_text(found)
+    assert stats_summary(found)["parts"]["d"]["is_upright"] is True
+    assert "upright" not in stats_text(data_stats({"d": dota(tmp_path / "dota", {"a": [SHIP]})}))

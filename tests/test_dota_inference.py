@@ -18,7 +18,7 @@ from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.dota.inference import run_dota
 from rtmdet_geo.dota.merge import merge_results
 from rtmdet_geo.dota.split import split_dota
-from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
+from rtmdet_geo.errors import AnnotationError, BandWarning, Cancelled, ConfigError, OutputError, SaturatedTileWarning
 from rtmdet_geo.images import predict
 from rtmdet_geo.pictures import decode_image
 from rtmdet_geo.structures import Detections
@@ -93,7 +93,10 @@ def test_whole_images_patches_and_single_steps_find_the_same(folder, tmp_path, t
     expected = steps_one_by_one(folder, tmp_path, task=task, **rules)
     kind = "rotated" if task == 1 else "horizontal"
     summary = run_dota(TwoClasses(kind), folder, tmp_path / "whole", **rules)
-    run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "cut", patches=True, tool=tool, batch_size=3)
+    run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "cut", patches=True, batch_size=3)
+    with pytest.raises(ConfigError, match=f"were cut by {tool}, as settings.json says"):
+        other = "devkit" if tool == "bboxtoolkit" else "bboxtoolkit"
+        run_dota(TwoClasses(kind), tmp_path / "patches/images", tmp_path / "no", patches=True, tool=other)
     assert summary["task"] == task and summary["empty_classes"] == []
     found = read_results(tmp_path / "whole", task)
     for name in CLASSES:
@@ -211,6 +214,16 @@ def test_wrong_input_is_named(folder, tmp_path):
     fails(AnnotationError, r"P0001\.png' does not decode", gap=0)
 
 
+def test_warnings_about_bands_name_the_folder_once(folder, tmp_path):
+    engine = TwoClasses()
+    bands = {"bands": ("red", "green", "blue", "nir"), "optional_bands": {"nir": 0}}
+    engine.spec = engine.spec.model_copy(update=bands)
+    engine.find = lambda image: TwoClasses.find(engine, image[:3])
+    with pytest.warns(BandWarning) as told:
+        run_dota(engine, folder, tmp_path / "out.zip")
+    assert {str(warning.message).partition(" is used")[0] for warning in told} == {f"no nir band of scene '{folder}'"}
+
+
 def test_saturated_patches_are_told(folder, tmp_path):
     class Saturated(TwoClasses):
         def find(self, image):
@@ -229,7 +242,7 @@ def test_command(folder, tmp_path, monkeypatch):
     words = ("data", "submission", "sen2ships_r", folder, "-o", tmp_path / "task1.zip", "--gap", 48)
     result = run(*words)
     assert result.exit_code == 0, result.stderr
-    assert "task 1" in result.stdout and "in 3 images" in result.stdout and result.stderr == ""
+    assert "task 1 (oriented boxes)" in result.stdout and "in 3 images" in result.stdout and result.stderr == ""
     assert run("data", "check-submission", tmp_path / "task1.zip", "--images", folder, "--class", "ship").exit_code == 3
     good = run(
         *("data", "check-submission", tmp_path / "task1.zip", "--images", folder, "--class", "ship", "--class", "plane")
@@ -237,8 +250,14 @@ def test_command(folder, tmp_path, monkeypatch):
     assert good.exit_code == 0
     assert "--overwrite" in error_line(run(*words))
     found = json.loads(run(*words, "--overwrite", "--score", 1, "--classes", "dota_v1.0", "--json").stdout)
-    assert found["detections"] == 0 and len(found["findings"]) == 15  # two are empty, thirteen missing
+    assert found["detections"] == 0 and len(found["findings"]) == 15 and len(found["empty_classes"]) == 15
+    assert len(texts_of(tmp_path / "task1.zip")) == 15 and set(texts_of(tmp_path / "task1.zip").values()) == {""}
+    (line,) = run(*words, "--overwrite", "--classes", "dota_v1.0").stderr.splitlines()
+    assert "the files of 13 of 15 classes are empty: baseball-diamond, bridge" in line
     warned = run(*words, "--overwrite", "--score", 1, "--task2", tmp_path / "task2.zip")
-    assert warned.exit_code == 0 and warned.stderr.count("rtmdet-geo: warning: ") == 4  # two classes, two zips
-    assert f"{tmp_path / 'task2.zip'}:Task2_ship.txt: it is empty" in warned.stderr
+    assert warned.exit_code == 0 and warned.stderr.count("rtmdet-geo: warning: ") == 1
+    assert "the files of 2 of 2 classes are empty: ship, plane" in warned.stderr
+    assert f"; {tmp_path / 'task2.zip'}: task 2 (horizontal boxes)" in warned.stdout
+    assert run(*words, "--overwrite", "--size", 48).exit_code == 2  # no larger than the gap
+    assert run(*words, "--overwrite", "--rates", 0).exit_code == 2
     assert run(*words, "--resume", "--overwrite").exit_code == 2

@@ -110,7 +110,8 @@ def test_the_better_of_two_stays_and_a_tenth_is_no_overlap():
 def test_of_equal_scores_the_last_line_stays():
     same = [f"P1__1__0___0 0.5 {BOX}", f"P1__1__0___1 0.5 {BOX}"]
     assert merged_lines(same)[0].split()[3] == "11.0"
-    assert merged_lines(same, "bboxtoolkit")[0].split()[3] == "10.00"
+    sized = [line.replace("__1__", "__1024__") for line in same]
+    assert merged_lines(sized, "bboxtoolkit")[0].split()[3] == "10.00"
 
 
 def test_task_2_counts_pixels():
@@ -118,7 +119,8 @@ def test_task_2_counts_pixels():
     lines = ["P1__1__0___0 0.9 0 0 10 1", "P1__1__0___0 0.8 9 0 19 1"]
     assert len(merged_lines(lines, task=2)) == 2
     assert len(merged_lines(lines, task=2, iou_threshold=0.099)) == 1
-    assert len(merged_lines(lines, "bboxtoolkit", task=2, iou_threshold=0.06)) == 2
+    sized = [line.replace("__1__", "__1024__") for line in lines]
+    assert len(merged_lines(sized, "bboxtoolkit", task=2, iou_threshold=0.06)) == 2
     assert merged_lines(["P1__0.5__2___4 0.5 1 2 3 4"], task=2) == ["P1 0.5 6.0 12.0 10.0 16.0"]
 
 
@@ -231,3 +233,16 @@ def test_command(results, tmp_path):
     )
     assert json.loads(found.stdout)["after"] == 1
     assert run("data", "merge", results, "-o", "x", "--class", "ship", "--classes", "dota_v1.0").exit_code == 2
+
+
+def test_the_names_say_whose_patches_they_are(results, tmp_path):
+    assert merge_results(results, tmp_path / "a")["tool"] == "devkit"
+    line = error_line(run("data", "merge", results, "-o", tmp_path / "b", "--tool", "bboxtoolkit"))
+    assert "'P1__1__0___0' is none of bboxtoolkit" in line
+    (results / "Task1_ship.txt").write_text(f"P1__1024__5___0 0.5 {BOX}\n")
+    assert merge_results(results, tmp_path / "c")["tool"] == "bboxtoolkit"
+    assert (tmp_path / "c/Task1_ship.txt").read_text().startswith("P1 0.5 15.00 10.00")
+    with pytest.raises(ConfigError, match="'P1__1024__5___0' is none of devkit"):
+        merge_results(results, tmp_path / "d", tool="devkit")
+    with pytest.raises(ConfigError, match="is none of devkit"):
+        merge_rows(rows_of([f"P1__1024__5___0 0.5 {BOX}"]))

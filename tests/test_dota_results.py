@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_windows_lines_blank_lines_and_byte_order_marks(tmp_path):
         (f"{LINE}P0003 0.5 1 2 5 2 5 4 1 inf\n", "Task1_ship.txt:2: .*not finite"),
         (f"{LINE}\nP0003 0.5 1 2 5 2\n", "Task1_ship.txt:3: 6 words, but task 1 has image score x1"),
         (f"{LINE}P0003 0.5 {QUAD} 0\n", "Task1_ship.txt:2: 11 words"),
-        (f"P0003 high {QUAD}\n", "Task1_ship.txt:1: .*'high'"),
+        (f"P0003 high {QUAD}\n", "Task1_ship.txt:1: 'high' is no number; a line is image score"),
         (f"{LINE}P0004 0.5 {QUAD}\n{LINE}", "Task1_ship.txt:3: the same as line 1"),
     ],
 )
@@ -77,7 +79,7 @@ def test_bad_bytes_and_turned_boxes_are_named(tmp_path):
     with pytest.raises(AnnotationError, match=r"Task2_ship.txt:1: x2 < x1"):
         read_results(folder, 2)
     (folder / "Task1_ship.txt").write_bytes(b"\xff\xfe\x00P")
-    with pytest.raises(AnnotationError, match=r"Task1_ship.txt' is not text"):
+    with pytest.raises(AnnotationError, match=r"^result file .*Task1_ship.txt' is not text"):
         read_results(folder, 1)
 
 
@@ -120,3 +122,39 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(OutputError, match=r"cannot write .*results"):
         write_results(folder, {}, 1, ["no/folder"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["results"] and len(list(folder.iterdir())) == 1
+
+
+def packed(path, **texts):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in texts.items():
+            archive.writestr(name.replace("__", "/"), text)
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "results__"])
+def test_a_zip_is_read_as_its_folder(tmp_path, inside):
+    names = {f"{inside}Task1_ship.txt": LINE, f"{inside}Task1_plane.txt": ""}
+    found = read_results(packed(tmp_path / "a.zip", **names, **{"readme.md": "no results"}), 1, ["ship", "plane"])
+    (tmp_path / "r").mkdir()
+    for name, text in (("ship", LINE), ("plane", "")):
+        write(tmp_path / "r", text, f"Task1_{name}.txt")
+    for name, rows in read_results(tmp_path / "r", 1).items():
+        assert found[name].image_ids == rows.image_ids and np.array_equal(found[name].polygons, rows.polygons)
+    bad = packed(tmp_path / "b.zip", **{f"{inside}Task1_ship.txt": f"{LINE}P0003 nan {QUAD}\n"})
+    with pytest.raises(AnnotationError, match=r"b.zip/.*Task1_ship.txt:2: score or coordinates are not finite"):
+        read_results(bad, 1)
+
+
+def test_what_is_no_zip_of_results_is_named(tmp_path):
+    (tmp_path / "a.zip").write_text("no zip")
+    with pytest.raises(AnnotationError, match=r"a.zip' are neither a folder nor a zip"):
+        read_results(tmp_path / "a.zip", 1)
+    with pytest.raises(DatasetNotFoundError, match="is it task 2"):
+        read_results(packed(tmp_path / "b.zip", **{"Task1_ship.txt": LINE}), 2)
+    double = packed(tmp_path / "c.zip", **{"a__Task1_ship.txt": LINE, "b__Task1_ship.txt": LINE})
+    with pytest.raises(AnnotationError, match=r"c.zip: Task1_ship.txt is there twice"):
+        read_results(double, 1)
+    whole = packed(tmp_path / "d.zip", **{"Task1_ship.txt": LINE * 1}).read_bytes()
+    (tmp_path / "d.zip").write_bytes(whole.replace(LINE.encode(), LINE.replace("5", "6").encode()))
+    with pytest.raises(AnnotationError, match=r"d.zip/Task1_ship.txt cannot be read: Bad CRC"):
+        read_results(tmp_path / "d.zip", 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rtmdet_geo.annotations.dota import DotaObjects, read_dota_objects
 from rtmdet_geo.boxes import boxes_to_polygons
-from rtmdet_geo.dota.rules import PatchName, SplitRules, Window, parse_patch_name, resized_shape
+from rtmdet_geo.dota.rules import PatchName, SplitRules, Window, find_tool, parse_patch_name, resized_shape
 from rtmdet_geo.errors import AnnotationError, ConfigError
 
 
@@ -205,7 +205,7 @@ def test_label_files(tmp_path):
     for text, fault in [
         ("1 2 3 ship 0", "5 words"),
         ("1 2 3 2 3 4 1 nan ship 0", "not finite"),
-        ("x " * 9, "could not"),
+        ("x " * 9, "is no number"),
     ]:
         path.write_text(f"1 2 3 2 3 4 1 4 ship 1\n{text}\n")
         with pytest.raises(AnnotationError, match=rf"a\.txt:2: .*{fault}"):
@@ -282,3 +282,18 @@ def test_devkit_objects_keep_their_ground_at_any_rate(seed, rate):
     # rounding may hide that all of an object is inside; then its corners come in the order of the window's
     apart = np.abs(found.reshape(-1, 4, 1, 2) / rate - corners.reshape(-1, 1, 4, 2)).max(axis=3)
     assert apart.min(axis=1).max() <= 1 + 1 / rate
+
+
+def test_whose_patches_by_their_names():
+    assert find_tool(["P1__1024__0___0", "P1__64__0___0", "P1"]) == "bboxtoolkit"
+    assert find_tool(["P1__1.5__0___0", "P1__64__0___0"]) == "devkit"
+    assert find_tool(["P1__64__0___0"], "bboxtoolkit") == "bboxtoolkit"
+    assert find_tool([]) == "devkit"
+    for names, tool, text in (
+        (["P1__1024__0___0"], "devkit", "'P1__1024__0___0' is none of devkit.* it is of bboxtoolkit"),
+        (["P1__32.5__0___0"], "bboxtoolkit", "is none of bboxtoolkit.* names a rate"),
+        (["P1__31__0___0", "P2__1024__0___0"], None, "'P1__31__0___0' and 'P2__1024__0___0' were not made by one tool"),
+        (["P1__100__0___0"], None, "say whose it is"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            find_tool(names, tool)

@@ -287,6 +287,13 @@ def test_command(source, tmp_path):
     assert again.exit_code == 0 and "3 of an earlier run" in again.stdout
     assert run(*words, "--resume", "--overwrite").exit_code == 2
     assert run(*words, "--rates", "a,b").exit_code == 2
+    for wrong, text in (
+        (("--gap", 64), "gap=64 px must be"),
+        (("--rates", "0"), "rates are from 0.01 to 100"),
+        (("--image-share", 0.5), "--image-share goes with --tool bboxtoolkit"),
+    ):
+        refused = run(*words, "--overwrite", *wrong)
+        assert refused.exit_code == 2 and text in refused.stderr
 
 
 def test_script(source, tmp_path):

@@ -50,7 +50,7 @@ def test_a_good_one_passes(tmp_path):
         ({"ship": LINE, "plane": LINE, "Task1_Ship.txt": LINE}, ":Task1_Ship.txt: .* should it be 'Task1_ship.txt'"),
         ({"ship": LINE, "plane": LINE + "P1 0.5 1 2 3\n"}, ":Task1_plane.txt:2: 5 words parted by single spaces"),
         ({"ship": LINE, "plane": LINE.replace(" 10 ", "  10 ")}, ":Task1_plane.txt:1: 13 words parted"),
-        ({"ship": LINE, "plane": LINE.replace("30", "x", 1)}, ":Task1_plane.txt:1: could not convert"),
+        ({"ship": LINE, "plane": LINE.replace("30", "x", 1)}, ":Task1_plane.txt:1: 'x' is no number; task 1 has"),
         ({"ship": LINE, "plane": LINE.replace("30", "nan", 1)}, ":Task1_plane.txt:1: a number is not finite"),
         ({"ship": LINE, "plane": LINE.replace("0.5", "50")}, r":Task1_plane.txt:1: score 50 is not in \[0, 1\]"),
         ({"ship": LINE, "plane": LINE * 2}, ":Task1_plane.txt:2: the same as line 1"),
@@ -61,6 +61,18 @@ def test_a_good_one_passes(tmp_path):
 def test_each_fault_is_named(tmp_path, files, text):
     (fault,) = found(pack(tmp_path / "a.zip", **files))
     assert re.match(text, fault), fault
+
+
+def test_a_folder_inside_is_one_mistake(tmp_path):
+    files = {f"task1/Task1_{name}.txt": LINE for name in CLASSES}
+    (fault,) = found(pack(tmp_path / "a.zip", **{"task1/": ""}, **files))
+    assert fault.startswith(":task1/: folders are not taken (3 entries): pack the files")
+    faults = found(pack(tmp_path / "b.zip", **{"task1/Task1_ship.txt": LINE * 2}))
+    assert [fault.split(":")[1] for fault in faults] == [
+        "task1/Task1_ship.txt",
+        "Task1_ship.txt",
+        " Task1_plane.txt is missing",
+    ]
 
 
 def test_unknown_images_and_many_faults(tmp_path):

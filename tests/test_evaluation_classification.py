@@ -47,6 +47,18 @@ def test_names_by_hand(tmp_path):
     assert figures["top1"] == 0 and figures["top5"] == 0.25
 
 
+def test_classes_may_be_numbers(tmp_path):
+    text = "image,1,2\n" + "".join(f"{name}.jpg,7,0\n" for name in "ab")
+    assert evaluate(tmp_path, text, "image,class\na.jpg,7\nb.jpg,0\n").figures["top1"] == 0.5
+
+
+def test_columns_of_no_label_are_told(tmp_path, caplog):
+    """A column of something else, such as the certainty, would be taken for a class."""
+    text = "image,plane,ship,tank,sure\n" + "".join(f"{name}.jpg,0,1,0,0.5\n" for name in "abcd")
+    assert evaluate(tmp_path, text).figures["top1"] == 0.5
+    assert "p.csv: no image is labelled sure, but these columns count as guesses" in caplog.text
+
+
 def test_a_folder_of_classes(tmp_path):
     """Of images nothing is opened; classes may have other names than their folders."""
     for name in ("n01/1.jpg", "n01/2.jpg", "n02/deep/3.png"):
@@ -69,13 +81,17 @@ def test_a_folder_of_classes(tmp_path):
         ("image,plane,ship,tank\n", r"p.csv has a header and no predictions"),
         (SCORES.replace("0.2,0.7,0.1", "0.2,0.7"), r"p.csv:3: 3 cells, but the header has 4"),
         (SCORES.replace("0.5", "nan"), r"p.csv:4: a score is not finite"),
-        (SCORES.replace("0.5", "high"), r"p.csv:4: .*'high'"),
+        (SCORES.replace("0.5", "high"), r"p.csv:4: score 'high' of 'ship' is no number"),
         (SCORES.replace("b.jpg", "a.jpg"), r"p.csv:3: image 'a.jpg' stands in line 2 already"),
         (SCORES.replace("b.jpg", "x.jpg"), r"p.csv:3: image 'x.jpg' has no label in .*labels.csv.*such as 'a.jpg'"),
         (SCORES.replace("b.jpg,0.2,0.7,0.1\n", ""), r"p.csv has no prediction for 'b.jpg' \(1 such"),
         (NAMES.replace("ship,plane", "ship,ship", 1), r"p.csv:2: it names a class twice"),
         (NAMES.replace("c.jpg,ship,", "c.jpg,,"), r"p.csv:4: it names no class"),
         (SCORES + '"open\n', r"p.csv is no CSV file"),
+        (SCORES.replace("ship", "shipp"), "'shipp' is no class.*, and none is class 'ship'; the labels have plane, sh"),
+        (SCORES.replace("plane,ship,tank", "a,b,c"), "p.csv: column 'a' is no class of the labels, and none is class"),
+        ("image,ship\n" + "".join(f"{name}.jpg,1\n" for name in "abcd"), "p.csv: no column is class 'plane'"),
+        (SCORES.replace(",", ";"), "p.csv:1: its cells are parted by semicolons; save it with commas"),
     ],
 )
 def test_malformed_predictions_are_named(tmp_path, predictions, part):
@@ -97,8 +113,10 @@ def test_malformed_labels_are_named(tmp_path, labels, part):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DatasetNotFoundError, match=r"nosuch.csv' is missing"):
+    with pytest.raises(DatasetNotFoundError, match=r"file or folder of labels .*nosuch.csv' is missing"):
         evaluate_classification(write(tmp_path / "p.csv", SCORES), tmp_path / "nosuch.csv")
+    with pytest.raises(DatasetNotFoundError, match=r"file of predictions .*nosuch.csv' is missing"):
+        evaluate_classification(tmp_path / "nosuch.csv", write(tmp_path / "labels.csv", LABELS))
     with pytest.raises(DatasetNotFoundError, match=r"labels.csv' labels no image"):
         evaluate(tmp_path, SCORES, "image,class\n")
     (tmp_path / "val").mkdir()

@@ -296,10 +296,19 @@ def test_bad_input_is_named(tmp_path):
 
 
 def test_lists_of_classes(tmp_path):
-    assert [read_class_list(name) for name in ("v1.0", "v1.5", "v2.0")] == [DOTA_V1, DOTA_V1_5, DOTA_V2]
+    for start in ("", "dota_"):
+        lists = [read_class_list(f"{start}{version}") for version in ("v1.0", "v1.5", "v2.0")]
+        assert lists == [DOTA_V1, DOTA_V1_5, DOTA_V2]
+    assert read_class_list("ship, large-vehicle") == ("ship", "large-vehicle") and read_class_list("ship") == ("ship",)
+    for text in ("ship,", "ship,ship"):
+        with pytest.raises(AnnotationError, match="write them as"):
+            read_class_list(text)
+    for text in ("dota_v1", "names.txt", "some/names", tmp_path / "names"):
+        with pytest.raises(DatasetNotFoundError, match="no file of class names"):
+            read_class_list(text)
     (tmp_path / "names.txt").write_text("storage-tank\r\n\r\nship\r\n")
     assert read_class_list(tmp_path / "names.txt") == ("storage-tank", "ship")
-    with pytest.raises(DatasetNotFoundError, match=r"'v3.0' is none of v1.0, v1.5, v2.0, and no file"):
+    with pytest.raises(DatasetNotFoundError, match=r"'v3.0' is none of dota_v1.0, dota_v1.5, dota_v2.0, and no file"):
         read_class_list("v3.0")
     for content, part in (
         (b"ship\nship\n", ":2: class 'ship' stands in line 1"),

@@ -330,7 +330,7 @@ def test_classes(caplog):
     with caplog.at_level(logging.WARNING):
         two = found.assign(class_name=["ship", "car", "ship", "ship"])
         assert evaluate_layers(two, other).figures["hits"] == 2
-        assert "classes are not compared" in caplog.text
+        assert "places are compared, not classes" in caplog.text
         assert evaluate_layers(two, truth).rows[0]["num_objects"] == 0
         assert "no object is labelled car" in caplog.text
     assert evaluate_layers(two, truth, classes=["ship"]).figures["false_alarms"] == 1
@@ -374,7 +374,7 @@ def test_wrong_layers_are_named(tmp_path):
         ({"match": "distance"}, "--distance-m"),
         ({"distance_m": 5.0}, "--match distance"),
         ({"match": "distance", "distance_m": -1.0}, "outside"),
-        ({"length_bands_m": (100, 50)}, "must be positive and rise"),
+        ({"length_bands_m": (100, 50)}, "must be positive and rise: --length-band"),
         ({"score": math.nan}, "no number"),
         ({"any_class": True, "classes": ["ship"]}, "compares places only"),
     ],

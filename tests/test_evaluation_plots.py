@@ -13,6 +13,7 @@ from PIL import Image
 
 from rtmdet_geo.errors import MissingDependencyError, OutputError
 from rtmdet_geo.evaluation.plots import (
+    CONFUSION_TABLE,
     MAX_LISTED,
     MAX_NUMBERED,
     PICTURES,
@@ -89,14 +90,31 @@ def whole_report() -> EvaluationReport:
 
 def test_write_report_makes_the_folder_and_all_pictures(tmp_path):
     folder = tmp_path / "a" / "plots"
-    assert write_report(whole_report(), plots=folder) == [folder / name for name in PICTURES]
-    assert {path.name for path in folder.iterdir()} == set(PICTURES)
+    assert write_report(whole_report(), plots=folder) == [folder / name for name in (*PICTURES, CONFUSION_TABLE)]
+    assert {path.name for path in folder.iterdir()} == {*PICTURES, CONFUSION_TABLE}
+    lines = (folder / CONFUSION_TABLE).read_text().splitlines()
+    assert lines == ["labelled,ship,background", "ship,1,1", "background,1,0"]
     with pytest.raises(OutputError, match="--overwrite"):
         write_report(whole_report(), plots=folder, csv=tmp_path / "a.csv")
     assert not (tmp_path / "a.csv").exists()
     write_report(whole_report(), plots=folder, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
         write_report(whole_report(), plots=folder / PICTURES[0])
+
+
+def test_nothing_to_draw_is_said_and_makes_no_folder(tmp_path, caplog):
+    nothing = EvaluationReport("test", {"AP": float("nan")}, confusion=count_confusion(["ship"], [], []))
+    assert write_report(nothing, plots=tmp_path / "plots", csv=tmp_path / "a.csv") == [tmp_path / "a.csv"]
+    assert not (tmp_path / "plots").exists() and "there is nothing to draw" in caplog.text
+
+
+def test_long_names_cut_nothing_off():
+    """Around everything on the picture of a confusion there is white."""
+    names = ["ground-track-field-of-soccer", "baseball-diamond", *(f"ground-track-{index}" for index in range(13))]
+    for chosen in (names, names[:2]):
+        picture = draw_confusion(count_confusion(chosen, range(len(chosen)), range(len(chosen))))
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L"))
+        assert all(edge.min() == 255 for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from rtmdet_geo.evaluation.report import (
     report_text,
     write_report,
 )
+from rtmdet_geo.evaluation.rotated import best_columns
 
 ROWS = ({"class": "plane", "ap": 0.5, "num_objects": 12}, {"class": "ship, old", "ap": float("nan"), "note": "none"})
 
@@ -90,3 +92,12 @@ def test_write_report_writes_csv(tmp_path):
     write_report(a_report(rows=()), csv=path, overwrite=True)
     assert path.read_text(encoding="utf-8").startswith("AP50")
     assert [item.name for item in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_nothing_found_is_told_alike_everywhere():
+    """Nothing labelled or nothing detected: no threshold; detections without a hit: F1 0, whatever the threshold."""
+    assert best_columns(0.8, 0.7, 3, 5) == {"best_f1": 0.8, "best_score": 0.7}
+    for numbers in ((0, 5), (3, 0), (0, 0)):
+        assert all(map(math.isnan, best_columns(0.0, 1.0, *numbers).values()))
+    told = best_columns(0.0, 0.9, 3, 5)
+    assert told["best_f1"] == 0 and math.isnan(told["best_score"])

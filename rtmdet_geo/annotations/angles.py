@@ -155,10 +155,12 @@ def boxes_from_convention(boxes: ArrayLike, convention: AngleConvention) -> Floa
 
 def convention_fault(width: float, height: float, angle: float, convention: AngleConvention) -> str | None:
     """Return what in a box contradicts the convention that it should follow, but for rounding; None if nothing does."""
+    in_degrees = angle * 180.0 / convention.half_turn
+    if convention.unit == "rad" and abs(in_degrees) > 360 + _ROUNDING_DEG:
+        return f"angle {angle:g} rad is more than a turn, as if it were in degrees"
     span = _SPANS.get(convention.range)
     if span is None:
         return None
-    in_degrees = angle * 180.0 / convention.half_turn
     if not span.start - _ROUNDING_DEG <= in_degrees <= span.start + span.length + _ROUNDING_DEG:
         return f"angle {angle:g} {convention.unit} is not in the range of {convention}"
     if span.is_long and width < height - _ROUNDING_PX:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 
 from rtmdet_geo.annotations.angles import AngleConvention, CornerOrder
 from rtmdet_geo.annotations.coco_writer import is_pixel_mask, is_plain, write_coco
-from rtmdet_geo.annotations.dota import write_dota
+from rtmdet_geo.annotations.dota import read_dota_header, write_dota
 from rtmdet_geo.annotations.hrsc import HrscLevel, hrsc_class_id, write_hrsc
 from rtmdet_geo.annotations.label_sets import (
     CLASS_LIST,
@@ -41,7 +41,7 @@ from rtmdet_geo.annotations.label_sets import (
     SetImage,
     read_label_set,
 )
-from rtmdet_geo.annotations.labels import ImageLabels, box_corners, four_corners, write_lines
+from rtmdet_geo.annotations.labels import ImageLabels, box_corners, four_corners, object_corners, write_lines
 from rtmdet_geo.annotations.outlines import Outline, outline_points
 from rtmdet_geo.annotations.rbox import write_rbox
 from rtmdet_geo.annotations.voc import write_voc
@@ -81,6 +81,10 @@ _TARGETS: dict[ConvertFormat, _Target] = {
 }
 
 
+#: Endings of targets that are one file.
+_ENDINGS: dict[ConvertFormat, tuple[str, ...]] = {"coco": (".json",), "gis": (".gpkg", ".geojson", ".json")}
+
+
 def convert_labels(
     source: str | Path,
     target: str | Path,
@@ -96,6 +100,7 @@ def convert_labels(
     hrsc_level: HrscLevel = 1,
     counts_from_one: bool = False,
     class_column: str | None = None,
+    layer: str | None = None,
     dst_crs: Any = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -120,13 +125,14 @@ def convert_labels(
         hrsc_level: of the classes of an hrsc source.
         counts_from_one: ``bndbox`` of a voc source names pixels, from 1 on, as in the Pascal VOC challenge.
         class_column: column of a gis source that names the class; None: ``class_name`` if it is there.
+        layer: of a gis source whose file holds several.
         dst_crs: of a gis target; None: that of the images.
         overwrite: replace a target; of folders only those that hold nothing but label files of the format.
         progress: called with label files read and in all.
 
     Returns:
         ``out``, ``num_images``, ``num_objects``, ``num_by_class``, ``num_difficult``, ``num_crowd``: of the target;
-        ``changes``: number of objects by what the target could not hold.
+        ``changes``: number of objects, or files, by what the target could not hold.
 
     Raises:
         DatasetNotFoundError: a folder or file is missing or empty.
@@ -139,10 +145,7 @@ def convert_labels(
     folder = None if images is None else Path(images)
     about = _TARGETS[to_format]
     kind = kind or about.kinds[0]
-    if kind not in about.kinds:
-        raise ConfigError(f"{to_format} cannot hold kind {kind!r}; it can hold {', '.join(about.kinds)}")
-    if to_format == "gis" and folder is None:
-        raise ConfigError("a layer lies on the ground: name the folder of the georeferenced images with --images")
+    check_request(target, to_format, kind, folder)
     if classes is not None and (not classes or len(set(classes)) != len(classes)):
         raise ConfigError(f"classes {list(classes)!r} must be different names, at least one")
     _check_target(source, target, to_format, overwrite)
@@ -153,9 +156,20 @@ def convert_labels(
         hrsc_level=hrsc_level,
         counts_from_one=counts_from_one,
         class_column=class_column,
+        layer=layer,
     )
     found = read_label_set(source, from_format, folder, options, progress)
     changes: Counter[str] = Counter()
+    if kind == "horizontal":
+        turned = replace(options, kind="rotated")  # of a layer outlines are there already
+        changes += _count_enclosed(
+            found if from_format == "gis" else read_label_set(source, from_format, folder, turned)
+        )
+    headers = {}
+    if from_format == "dota":
+        headers = {image.stem: read_dota_header(image.labels.path) for image in found.images}
+    if to_format != "dota" and any(headers.values()):
+        changes["files lost their header lines (imagesource, gsd)"] = sum(map(bool, headers.values()))
     fitted = LabelSet(
         tuple(replace(image, labels=_fit(image, to_format, kind, changes)) for image in found.images),
         found.classes,
@@ -168,7 +182,7 @@ def convert_labels(
     _check_classes(fitted, chosen, to_format)
     if about.needs_size and to_format != "gis":
         _check_sizes(fitted, to_format)
-    writer = _Writer(to_format, kind, chosen, corner_order, to_angle or AngleConvention("le90"))
+    writer = _Writer(to_format, kind, chosen, corner_order, to_angle or AngleConvention("le90"), headers)
     if to_format == "gis":
         from rtmdet_geo.gis_convert import write_label_layer
 
@@ -183,19 +197,33 @@ def convert_labels(
     return _summary(target, fitted, chosen, changes)
 
 
+def check_request(target: Path, to_format: ConvertFormat, kind: Kind | None, images: Path | None) -> None:
+    """Refuse what needs no file to be seen as wrong; see :func:`convert_labels`.
+
+    Raises:
+        ConfigError: the target cannot hold the kind, or wants images.
+        OutputError: the target has no ending of its format.
+    """
+    kinds = _TARGETS[to_format].kinds
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"{to_format} cannot hold kind {kind!r}; it can hold {', '.join(kinds)}")
+    if to_format == "gis" and images is None:
+        raise ConfigError("a layer lies on the ground: name the folder of the georeferenced images with --images")
+    endings = _ENDINGS.get(to_format)
+    if endings is not None and target.suffix.lower() not in endings:
+        raise OutputError(f"output {str(target)!r} should end in {' or '.join(endings)}")
+
+
 def _check_target(source: Path, target: Path, to_format: ConvertFormat, overwrite: bool) -> None:
     """Refuse early what could not be written, or would replace something else than labels.
 
     Raises:
-        OutputError: the target exists, is the source or in it, holds other files, or has no ending that says a format.
+        OutputError: the target exists, is the source, or holds other files.
     """
     if target.exists() and source.exists() and os.path.samefile(target, source):
         raise OutputError(f"output {str(target)!r} is the source itself; give another name")
     suffix = LABEL_SUFFIXES.get(to_format)
     if suffix is None:
-        endings = (".json",) if to_format == "coco" else (".gpkg", ".geojson", ".json")
-        if target.suffix.lower() not in endings:
-            raise OutputError(f"output {str(target)!r} should end in {' or '.join(endings)}")
         check_folder(target, overwrite)
     elif target.suffix.lower() == suffix:
         check_folder(target, overwrite)
@@ -224,6 +252,8 @@ def _fit(image: SetImage, to_format: ConvertFormat, kind: Kind, changes: Counter
         labels = replace(labels, difficult=np.zeros(len(labels), np.bool_))
     if not labels.outlines:
         return labels
+    if kind == "horizontal":
+        return replace(labels, outlines=())
     if kind == "rotated":
         kept = [_rotated_outline(labels, index, target.has_corners, changes) for index in range(len(labels))]
         return replace(labels, outlines=tuple(kept) if any(kept) else (), areas=None)
@@ -234,6 +264,20 @@ def _fit(image: SetImage, to_format: ConvertFormat, kind: Kind, changes: Counter
         holed = [not is_plain(outline) and not is_pixel_mask(outline, *size) for outline in labels.outlines]
         changes.update({"outlines with holes were cut into pixels": sum(holed)} if any(holed) else {})
     return labels
+
+
+def _count_enclosed(found: LabelSet) -> Counter[str]:
+    """Count the objects of a set, read with outlines, of whose shape an enclosing box says less."""
+    changes: Counter[str] = Counter()
+    for image in found.images:
+        corners = object_corners(image.labels)
+        ends = np.stack([corners.min(axis=1), corners.max(axis=1)])[:, :, None]
+        is_upright = (np.abs(corners - ends) < _SAME_PX).any(axis=0).all(axis=(1, 2))
+        outlines = image.labels.outlines or [()] * len(image.labels)
+        is_quad = np.array([not outline or four_corners(outline) is not None for outline in outlines], np.bool_)
+        changes["outlines became enclosing boxes"] += int((~is_quad).sum())
+        changes["rotated boxes became enclosing boxes"] += int((is_quad & ~is_upright).sum())
+    return +changes
 
 
 def _select(labels: ImageLabels, kept: Any) -> ImageLabels:
@@ -317,8 +361,11 @@ def _check_classes(found: LabelSet, classes: Sequence[str], to_format: ConvertFo
     if counts:
         named = ", ".join(f"{name!r} ({number})" for name, number in counts.most_common(10))
         lacking = "HRSC2016 does not have" if to_format == "hrsc" else "the list of classes lacks"
+        remedy = "rename them, or name more classes"
+        if to_format == "hrsc":
+            remedy = "rename them to ship or one of its kinds; --classes ship names objects whose labels name no class"
         raise ConfigError(
-            f"{sum(counts.values())} objects have classes that {lacking}: {named}; the first is at {first}"
+            f"{sum(counts.values())} objects have classes that {lacking}: {named}; the first is at {first}: {remedy}"
         )
 
 
@@ -340,6 +387,7 @@ class _Writer:
     classes: tuple[str, ...]
     corner_order: CornerOrder
     angle: AngleConvention
+    headers: Mapping[str, Sequence[str]]
 
     def write(self, found: LabelSet, target: Path) -> None:
         """Write a file or a folder, whole or not at all."""
@@ -367,7 +415,7 @@ class _Writer:
     def _write_one(self, path: Path, image: SetImage) -> None:
         labels, (width, height) = image.labels, image.size or (0, 0)
         if self.to_format == "dota":
-            write_dota(path, labels, self.corner_order)
+            write_dota(path, labels, self.corner_order, self.headers.get(image.stem, ()))
         elif self.to_format == "rbox":
             write_rbox(path, labels, angle=self.angle)
         elif self.to_format == "hrsc":

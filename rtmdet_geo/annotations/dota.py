@@ -6,7 +6,9 @@ v1.5 and v2.0 add classes only. Corners may lie outside the image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.structures import Kind
 
 _HEADERS = ("imagesource:", "gsd:")
+_LINE = "x1 y1 x2 y2 x3 y3 x4 y4 class [difficult]"
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,24 @@ def read_dota_objects(path: Path) -> DotaObjects:
             continue
         place = f"{path}:{number}"
         if len(words) not in (9, 10):
-            raise AnnotationError(f"{place}: {len(words)} words, but DOTA has x1 y1 x2 y2 x3 y3 x4 y4 class difficult")
-        corners.append(parse_floats(words[:8], place))
+            raise AnnotationError(f"{place}: {len(words)} words, but DOTA has {_LINE}")
+        corners.append(parse_floats(words[:8], place, _LINE))
         names.append(words[8])
         numbers.append(number)
         difficult.append(words[9] if len(words) == 10 else "0")
         parse_difficult(difficult[-1], place)
     table = np.array(corners, np.float64).reshape(-1, 8)
     return DotaObjects(table, tuple(names), tuple(difficult), np.array(numbers, np.int64))
+
+
+def read_dota_header(path: Path) -> tuple[str, ...]:
+    """Return the header lines of a labelTxt file: ``imagesource:`` and ``gsd:``, or none.
+
+    Raises:
+        AnnotationError: the file is missing or not text.
+    """
+    lines = (" ".join(words) for _, words in read_lines(path))
+    return tuple(takewhile(lambda line: line.lower().startswith(_HEADERS), lines))
 
 
 def read_dota(path: Path, kind: Kind = "rotated", *, with_outlines: bool = False) -> ImageLabels:
@@ -99,7 +112,7 @@ def read_dota(path: Path, kind: Kind = "rotated", *, with_outlines: bool = False
     )
 
 
-def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any") -> None:
+def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any", header: Sequence[str] = ()) -> None:
     """Write a labelTxt file, with all digits; a crowd is difficult.
 
     Args:
@@ -107,6 +120,7 @@ def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any
         labels: objects with an outline of four corners keep them, others get those of their box, clockwise from the
             top left.
         corner_order: of corners that are kept.
+        header: lines that come first.
 
     Raises:
         AnnotationError: the name of a class is not one word.
@@ -114,7 +128,7 @@ def write_dota(path: Path, labels: ImageLabels, corner_order: CornerOrder = "any
     """
     corners = object_corners(labels, corner_order).reshape(-1, 8)
     difficult = labels.difficult | labels.crowd
-    lines = []
+    lines = [*header]
     for row, name, is_difficult in zip(corners.tolist(), labels.class_names, difficult, strict=True):
         lines.append(" ".join([*map(number_text, row), single_word(name, "DOTA"), str(int(is_difficult))]))
     write_lines(path, lines)

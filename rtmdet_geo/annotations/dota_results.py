@@ -8,15 +8,16 @@ https://captain-whu.github.io/DOTA/tasks.html.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.labels import read_lines
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.outputs import staged_folder
 
@@ -64,10 +65,10 @@ def read_results(
     *,
     seen: Callable[[str], None] | None = None,
 ) -> dict[str, ResultRows]:
-    """Read a folder of result files; files of other names are passed over.
+    """Read a folder of result files, or a zip of them; files of other names are passed over.
 
     Args:
-        folder: of the files.
+        folder: of the files, or the zip.
         task: 1 oriented, 2 horizontal.
         classes: names that there must be a file for, and no other; None takes what there is.
         seen: called with the name of each class after its file was read.
@@ -78,20 +79,24 @@ def read_results(
     Raises:
         DatasetNotFoundError: the folder is missing or holds no result file, or a class has none.
         AnnotationError: a line is malformed or repeated, or a file is of a class that is not among ``classes``; the
-            message begins with the file, and the line where there is one.
+            message begins with the file, and the line where there is one. Or the zip cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DatasetNotFoundError(f"folder of results {str(folder)!r} is missing; give the folder of Task{task}_*.txt")
     start = f"Task{task}_"
-    files = {path.stem.removeprefix(start): path for path in sorted(folder.glob(f"{start}*.txt"))}
+    if folder.is_dir():
+        files = {path.stem.removeprefix(start): path for path in sorted(folder.glob(f"{start}*.txt"))}
+    elif folder.is_file():
+        files = _files_in_zip(folder, start)
+    else:
+        raise DatasetNotFoundError(f"folder of results {str(folder)!r} is missing; give the folder of {start}*.txt")
     if not files:
         raise DatasetNotFoundError(f"no result files ({start}<class>.txt) in {str(folder)!r}: is it task {task}?")
     if classes is not None:
         _check_classes(files, classes, folder, start)
     found = {}
     for name in files if classes is None else classes:
-        found[name] = read_result_file(files[name], task)
+        content = _content(files[name]) if folder.is_dir() else _unpacked(folder, files[name])
+        found[name] = _read_rows(content, files[name], task)
         if seen is not None:
             seen(name)
     return found
@@ -118,12 +123,65 @@ def read_result_file(path: str | Path, task: Task) -> ResultRows:
     Raises:
         AnnotationError: as :func:`read_results`.
     """
-    path, num_words = Path(path), len(LINES[task].split())
+    return _read_rows(_content(Path(path)), Path(path), task)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AnnotationError(f"cannot read result file {str(path)!r}: {error.strerror or error}") from error
+
+
+def _files_in_zip(path: Path, start: str) -> dict[str, Path]:
+    """Return the result files of a zip by class, as paths below it; folders in the zip do not matter."""
+    found: dict[str, Path] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise AnnotationError(
+            f"results {str(path)!r} are neither a folder nor a zip ({error}); give the folder of {start}*.txt, or a zip"
+        ) from error
+    for name in sorted(names):
+        file = PurePosixPath(name)
+        if not (file.name.startswith(start) and file.suffix == ".txt"):
+            continue
+        if found.setdefault(file.stem.removeprefix(start), path / name) != path / name or names.count(name) > 1:
+            raise AnnotationError(f"{path}: {file.name} is there twice; leave one out")
+    return found
+
+
+def _unpacked(archive: Path, member: Path) -> bytes:
+    """Return the content of a file in a zip."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return opened.read(member.relative_to(archive).as_posix())
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise AnnotationError(f"{member} cannot be read: {error}; is the zip whole, and without password?") from error
+
+
+def _lines(content: bytes, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number, from 1, and the words of every line that is not blank."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AnnotationError(
+            f"result file {str(path)!r} is not text ({error.reason} at byte {error.start})"
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if words:
+            yield number, words
+
+
+def _read_rows(content: bytes, path: Path, task: Task) -> ResultRows:
+    num_words = len(LINES[task].split())
     image_ids: list[str] = []
     values: list[list[float]] = []
     seen: dict[str, int] = {}
     names: dict[str, str] = {}  # one text for each image
-    for number, words in read_lines(path):
+    for number, words in _lines(content, path):
         if len(words) != num_words:
             raise AnnotationError(f"{path}:{number}: {len(words)} words, but task {task} has {LINES[task]}")
         first = seen.setdefault(" ".join(words), number)
@@ -133,7 +191,8 @@ def read_result_file(path: str | Path, task: Task) -> ResultRows:
         try:
             values.append(list(map(float, words[1:])))
         except ValueError as error:
-            raise AnnotationError(f"{path}:{number}: {error}") from error
+            wrong = next(word for word in words[1:] if not _is_number(word))
+            raise AnnotationError(f"{path}:{number}: {wrong!r} is no number; a line is {LINES[task]}") from error
     table = np.array(values, np.float64).reshape(-1, num_words - 1)
     lines = np.fromiter(seen.values(), np.int64, len(seen))
     corners = np.ascontiguousarray(table[:, 1:])
@@ -145,12 +204,24 @@ def read_result_file(path: str | Path, task: Task) -> ResultRows:
         path=path,
         lines=lines,
     )
-    _check_rows(rows, "score or coordinates are not finite", np.asarray(~np.isfinite(table).all(axis=1)))
+    _check_rows(
+        rows,
+        "score or coordinates are not finite; write the results again",
+        np.asarray(~np.isfinite(table).all(axis=1)),
+    )
     if task == 2:
         _check_rows(
             rows, "x2 < x1 or y2 < y1; give x1 y1 x2 y2", np.asarray((corners[:, 2:] < corners[:, :2]).any(axis=1))
         )
     return rows
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_rows(rows: ResultRows, fault: str, is_bad: NDArray[np.bool_]) -> None:

@@ -76,12 +76,14 @@ class ReadOptions:
     """What files do not say of themselves.
 
     Attributes:
-        kind: "horizontal" reads enclosing boxes without outlines, others least-area boxes with all outlines there are.
+        kind: "horizontal" reads enclosing boxes without outlines (of a layer with them), others least-area boxes with
+            all outlines there are.
         classes: names by index (yolo_obb), or of the only class (rbox without names).
         angle: convention of rbox.
         hrsc_level: of HRSC2016's classes.
         counts_from_one: Pascal VOC boxes name pixels, from 1 on.
         class_column: of a layer.
+        layer: its name where a file has several.
     """
 
     kind: Kind = "rotated"
@@ -90,6 +92,7 @@ class ReadOptions:
     hrsc_level: HrscLevel = 1
     counts_from_one: bool = False
     class_column: str | None = None
+    layer: str | None = None
 
 
 def read_label_set(

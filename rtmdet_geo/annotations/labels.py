@@ -202,18 +202,26 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, words
 
 
-def parse_floats(words: Sequence[str], place: str) -> list[float]:
+def parse_floats(words: Sequence[str], place: str, expected: str = "") -> list[float]:
     """Return words as finite numbers.
+
+    Args:
+        words: to parse.
+        place: where they stand.
+        expected: what should stand there, for the message.
 
     Raises:
         AnnotationError: one is none; the message begins with ``place``.
     """
-    try:
-        values = [float(word) for word in words]
-    except ValueError as error:
-        raise AnnotationError(f"{place}: {error}") from error
-    if not all(map(math.isfinite, values)):
-        raise AnnotationError(f"{place}: coordinates are not finite")
+    values = []
+    hint = f"; it should be {expected}" if expected else ""
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError as error:
+            raise AnnotationError(f"{place}: {word!r} is no number{hint}") from error
+        if not math.isfinite(values[-1]):
+            raise AnnotationError(f"{place}: {word!r} is not finite: correct the object, or leave it out")
     return values
 
 

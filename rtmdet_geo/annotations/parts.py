@@ -3,13 +3,15 @@
 Images and label files lie in one folder each, matched by name without ending; a COCO file names its images itself. An
 image without a label file is background in ``yolo_obb``, as YOLO takes it, and not part of the data set in the other
 formats, where an empty file says background; with a list of ids it must have one. Sizes come from the images' headers.
+What the numbers of ``yolo_obb`` mean is said by ``classes.txt`` beside the label files, or else by the model's classes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +19,7 @@ from rtmdet_geo.annotations.coco import image_labels, read_coco
 from rtmdet_geo.annotations.dota import read_dota
 from rtmdet_geo.annotations.findings import Findings
 from rtmdet_geo.annotations.hrsc import HrscLevel, read_hrsc
+from rtmdet_geo.annotations.label_sets import CLASS_LIST, read_class_list
 from rtmdet_geo.annotations.labels import ImageLabels, make_labels
 from rtmdet_geo.annotations.rbox import read_rbox
 from rtmdet_geo.annotations.voc import read_voc
@@ -32,9 +35,6 @@ if TYPE_CHECKING:
 LabelFormat = Literal["coco", "dota", "hrsc", "yolo_obb", "rbox", "voc"]
 Part = Literal["train", "val"]
 
-#: Names of classes, which labelling programs put beside the label files.
-_CLASS_LIST = "classes.txt"
-
 
 @dataclass(frozen=True)
 class PartSource:
@@ -48,6 +48,7 @@ class PartSource:
         classes: names of the model; None takes every class there is.
         kind: of the model.
         hrsc_level: level of HRSC2016's classes.
+        with_outlines: labels of dota and yolo_obb keep their outlines, whatever the kind.
     """
 
     format: LabelFormat
@@ -57,6 +58,7 @@ class PartSource:
     classes: tuple[str, ...] | None = None
     kind: Kind = "rotated"
     hrsc_level: HrscLevel = 1
+    with_outlines: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def read_ids(path: Path) -> list[str]:
 
 def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> Iterator[LabelledFile]:
     """Yield the images of a folder with their label files; yolo_obb: also those without."""
+    if source.format == "yolo_obb" and (source.labels / CLASS_LIST).is_file():
+        source = replace(source, classes=read_class_list(source.labels / CLASS_LIST))
     images = _by_stem(source.images, IMAGE_SUFFIXES, findings)
     if not images:
         raise DatasetNotFoundError(
@@ -166,6 +170,8 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
             f"no label files (*{suffix}) in {str(source.labels)!r}: is the format {source.format}?"
         )
     if wanted is None:
+        if not set(labels) & set(images):
+            raise _strangers(source, min(images.values()).name, min(labels.values()).name)
         stems = sorted(images)
         for stem in sorted(set(labels) - set(images)):
             findings.add("labels without image", str(labels[stem]), f"{str(source.images)!r} has no image of that name")
@@ -184,12 +190,20 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
             )
 
 
+def _strangers(source: PartSource, image: str, label: str) -> DatasetNotFoundError:
+    """Return the error of folders that do not belong together, with a name from each."""
+    return DatasetNotFoundError(
+        f"no image in {str(source.images)!r} (such as {image!r}) has the name of one in {str(source.labels)!r} (such "
+        f"as {label!r}): name the two folders that belong together"
+    )
+
+
 def _by_stem(folder: Path, suffixes: frozenset[str] | set[str], findings: Findings) -> dict[str, Path]:
     """Return the files of a folder by name without ending; of several that differ in the ending only, the first."""
     found: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes or name.startswith(".") or name == _CLASS_LIST:
+        if suffix.lower() not in suffixes or name.startswith(".") or name == CLASS_LIST:
             continue
         if stem in found:
             findings.add("ambiguous image", str(folder / name), f"it shares its labels with {found[stem].name}")
@@ -213,18 +227,18 @@ def _read_pair(source: PartSource, image: Path, labels: Path | None, findings: F
     try:
         found = make_labels(image, [], [], []) if labels is None else _read_labels(source, labels, size)
     except AnnotationError as error:
-        findings.add("malformed labels", str(labels), _without(str(labels), error))
+        findings.add("malformed labels", *_placed(labels or image, error))
         return
     yield LabelledFile(image, image.name, *size, found)
 
 
 def _read_labels(source: PartSource, path: Path, size: tuple[int, int]) -> ImageLabels:
     if source.format == "dota":
-        return read_dota(path, source.kind)
+        return read_dota(path, source.kind, with_outlines=source.with_outlines)
     if source.format == "hrsc":
         return read_hrsc(path, source.hrsc_level, source.kind)
     if source.format == "yolo_obb":
-        return read_yolo(path, *size, source.classes, source.kind)
+        return read_yolo(path, *size, source.classes, source.kind, with_outlines=source.with_outlines)
     if source.format == "voc":
         return read_voc(path, source.kind)
     return read_rbox(path, source.classes[0] if source.classes else "object", source.kind)
@@ -245,6 +259,10 @@ def _coco_pairs(source: PartSource, wanted: list[str] | None, findings: Findings
     stems = {_stem(str(image.get("file_name", ""))) for image in content.images.values()}
     for stem in sorted((unseen or set()) - stems):
         findings.add("labels without image", str(source.ids), f"{stem!r} is not among the images of {source.labels}")
+    files = sorted(name for name in os.listdir(source.images) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    names = [str(image.get("file_name") or "") for image in content.images.values()]
+    if wanted is None and files and any(names) and not any((source.images / name).is_file() for name in names if name):
+        raise _strangers(source, files[0], next(filter(None, names)))
     for image_id, image in content.images.items():
         name = str(image.get("file_name") or "")
         if not name:
@@ -286,6 +304,12 @@ def _has_stated_size(file: LabelledFile, findings: Findings) -> bool:
         f"it is {file.width} x {file.height} px, {file.labels.path} says {stated[0]} x {stated[1]} px{hint}",
     )
     return False
+
+
+def _placed(path: Path, error: AnnotationError) -> tuple[str, str]:
+    """Return the place, with a line where there is one, and the text of an error in a label file."""
+    found = re.fullmatch(rf"({re.escape(str(path))}(?::\d+)?): (.*)", str(error), re.DOTALL)
+    return (found[1], found[2]) if found else (str(path), str(error))
 
 
 def _without(place: str, error: AnnotationError) -> str:

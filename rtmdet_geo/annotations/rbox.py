@@ -30,6 +30,7 @@ from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.structures import Kind
 
 _OWN = AngleConvention()
+_LINE = "cx cy w h angle [class [difficult]]"
 
 
 def read_rbox(path: Path, default_class: str, kind: Kind = "rotated", *, angle: AngleConvention = _OWN) -> ImageLabels:
@@ -48,13 +49,15 @@ def read_rbox(path: Path, default_class: str, kind: Kind = "rotated", *, angle: 
     for number, words in read_lines(path):
         place = f"{path}:{number}"
         if not 5 <= len(words) <= 7:
-            raise AnnotationError(f"{place}: {len(words)} words, but it should be cx cy w h angle [class [difficult]]")
-        box = parse_floats(words[:5], place)
+            raise AnnotationError(f"{place}: {len(words)} words, but it should be {_LINE}")
+        box = parse_floats(words[:5], place, _LINE)
         if box[2] < 0 or box[3] < 0:
             raise AnnotationError(f"{place}: sides {box[2]:g} x {box[3]:g} px are negative")
         fault = convention_fault(box[2], box[3], box[4], angle)
         if fault is not None:
-            raise AnnotationError(f"{place}: {fault}: state another convention")
+            raise AnnotationError(
+                f"{place}: {fault}: state another convention, such as any,deg,cw (data convert --from-angle)"
+            )
         boxes.append(box)
         names.append(words[5] if len(words) > 5 else default_class)
         numbers.append(number)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.findings import Findings
-from rtmdet_geo.annotations.outlines import clip_outline
+from rtmdet_geo.annotations.outlines import clip_outline, outline_points
 from rtmdet_geo.annotations.parts import LabelledFile
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 
@@ -66,10 +66,19 @@ def sift(files: list[LabelledFile], classes: tuple[str, ...] | None, findings: F
 
     has_area = boxes[:, 2:4].min(axis=1, initial=np.inf) >= MIN_SIDE_PX
     hboxes = boxes_to_hboxes(boxes)
-    sticks_out = ((hboxes[:, :2] < -OUTSIDE_TOLERANCE_PX) | (hboxes[:, 2:] > sizes + OUTSIDE_TOLERANCE_PX)).any(axis=1)
+    is_beyond = (hboxes[:, :2] < -OUTSIDE_TOLERANCE_PX) | (hboxes[:, 2:] > sizes + OUTSIDE_TOLERANCE_PX)
+    sticks_out = np.asarray(is_beyond.any(axis=1))
     is_outside = np.asarray(((hboxes[:, 2:] <= 0) | (hboxes[:, :2] >= sizes)).any(axis=1))
     for index in np.flatnonzero(sticks_out & ~is_outside & (boxes[:, 4] != 0)):  # a tilted box may pass a corner by
         is_outside[index] = not clip_outline(((boxes_to_polygons(boxes[index : index + 1])[0],),), *sizes[index])
+
+    for index in np.flatnonzero(sticks_out & ~is_outside):  # the box around an outline may be larger than the outline
+        found = files[owners[index]].labels.outlines
+        outline = found[positions[index]] if found else ()
+        if outline:
+            points = outline_points(outline)
+            low, high = points.min(axis=0) + OUTSIDE_TOLERANCE_PX, points.max(axis=0) - OUTSIDE_TOLERANCE_PX
+            sticks_out[index] = bool((low < 0).any() or (high > sizes[index]).any())
 
     def note(kind: str, indices: NDArray[np.intp]) -> None:
         for index in indices:

@@ -63,7 +63,7 @@ def read_yolo(
     has_outlines = with_outlines or kind == "mask"
     for number, words in read_lines(path):
         place = f"{path}:{number}"
-        values = parse_floats(words, place)
+        values = parse_floats(words, place, "a class index and shares of the image's sides")
         index = int(values[0])
         if index != values[0] or index < 0:
             raise AnnotationError(f"{place}: class {words[0]!r} is no index (0, 1, 2, ...)")

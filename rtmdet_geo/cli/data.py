@@ -51,6 +51,7 @@ def data() -> None:
 )
 @click.option("--class", "classes", multiple=True, metavar="NAME", help="Class name, in label order; repeat.")
 @click.option("--class-column", metavar="NAME", help="Column of the vector layer that names the class.")
+@click.option("--layer", metavar="NAME", help="The vector layer, where the file holds several.")
 @click.option(
     "--chip-size", type=click.IntRange(min=0), default=1024, show_default=True, help="Side in px; 0: whole scenes."
 )
@@ -88,6 +89,7 @@ def chips(
     recipe: str | None,
     classes: tuple[str, ...],
     class_column: str | None,
+    layer: str | None,
     chip_size: int,
     overlap: int,
     chip_gsd: float | None,
@@ -133,6 +135,7 @@ def chips(
             chip_size=chip_size,
             overlap=overlap,
             class_column=class_column,
+            layer=layer,
             bands=options.parse_bands(bands),
             scene_gsd_m=gsd,
             nodata=nodata,

@@ -53,6 +53,7 @@ _FORMATS = ("coco", "dota", "hrsc", "yolo_obb", "rbox", "voc", "rolabelimg", "gi
 )
 @click.option("--counts-from-one", is_flag=True, help="Boxes of a voc SOURCE name pixels from 1 on, as Pascal VOC's.")
 @click.option("--class-column", metavar="NAME", help="Column of a gis SOURCE that names the class.  [class_name]")
+@click.option("--layer", metavar="NAME", help="Layer of a gis SOURCE, where the file holds several.")
 @click.option("--dst-crs", metavar="CRS", help="CRS of a gis output, such as EPSG:32630.  [default: the images']")
 @options.overwrite_option
 @options.json_option
@@ -74,6 +75,7 @@ def convert(
     hrsc_level: int,
     counts_from_one: bool,
     class_column: str | None,
+    layer: str | None,
     dst_crs: str | None,
     overwrite: bool,
     as_json: bool,
@@ -97,12 +99,16 @@ def convert(
     only_with(to_angle, "--to-angle", "--to rbox", to_format == "rbox")
     only_with(counts_from_one, "--counts-from-one", "--from voc", from_format == "voc")
     only_with(class_column, "--class-column", "--from gis", from_format == "gis")
+    only_with(layer, "--layer", "--from gis", from_format == "gis")
     only_with(dst_crs, "--dst-crs", "--to gis", to_format == "gis")
 
     from rtmdet_geo.annotations.angles import parse_angle
-    from rtmdet_geo.annotations.convert import convert_labels
+    from rtmdet_geo.annotations.convert import check_request, convert_labels
     from rtmdet_geo.annotations.label_sets import find_classes
 
+    with options.usage_errors():
+        angles = [None if words is None else parse_angle(words) for words in (from_angle, to_angle)]
+        check_request(output, to_format, kind, images)  # type: ignore[arg-type]
     with report.progress(ctx, progress_mode, "labels", {"source": str(source), "out": str(output)}) as advance:
         summary = convert_labels(
             source,
@@ -112,12 +118,13 @@ def convert(
             images=images,
             classes=None if classes is None else find_classes(classes),
             kind=kind,  # type: ignore[arg-type]
-            from_angle=None if from_angle is None else parse_angle(from_angle),
-            to_angle=None if to_angle is None else parse_angle(to_angle),
+            from_angle=angles[0],
+            to_angle=angles[1],
             corner_order=corner_order,  # type: ignore[arg-type]
             hrsc_level=hrsc_level,  # type: ignore[arg-type]
             counts_from_one=counts_from_one,
             class_column=class_column,
+            layer=layer,
             dst_crs=dst_crs,
             overwrite=overwrite,
             progress=advance,

@@ -55,7 +55,7 @@ def chosen_classes(class_list: str | None, class_names: tuple[str, ...]) -> tupl
 @click.argument("results", type=click.Path(path_type=Path))
 @options.output_option("Folder to make, or .zip file to submit.")
 @task_option
-@tool_option
+@tool_option("as the names say")
 @click.option(
     "--iou",
     "iou_threshold",
@@ -75,7 +75,7 @@ def merge(
     results: Path,
     output: Path,
     task: str,
-    tool: str,
+    tool: str | None,
     iou_threshold: float,
     class_list: str | None,
     class_names: tuple[str, ...],

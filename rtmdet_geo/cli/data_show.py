@@ -29,6 +29,11 @@ from rtmdet_geo.cli.data_source import SourceOptions, source_options
     show_default=True,
     help="Long side of an image on the sheet, px.",
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["rotated", "horizontal", "mask"]),
+    help="What to draw: rotated boxes, the boxes around them, or outlines.  [default: what the labels hold]",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same images.")
 @options.overwrite_option
 @options.json_option
@@ -43,6 +48,7 @@ def show(
     only: tuple[str, ...],
     crop: int,
     size: int,
+    kind: str | None,
     seed: int,
     overwrite: bool,
     as_json: bool,
@@ -59,9 +65,13 @@ def show(
     grey, objects of unknown classes are white.
     """
     options.check_stdout_owner(as_json, progress_mode)
+    if output.suffix.lower() != ".png":
+        raise click.UsageError(f"-o {output} must end with .png.")
     from rtmdet_geo.contact_sheet import show_data
+    from rtmdet_geo.outputs import check_not_among
 
     parts, _ = source.parts()
+    check_not_among(output, source.places(parts))
     with report.progress(ctx, progress_mode, "images", {"recipe": source.recipe, "out": str(output)}) as advance:
         summary = show_data(
             parts,
@@ -70,6 +80,7 @@ def show(
             classes=only,
             crop_px=crop,
             cell_px=size,
+            kind=kind,  # type: ignore[arg-type]
             seed=seed,
             overwrite=overwrite,
             progress=advance,

@@ -51,9 +51,16 @@ class SourceOptions:
         loaded = load_recipe(self.recipe, self.overrides).with_data(self.folder)
         return recipe_parts(loaded), loaded.data.unknown_classes == "drop"
 
+    def places(self, parts: dict[str, Source]) -> list[Path]:
+        """Return the files and folders that parts are read from, and the recipe."""
+        names = ("images", "labels", "ids", "folder")
+        found = {path for part in parts.values() for name in names if (path := getattr(part, name, None)) is not None}
+        return [*([Path(self.recipe)] if self.recipe else []), *sorted(found)]
+
     def _source(self, label_format: str) -> Source:
         """Return what ``--format`` and the options beside it name."""
         from rtmdet_geo.annotations.folders import FoldersSource
+        from rtmdet_geo.annotations.label_sets import CLASS_LIST, read_class_list
         from rtmdet_geo.annotations.parts import PartSource
         from rtmdet_geo.dataset_check import ChipsSource
 
@@ -64,6 +71,8 @@ class SourceOptions:
             if self.labels is None:
                 raise click.UsageError(f"--format {label_format} needs --labels.")
             kind = "horizontal" if label_format == "coco" else "rotated"
+            if label_format == "yolo_obb" and classes is None and (self.labels / CLASS_LIST).is_file():
+                classes = read_class_list(self.labels / CLASS_LIST)
             places = label_format, self.images, self.labels, self.ids, classes, kind, self.hrsc_level
             return PartSource(*places)  # type: ignore[arg-type]
         if self.labels:

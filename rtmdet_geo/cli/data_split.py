@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -16,18 +18,23 @@ def parse_rates(ctx: click.Context, parameter: click.Parameter, value: str) -> t
         click.BadParameter: it is no such list.
     """
     try:
-        return tuple(float(word) for word in value.split(","))
+        rates = tuple(float(word) for word in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5.") from error
+    if not all(0.01 <= rate <= 100 for rate in rates):
+        raise click.BadParameter(f"{value!r}: rates are from 0.01 to 100.")
+    return rates
 
 
-tool_option = click.option(
-    "--tool",
-    type=click.Choice(["devkit", "bboxtoolkit"]),
-    default="devkit",
-    show_default=True,
-    help="Whose rules and names: DOTA_devkit's image__rate__x___y, or BboxToolkit's (MMRotate's) image__size__x___y.",
-)
+def tool_option(default: str) -> Callable[[options.Command], options.Command]:
+    """Return ``--tool``; ``default`` says what is taken without it."""
+    return click.option(
+        "--tool",
+        type=click.Choice(["devkit", "bboxtoolkit"]),
+        help="Whose rules and names: DOTA_devkit's image__rate__x___y, or BboxToolkit's (MMRotate's) "
+        f"image__size__x___y.  [default: {default}]",
+    )
+
 
 rates_option = click.option(
     "--rates",
@@ -60,7 +67,7 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     help="Folder of labelTxt files, one for each image.  [default: none, as for a test set]",
 )
 @options.output_option("Folder to make: images/, labelTxt/ (bboxtoolkit: annfiles/) and settings.json.")
-@tool_option
+@tool_option("devkit")
 @click.option(
     "--size",
     type=click.IntRange(min=1),
@@ -88,9 +95,7 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     "--image-share",
     "image_threshold",
     type=click.FloatRange(0, 1),
-    default=0.6,
-    show_default=True,
-    help="bboxtoolkit: windows with no more image than this share are left out.",
+    help="bboxtoolkit: windows with no more image than this share are left out.  [default: 0.6]",
 )
 @click.option(
     "--pad/--no-pad",
@@ -118,12 +123,12 @@ def split(
     images: Path,
     labels: Path | None,
     output: Path,
-    tool: str,
+    tool: str | None,
     size: int,
     gap: int,
     rates: tuple[float, ...],
     iof_threshold: float,
-    image_threshold: float,
+    image_threshold: float | None,
     pad: bool,
     image_format: str,
     workers: int | None,
@@ -144,21 +149,21 @@ def split(
     """
     options.check_stdout_owner(as_json, progress_mode)
     check_resume(resume, overwrite)
+    if image_threshold is not None and tool != "bboxtoolkit":
+        raise click.UsageError("--image-share goes with --tool bboxtoolkit.")
+    from rtmdet_geo.dota.rules import SplitRules
     from rtmdet_geo.dota.split import split_dota
 
+    share = 0.6 if image_threshold is None else image_threshold
+    with options.usage_errors():
+        rules = SplitRules(tool or "devkit", size, gap, rates, iof_threshold, share, pad)  # type: ignore[arg-type]
     start = {"images": str(images), "out": str(output)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "images", start) as advance:
         summary = split_dota(
             images,
             labels,
             output,
-            tool=tool,  # type: ignore[arg-type]
-            size=size,
-            gap=gap,
-            rates=rates,
-            iof_threshold=iof_threshold,
-            image_threshold=image_threshold,
-            pad=pad,
+            **asdict(rules),
             image_format=image_format,  # type: ignore[arg-type]
             workers=workers,
             resume=resume,

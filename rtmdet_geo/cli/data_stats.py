@@ -50,7 +50,7 @@ def stats(
     from rtmdet_geo.dataset_stats import check_stats_outputs, data_stats, stats_summary, stats_text, write_stats
 
     parts, _ = source.parts()
-    check_stats_outputs(csv=csv, plots=plots, overwrite=overwrite)
+    check_stats_outputs(csv=csv, plots=plots, overwrite=overwrite, sources=source.places(parts))
     with report.progress(ctx, progress_mode, "images", {"recipe": source.recipe, "parts": list(parts)}) as advance:
         found = data_stats(parts, gsd_m=gsd, progress=advance)
     written = write_stats(found, csv=csv, plots=plots, overwrite=overwrite)

@@ -12,18 +12,24 @@ from rtmdet_geo.cli.data_merge import chosen_classes, classes_options, task_opti
 from rtmdet_geo.cli.data_split import check_resume, rates_option, resume_option, tool_option
 from rtmdet_geo.cli.group import EXIT_VERDICT_NO
 
+#: What the tasks of DOTA score.
+_SHAPES = {1: "oriented boxes", 2: "horizontal boxes"}
+
 
 @click.command()
 @click.argument("model")
 @click.argument("images", type=click.Path(path_type=Path))
-@options.output_option(".zip file to submit, or folder of result files to make.")
+@options.output_option(
+    ".zip file to submit, or folder of result files to make: Task 1 (oriented) of a model of rotated boxes, Task 2 "
+    "(horizontal) of one of horizontal boxes or masks."
+)
 @click.option(
     "--task2",
     type=click.Path(path_type=Path),
-    help="Write Task 2 too: .zip or folder of the boxes that enclose those of Task 1.",
+    help="Write Task 2 of a model of rotated boxes too: .zip or folder of the boxes that enclose those of Task 1.",
 )
 @click.option("--patches", is_flag=True, help="IMAGES holds patches that `data split` made, not whole images.")
-@tool_option
+@tool_option("devkit; with --patches, as their names say")
 @click.option("--size", type=click.IntRange(min=1), help="Side of patches in px.  [default: the model's tile size]")
 @click.option(
     "--gap", type=click.IntRange(min=0), help="Px that neighbouring patches share.  [default: the model's overlap]"
@@ -95,23 +101,32 @@ def submission(
       rtmdet-geo data submission rtmdet_r_tiny_dota test/images -o task1.zip
       rtmdet-geo data submission rtmdet_r_tiny_dota test/images -o task1.zip --task2 task2.zip --rates 0.5,1,1.5
 
-    Images are cut, run, merged and packed, as `data split`, a test and `data merge` would do. A class of which nothing
-    is found gets an empty file and a warning; `data check-submission` says more. A stopped run leaves OUT.partial.
+    Images are cut, run, merged and packed, as `data split`, a test and `data merge` would do. Every class of the model
+    and of --classes gets a file; of those that are empty there is a warning, and `data check-submission` says more. A
+    stopped run leaves OUT.partial.
     """
     options.check_stdout_owner(as_json, progress_mode)
     check_resume(settings["resume"], settings["overwrite"])
+    if None not in (settings["size"], settings["gap"]) and settings["gap"] >= settings["size"]:
+        raise click.UsageError(f"--gap {settings['gap']} must be below --size {settings['size']}.")
     classes = chosen_classes(class_list, class_names)
     from rtmdet_geo.backends import open_backend
     from rtmdet_geo.catalog import find_model
     from rtmdet_geo.dota.files import find_images
     from rtmdet_geo.dota.inference import run_dota
-    from rtmdet_geo.dota.submission import check_submission
+    from rtmdet_geo.dota.submission import EMPTY_FILE, check_submission
 
     start = {"model": model, "images": str(images), "out": str(output)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "patches", start) as advance:
         engine = open_backend(find_model(model), name=backend, device=device, threads=threads)
         summary = run_dota(
-            engine, images, output, progress=advance, cancelled=report.cancel_requested.is_set, **settings
+            engine,
+            images,
+            output,
+            classes=classes or (),
+            progress=advance,
+            cancelled=report.cancel_requested.is_set,
+            **settings,
         )
     names = None if settings["patches"] else find_images(images)
     findings = []
@@ -119,14 +134,21 @@ def submission(
     for path, task in written:
         if path is not None and path.suffix.lower() == ".zip":
             findings += check_submission(path, classes or engine.spec.classes, names, task=task)
-    for finding in findings if report.verbosity(ctx) >= 0 else ():
-        report.echo(ctx, f"rtmdet-geo: warning: {finding}")
+    said = [str(finding) for finding in findings if finding.text != EMPTY_FILE]
+    empty = summary["empty_classes"]
+    if empty:
+        number = len({*engine.spec.classes, *(classes or ())})
+        said.append(f"{output}: the files of {len(empty)} of {number} classes are empty: {', '.join(empty)}")
+    for line in said if report.verbosity(ctx) >= 0 else ():
+        report.echo(ctx, f"rtmdet-geo: warning: {line}")
     summary["findings"] = [finding._asdict() for finding in findings]
     reused = f", {summary['reused']} of an earlier run" if summary["reused"] else ""
     text = (
-        f"{summary['out']}: task {summary['task']}, {summary['detections']} detections in {summary['images']} "
-        f"images{reused} ({summary['patches']} patches)"
+        f"{summary['out']}: task {summary['task']} ({_SHAPES[summary['task']]}), {summary['detections']} detections in "
+        f"{summary['images']} images{reused} ({summary['patches']} patches)"
     )
+    if summary["task2"] is not None:
+        text += f"; {summary['task2']}: task 2 ({_SHAPES[2]}), the boxes that enclose them"
     report.echo_summary(ctx, summary, text, as_json=as_json, progress_mode=progress_mode)
 
 

@@ -72,16 +72,22 @@ def report_options(command: Command) -> Command:
     return command
 
 
-def prepare(*, csv: Path | None, plots: Path | None, overwrite: bool, **_: Any) -> None:
+def prepare(*sources: str | Path, csv: Path | None, plots: Path | None, overwrite: bool, **_: Any) -> None:
     """Refuse before the work what could not be written after it; takes what :func:`report_options` gives.
 
+    Args:
+        sources: files and folders that are read.
+        csv: to write.
+        plots: to write.
+        overwrite: whether they may be there already.
+
     Raises:
-        OutputError: a file is there already, or its folder is not.
+        OutputError: a file is there already or is one of the sources, or its folder is not there.
         MissingDependencyError: plots need matplotlib.
     """
     from rtmdet_geo.evaluation.report import check_report_outputs
 
-    check_report_outputs(csv=csv, plots=plots, overwrite=overwrite)
+    check_report_outputs(csv=csv, plots=plots, overwrite=overwrite, sources=sources)
 
 
 def finish(
@@ -109,7 +115,7 @@ def finish(
         report.echo_json(summary)
     elif progress_mode == "jsonl":
         report.emit_event(ctx, {"event": "done", **summary})
-    elif report.verbosity(ctx) >= 0:
+    else:
         click.echo(report_text(result))
     if not is_met:
         report.echo(ctx, f"rtmdet-geo: {name} {value:.4f} is below --min-ap {min_ap:g}")

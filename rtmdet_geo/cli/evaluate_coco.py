@@ -31,7 +31,7 @@ def coco(ctx: click.Context, /, results: Path, annotations: Path, measure: str |
     RESULTS is a JSON list of image_id, category_id, score and bbox (x, y, width, height in px) or segmentation (run
     lengths), ANNOTATIONS the label file. Needs rtmdet-geo[eval].
     """
-    prepare(**output)
+    prepare(results, annotations, **output)
     from rtmdet_geo.evaluation.coco_files import evaluate_coco_results
 
     finish(ctx, evaluate_coco_results(results, annotations, measure=measure), **output)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def classification(ctx: click.Context, /, predictions: Path, labels: Path, **out
     classes; or `image` and the names of classes, the most probable first. LABELS is a folder with a folder of images
     for each class, whose images are called `class/file.jpg`, or a CSV file `image,class` with a header.
     """
-    prepare(**output)
+    prepare(predictions, labels, **output)
     from rtmdet_geo.evaluation.classification_files import evaluate_classification
 
     finish(ctx, evaluate_classification(predictions, labels), **output)

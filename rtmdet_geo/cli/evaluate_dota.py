@@ -23,10 +23,10 @@ from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_opt
 )
 @click.option(
     "--classes",
-    default="v1.0",
+    default="dota_v1.0",
     show_default=True,
-    metavar="v1.0|v1.5|v2.0|FILE",
-    help="Classes of a version of DOTA, or a file with one name a line.",
+    metavar="LIST",
+    help="Classes: dota_v1.0, dota_v1.5 or dota_v2.0, a file with one name a line, or names with commas.",
 )
 @protocol_option
 @click.option(
@@ -59,7 +59,7 @@ def dota(
     progress_mode: str,
     **output: Any,
 ) -> None:
-    """Score DOTA result files: the folder RESULTS against the folder LABELS of labelTxt files.
+    """Score DOTA result files: the folder or zip RESULTS against the folder LABELS of labelTxt files.
 
     \b
     Example:
@@ -73,7 +73,7 @@ def dota(
     if protocol == "devkit" and difficult == "count":
         raise click.UsageError("--protocol devkit ignores difficult objects; count them with --protocol mmrotate.")
     options.check_stdout_owner(output["as_json"], progress_mode)
-    prepare(**output)
+    prepare(results, labels, *([classes] if Path(classes).is_file() else []), **output)
     from rtmdet_geo.evaluation.dota import evaluate_dota
 
     start = {"results": str(results), "labels": str(labels)}
@@ -129,11 +129,12 @@ def hrsc(
     Example:
       rtmdet-geo evaluate hrsc results/Task1_ship.txt Test/Annotations
 
-    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder of Task1_ship.txt. LABELS
-    has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an image that was searched.
+    RESULTS is a file with a line `image score x1 y1 x2 y2 x3 y3 x4 y4` a ship, or the folder or zip of
+    Task1_ship.txt. LABELS has HRSC2016's XML files, or text files with a line `cx cy w h angle` a ship; each is an
+    image that was searched.
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
-    prepare(**output)
+    prepare(results, labels, **output)
     from rtmdet_geo.evaluation.hrsc import evaluate_hrsc
 
     start = {"results": str(results), "labels": str(labels)}

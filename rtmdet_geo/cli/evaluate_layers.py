@@ -10,6 +10,9 @@ import click
 
 from rtmdet_geo.cli.evaluate import finish, prepare, report_options
 
+#: As :data:`rtmdet_geo.vector.DRIVERS`, which is not imported for the help text.
+_ENDINGS = (".gpkg", ".geojson", ".json")
+
 
 @click.command()
 @click.argument("predicted", type=click.Path(path_type=Path))
@@ -22,9 +25,7 @@ from rtmdet_geo.cli.evaluate import finish, prepare, report_options
 @click.option(
     "--iou",
     type=click.FloatRange(0, 1, min_open=True),
-    default=0.5,
-    show_default=True,
-    help="IoU on the ground from which on a prediction is a hit.",
+    help="IoU on the ground from which on a prediction is a hit.  [default: 0.5]",
 )
 @click.option(
     "--distance-m",
@@ -75,6 +76,7 @@ def layers(
     predicted: Path,
     labelled: Path,
     match: str | None,
+    iou: float | None,
     distance_m: float | None,
     matched: Path | None,
     overwrite: bool,
@@ -93,15 +95,18 @@ def layers(
     (mean, median, 90th percentile), azimuth error mod 180 of labels at least 1.5 times as long as wide, errors of
     length and width.
     """
-    _check(match, distance_m, classes, settings)
+    _check(match, iou, distance_m, classes, settings)
     output = {name: settings.pop(name) for name in ("as_json", "csv", "plots", "min_ap")} | {"overwrite": overwrite}
-    prepare(**output)
+    _check_places(matched, output["csv"])
+    area = [settings["aoi"]] if settings["aoi"] else []
+    prepare(predicted, labelled, *area, **output)
     from rtmdet_geo.evaluation.gis import evaluate_layers
 
     result = evaluate_layers(
         predicted,
         labelled,
         match=match or ("iou" if distance_m is None else "distance"),  # type: ignore[arg-type]
+        iou=0.5 if iou is None else iou,
         distance_m=distance_m,
         classes=classes or None,
         output=matched,
@@ -111,7 +116,13 @@ def layers(
     finish(ctx, result, **output)
 
 
-def _check(match: str | None, distance_m: float | None, classes: tuple[str, ...], settings: dict[str, Any]) -> None:
+def _check(
+    match: str | None,
+    iou: float | None,
+    distance_m: float | None,
+    classes: tuple[str, ...],
+    settings: dict[str, Any],
+) -> None:
     """Refuse options that do not go together.
 
     Raises:
@@ -121,8 +132,22 @@ def _check(match: str | None, distance_m: float | None, classes: tuple[str, ...]
         raise click.UsageError("--match distance needs --distance-m, such as 20.")
     if match == "iou" and distance_m is not None:
         raise click.UsageError("--distance-m goes with --match distance.")
+    if iou is not None and distance_m is not None:
+        raise click.UsageError("--iou and --distance-m are two rules for a hit; give one of them.")
     if settings["any_class"] and (classes or settings["class_column"] or settings["labelled_class_column"]):
         raise click.UsageError("--any-class goes with neither --class nor --class-column.")
     bands = settings["length_bands_m"]
     if any(low >= high for low, high in pairwise(bands)):
         raise click.UsageError("--length-band must rise from one to the next.")
+
+
+def _check_places(matched: Path | None, csv: Path | None) -> None:
+    """Refuse outputs that cannot be.
+
+    Raises:
+        click.UsageError: the layer's ending names no format, or both are one file.
+    """
+    if matched is not None and matched.suffix.lower() not in _ENDINGS:
+        raise click.UsageError(f"-o {matched} must end with {', '.join(_ENDINGS)}.")
+    if matched is not None and matched == csv:
+        raise click.UsageError("-o and --csv name the same file.")

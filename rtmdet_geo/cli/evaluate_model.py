@@ -64,7 +64,7 @@ def model(
     of `evaluate dota`, `hrsc` or `coco`. Images without labels are left out.
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
-    prepare(**output)
+    prepare(images, labels, *([model] if Path(model).is_file() else []), **output)
     from rtmdet_geo.backends import open_backend
     from rtmdet_geo.catalog import find_model
     from rtmdet_geo.model_evaluation import evaluate_model

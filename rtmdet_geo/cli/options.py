@@ -32,7 +32,8 @@ info                                                       x                 x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ import click
 
 from rtmdet_geo.backends import BACKEND_NAMES
 from rtmdet_geo.cli import report
+from rtmdet_geo.errors import ConfigError, OutputError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -123,6 +125,19 @@ def output_option(help_text: str, *, required: bool = True) -> Callable[[Command
 def parse_bands(values: tuple[str, ...]) -> list[int | str] | None:
     """Turn ``-b`` words into 1-based band numbers or band names; none given is None."""
     return [int(value) if value.isdecimal() else value for value in values] or None
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Make a usage error, exit code 2, of what the library says of values that the command line alone shows.
+
+    Raises:
+        click.UsageError: they are outside their range, or do not go together.
+    """
+    try:
+        yield
+    except (ConfigError, OutputError) as error:
+        raise click.UsageError(f"{error}.") from error
 
 
 def check_stdout_owner(as_json: bool, progress_mode: str, output: Path | None = None) -> None:

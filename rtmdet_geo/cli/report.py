@@ -39,7 +39,13 @@ class _ClickHandler(logging.Handler):
     def __init__(self, ctx: click.Context) -> None:
         super().__init__()
         self._ctx = ctx
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        self._with_names = logging.Formatter("%(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line like those of warnings and errors; with ``-v`` it says whose it is."""
+        if verbosity(self._ctx) > 0:
+            return self._with_names.format(record)
+        return f"rtmdet-geo: {record.levelname.lower()}: {super().format(record)}"
 
     def emit(self, record: logging.LogRecord) -> None:
         echo(self._ctx, self.format(record))

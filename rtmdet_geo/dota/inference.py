@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,8 @@ from rtmdet_geo.backends import Backend
 from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.dota.files import decode_large, find_images, large_image_size, stamp
 from rtmdet_geo.dota.merge import PatchBoxes, merge_boxes, merge_rows, result_texts
-from rtmdet_geo.dota.partial import open_partial
-from rtmdet_geo.dota.rules import PatchName, SplitRules, Tool, parse_patch_name
+from rtmdet_geo.dota.partial import SETTINGS_FILE, open_partial, read_json
+from rtmdet_geo.dota.rules import PatchName, SplitRules, Tool, find_tool, parse_patch_name
 from rtmdet_geo.dota.submission import check_output, write_texts
 from rtmdet_geo.dota.tiles import cut_pixels
 from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
@@ -79,7 +79,7 @@ def run_dota(
     *,
     task2: str | os.PathLike[str] | None = None,
     patches: bool = False,
-    tool: Tool = "devkit",
+    tool: Tool | None = None,
     size: int | None = None,
     gap: int | None = None,
     rates: Sequence[float] = (1.0,),
@@ -90,6 +90,7 @@ def run_dota(
     multi_label: bool = True,
     batch_size: int = 1,
     names: Collection[str] | None = None,
+    classes: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -105,7 +106,8 @@ def run_dota(
         out: folder to make, or ``.zip`` file to submit: Task 1 of models of rotated boxes, Task 2 of others.
         task2: likewise, for Task 2 of a model of rotated boxes: the boxes that enclose those of Task 1.
         patches: the folder holds patches, named as ``tool`` does, and not whole images.
-        tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`.
+        tool: whose windows and rules of merging, see :mod:`rtmdet_geo.dota.rules` and :mod:`rtmdet_geo.dota.merge`;
+            None: "devkit"; of patches, as their names say, or the ``settings.json`` beside their folder.
         size: side of patches in px; None: the model's. Of no matter, as the two that follow, where patches are given.
         gap: px that neighbours share; None: the model's overlap, half of ``size`` at most.
         rates: an image is cut once per rate.
@@ -116,6 +118,7 @@ def run_dota(
         multi_label: several classes for one place are several detections.
         batch_size: patches per call of the engine.
         names: images to take, without ending; None takes all of the folder.
+        classes: names that there must be a file for, besides the model's; those that it does not know are empty.
         resume: go on from ``OUT.partial``: images whose files have not changed are not run again.
         overwrite: replace earlier results, or ``OUT.partial``.
         progress: called with patches done and all patches.
@@ -127,7 +130,7 @@ def run_dota(
 
     Raises:
         AnnotationError: an image does not decode, or is no patch; it is named.
-        ConfigError: a value is outside its range, or ``OUT.partial`` was begun with others.
+        ConfigError: a value is outside its range, patches are not the tool's, or ``OUT.partial`` was begun with others.
         DatasetNotFoundError: the folder is missing, or holds no images.
         OutputError: an output exists or cannot be written.
         Cancelled: ``cancelled`` said so; ``OUT.partial`` stays.
@@ -147,7 +150,12 @@ def run_dota(
         size = engine.fixed_tile_size or engine.spec.tile_size
     if gap is None:
         gap = min(engine.spec.overlap, size // 2)
-    rules = SplitRules(tool, size, gap, tuple(float(rate) for rate in rates))
+    rules = SplitRules(
+        _tool_of_patches(Path(images), tool) if patches else tool or "devkit",
+        size,
+        gap,
+        tuple(float(rate) for rate in rates),
+    )
     sources = _patch_sources(images) if patches else _image_sources(images, rules, names)
     if names is not None:
         sources = [source for source in sources if source.name in names]
@@ -164,6 +172,7 @@ def run_dota(
             partial.record(name, done[name])
     task: Task = 1 if is_rotated else 2
     by_class = _join([(source.name, done[source.name]["rows"]) for source in sources], engine.spec.classes, task)
+    by_class |= _join([], [name for name in classes if name not in by_class], task)
     write_texts(out, result_texts(by_class), task, overwrite=overwrite)
     if task2 is not None:
         write_texts(task2, result_texts({name: _enclosing(rows) for name, rows in by_class.items()}), 2, overwrite=True)
@@ -209,7 +218,8 @@ def _search(
     count = total - sum(source.num_patches for source in todo)
     for source in todo:
         found = []
-        for patch in _run(engine, _pixels(source, rules, patches), settings, cancelled):
+        folder = str(source.files[0].parent)
+        for patch in _run(engine, _pixels(source, rules, patches), folder, settings, cancelled):
             found.append(patch)
             count += 1
             if progress is not None:
@@ -254,6 +264,20 @@ def _patch_sources(folder: str | os.PathLike[str]) -> list[_Source]:
     return [_Source(name, tuple(path for _, path in sorted(found[name])), len(found[name])) for name in sorted(found)]
 
 
+def _tool_of_patches(folder: Path, tool: Tool | None) -> Tool:
+    """Return whose patches a folder holds.
+
+    Raises:
+        ConfigError: their names, or the settings of the split that made them, contradict ``tool``.
+        DatasetNotFoundError: there are none.
+    """
+    settings = read_json(folder.resolve().parent / SETTINGS_FILE) or {}
+    made_by = settings.get("tool") if settings.get("tool") in get_args(Tool) else None
+    if made_by is not None and tool not in (None, made_by):
+        raise ConfigError(f"patches of {str(folder)!r} were cut by {made_by}, as {SETTINGS_FILE} says, not by {tool}")
+    return find_tool(find_images(folder), tool or made_by)
+
+
 def _place(patch: PatchName) -> tuple[float, int, int]:
     """Return what patches of an image are sorted by, so that both ways give equal scores the same order."""
     return float(patch.scale), patch.x, patch.y
@@ -275,9 +299,13 @@ def _pixels(source: _Source, rules: SplitRules, patches: bool) -> Iterator[_Patc
 
 
 def _run(
-    engine: Backend, patches: Iterable[_Patch], settings: _Settings, cancelled: Callable[[], bool] | None
+    engine: Backend,
+    patches: Iterable[_Patch],
+    folder: str,
+    settings: _Settings,
+    cancelled: Callable[[], bool] | None,
 ) -> Iterator[tuple[str, Detections]]:
-    """Yield what is found in each patch, in px of it, best score first.
+    """Yield what is found in each patch, in px of it, best score first; warnings name the folder, so each is said once.
 
     Raises:
         Cancelled: ``cancelled`` said so.
@@ -291,7 +319,7 @@ def _run(
             if cancelled is not None and cancelled():
                 raise Cancelled("stopped between two patches; --resume goes on with the image that was being searched")
             height, width = pixels.shape[:2]
-            shown, _ = array_scene(pixels, _RGB, engine.spec).read(0, 0, width, height)
+            shown, _ = array_scene(pixels, _RGB, engine.spec, name=folder).read(0, 0, width, height)
             boxed = letterbox(shown.transpose(1, 2, 0), side)
             waiting.append(boxed.image.transpose(2, 0, 1))
             in_flight.append((name, height, width, boxed.scale_factor))

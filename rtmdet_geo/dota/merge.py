@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota_results import ResultRows, Task, read_results
-from rtmdet_geo.dota.rules import PatchName, Tool, parse_patch_name
+from rtmdet_geo.dota.rules import PatchName, Tool, find_tool, parse_patch_name
 from rtmdet_geo.dota.submission import check_output, write_texts
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.nms import nms_horizontal
@@ -51,7 +51,7 @@ def merge_results(
     out: str | os.PathLike[str],
     *,
     task: Task = 1,
-    tool: Tool = "devkit",
+    tool: Tool | None = None,
     iou_threshold: float = 0.1,
     classes: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -63,7 +63,7 @@ def merge_results(
         results: folder of ``Task1_<class>.txt`` files (Task 2 likewise) whose images are patches.
         out: folder to make, or ``.zip`` file to submit.
         task: 1 oriented, 2 horizontal.
-        tool: whose rules and names of patches, see the module's text.
+        tool: whose rules and names of patches, see the module's text; None: as the names say.
         iou_threshold: in [0, 1].
         classes: names that there must be a file for; None takes the files there are.
         overwrite: replace an earlier output.
@@ -74,13 +74,14 @@ def merge_results(
 
     Raises:
         AnnotationError: a line is malformed, or its image is no patch; file and line are named.
-        ConfigError: a value is outside its range.
+        ConfigError: a value is outside its range, or patches are not named as the tool names them.
         DatasetNotFoundError: the folder is missing or lacks a file.
         OutputError: ``out`` exists or cannot be written.
     """
     _check(tool, iou_threshold)
     check_output(out, overwrite=overwrite)
     by_class = read_results(Path(results), task, classes)
+    tool = find_tool((patch for rows in by_class.values() for patch in rows.image_ids), tool)
     merged = {}
     for done, (name, rows) in enumerate(by_class.items(), 1):
         merged[name] = merge_rows(rows, tool=tool, iou_threshold=iou_threshold)
@@ -119,6 +120,7 @@ def merge_rows(rows: ResultRows, *, tool: Tool = "devkit", iou_threshold: float 
     if corners is None:
         raise ConfigError("rows without polygons or hboxes cannot be merged")
     patches = _patches(rows)
+    find_tool(rows.image_ids, tool)
     shifts = np.array([(patch.x, patch.y) for patch in patches], np.float64).reshape(-1, 2)
     moved = corners + np.tile(shifts, corners.shape[1] // 2)
     if tool == "devkit":
@@ -185,8 +187,8 @@ def _lines(rows: ResultRows, tool: Tool | None) -> list[str]:
     return [" ".join([image, *row]) for image, row in zip(rows.image_ids, words, strict=True)]
 
 
-def _check(tool: Tool, iou_threshold: float) -> None:
-    if tool not in ("devkit", "bboxtoolkit"):
+def _check(tool: Tool | None, iou_threshold: float) -> None:
+    if tool not in (None, "devkit", "bboxtoolkit"):
         raise ConfigError(f"tool={tool!r} is unknown; choose 'devkit' or 'bboxtoolkit'")
     if not 0 <= iou_threshold <= 1:
         raise ConfigError(f"iou_threshold={iou_threshold!r} must be in [0, 1]")

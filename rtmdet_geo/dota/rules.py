@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
@@ -38,6 +38,9 @@ FloatArray = NDArray[np.float64]
 _CUT = "2"
 #: Windows that hold this share less of the image than the fullest one are as full (BboxToolkit).
 _SAME_SHARE = 0.01
+#: The largest rate (devkit) and the smallest size (px, BboxToolkit) that a patch's name may state: what a model's
+#: coarsest cell covers.
+_MAX_RATE, _MIN_SIZE = 100.0, 32
 _PATCH_NAME = re.compile(r"(?P<image>.+)__(?P<scale>\d+(?:\.\d+)?)__(?P<x>\d+)___(?P<y>\d+)")
 
 
@@ -97,7 +100,7 @@ class SplitRules:
         """Check the values."""
         if self.tool not in ("devkit", "bboxtoolkit"):
             raise ConfigError(f"tool={self.tool!r} is unknown; choose 'devkit' or 'bboxtoolkit'")
-        if not self.rates or not all(math.isfinite(rate) and 0.01 <= rate <= 100 for rate in self.rates):
+        if not self.rates or not all(math.isfinite(rate) and 0.01 <= rate <= _MAX_RATE for rate in self.rates):
             raise ConfigError(f"rates={self.rates!r} must be one number in [0.01, 100] at least")
         if len(set(self.rates)) < len(self.rates):
             raise ConfigError(f"rates={self.rates!r} name a rate twice")
@@ -226,6 +229,53 @@ def parse_patch_name(name: str, place: str = "") -> PatchName:
             "image__size__x___y (bboxtoolkit), as `rtmdet-geo data split` gives them"
         )
     return PatchName(parts["image"], parts["scale"], int(parts["x"]), int(parts["y"]))
+
+
+def find_tool(names: Iterable[str], tool: Tool | None = None) -> Tool:
+    """Return whose patches some names are of.
+
+    A rate is 100 at most, a size a whole number from 32 on; what is both says nothing.
+
+    Args:
+        names: of patches; others say nothing.
+        tool: the one they should be of; None: the one they say.
+
+    Raises:
+        ConfigError: a name contradicts ``tool`` or another name, or none says whose they are.
+
+    Example:
+        >>> find_tool(["P0003__1024__824___0"])
+        'bboxtoolkit'
+    """
+    said: dict[Tool, str] = {}
+    unsure = ""
+    for name in names:
+        parts = _PATCH_NAME.fullmatch(name)
+        if parts is None:
+            continue
+        scale = float(parts["scale"])
+        if scale > _MAX_RATE:
+            said.setdefault("bboxtoolkit", name)
+        elif scale < _MIN_SIZE or not scale.is_integer():
+            said.setdefault("devkit", name)
+        else:
+            unsure = unsure or name
+    meanings = {"devkit": "a rate", "bboxtoolkit": "a size in px"}
+    if len(said) > 1:
+        raise ConfigError(
+            f"patches {said['devkit']!r} and {said['bboxtoolkit']!r} were not made by one tool (image__rate__x___y by "
+            "devkit, image__size__x___y by bboxtoolkit): merge those of each by themselves"
+        )
+    for found, name in said.items():
+        if tool is not None and tool != found:
+            raise ConfigError(
+                f"patch {name!r} is none of {tool}: after the image it names {meanings[found]}, not {meanings[tool]}; "
+                f"it is of {found}"
+            )
+        return found
+    if tool is None and unsure:
+        raise ConfigError(f"patch {unsure!r} names a rate (devkit) or a size (bboxtoolkit): say whose it is by tool")
+    return tool or "devkit"
 
 
 def _devkit_starts(length: int, size: int, gap: int) -> list[int]:

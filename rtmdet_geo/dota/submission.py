@@ -21,6 +21,8 @@ from rtmdet_geo.dota.rules import parse_patch_name
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError, OutputError
 from rtmdet_geo.outputs import check_folder, check_replaceable, staged_folder, staged_output
 
+#: What is said of the file of a class of which nothing was found.
+EMPTY_FILE = "it is empty: nothing was found of this class, which the server may refuse"
 #: Faulty lines of one file that are named; the others are counted.
 _EXAMPLES = 3
 #: Zips know no earlier time; with one time for all, equal results are equal files.
@@ -93,12 +95,18 @@ def _members(
     wanted = {f"Task{task}_{name}.txt" for name in classes}
     by_lower = {name.lower(): name for name in wanted}
     found: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
+    members = archive.infolist()
+    nested = [member for member in members if member.is_dir() or len(PurePosixPath(member.filename).parts) > 1]
+    if nested:
+        number = f" ({len(nested)} entries)" if len(nested) > 1 else ""
+        text = f"folders are not taken{number}: pack the files, not the folder they lie in"
+        findings.append(Finding(f"{path}:{nested[0].filename}", text))
+    for member in members:
         file = PurePosixPath(member.filename)
         place = f"{path}:{member.filename}"
-        if member.is_dir() or len(file.parts) > 1:
-            findings.append(Finding(place, "folders are not taken: pack the files, not the folder they lie in"))
-        elif file.name in found:
+        if member in nested:
+            continue
+        if file.name in found:
             findings.append(Finding(place, "it is there twice: leave one out"))
         elif file.name in wanted:
             found[file.name] = member
@@ -106,6 +114,10 @@ def _members(
             near = by_lower.get(file.name.lower())
             hint = f"should it be {near!r}?" if near else f"leave it out, files are Task{task}_<class>.txt"
             findings.append(Finding(place, f"a file of this name is not taken; {hint}"))
+    for member in nested:  # they are there, only not where they should be
+        name = PurePosixPath(member.filename).name
+        if name in wanted and not member.is_dir():
+            found.setdefault(name, member)
     return found
 
 
@@ -131,7 +143,7 @@ def _check_lines(content: bytes, place: str, known: frozenset[str] | None, task:
     if num_faults > _EXAMPLES:
         findings.append(Finding(place, f"and {num_faults - _EXAMPLES} more lines with faults"))
     if not num_rows:
-        findings.append(Finding(place, "it is empty: nothing was found of this class, which the server may refuse"))
+        findings.append(Finding(place, EMPTY_FILE))
     return findings
 
 
@@ -140,10 +152,12 @@ def _line_fault(line: str, known: frozenset[str] | None, task: Task) -> str | No
     words = line.strip().split(" ")
     if len(words) != len(LINES[task].split()):
         return f"{len(words)} words parted by single spaces, but task {task} has {LINES[task]}"
-    try:
-        values = list(map(float, words[1:]))
-    except ValueError as error:
-        return str(error)
+    values = []
+    for word in words[1:]:
+        try:
+            values.append(float(word))
+        except ValueError:
+            return f"{word!r} is no number; task {task} has {LINES[task]}"
     if not all(map(math.isfinite, values)):
         return "a number is not finite"
     if not 0 <= values[0] <= 1:

@@ -8,8 +8,9 @@ it and holding scores; or the names of the classes, the most probable first.
 from __future__ import annotations
 
 import csv
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from rtmdet_geo.annotations.folders import FoldersSource, list_folders
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.evaluation.classification import accuracy, accuracy_by_class, true_ranks
 from rtmdet_geo.evaluation.report import EvaluationReport, count_confusion
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -85,7 +88,7 @@ class _Guesses:
 
 
 def _guess(table: _Table, true_classes: Sequence[str]) -> _Guesses:
-    if set(true_classes) <= set(table.header):
+    if table.has_scores(set(true_classes)):
         scores = table.scores()
         true_labels = np.array([table.header.index(name) for name in true_classes], np.int64)
         ranks = true_ranks(scores, true_labels)
@@ -111,7 +114,7 @@ class _Table:
 
     @classmethod
     def read(cls, path: Path) -> _Table:
-        rows = _read_csv(path)
+        rows = _read_csv(path, "file of predictions")
         if not rows or len(rows[0][1]) < 2:
             raise AnnotationError(f"{path} has no header of image and classes")
         header = tuple(rows[0][1][1:])
@@ -127,6 +130,22 @@ class _Table:
             raise AnnotationError(f"{path} has a header and no predictions")
         return cls(path, header, tuple(seen), tuple(tuple(row[1:]) for _, row in rows[1:]), tuple(seen.values()))
 
+    def has_scores(self, classes: set[str]) -> bool:
+        """Tell whether the cells are scores of the classes that the columns are named by, not names of classes.
+
+        Raises:
+            AnnotationError: they are numbers, but a class that is labelled has no column.
+        """
+        missing, others = sorted(classes - set(self.header)), [name for name in self.header if name not in classes]
+        if missing:
+            if all(cell in classes or _number(cell) is None for cell in self.cells[0]):
+                return False
+            which = f"column {others[0]!r} is no class of the labels, and none" if others else "no column"
+            raise AnnotationError(f"{self.path}: {which} is class {missing[0]!r}; the labels have {_few(classes)}")
+        if others:
+            logger.warning("%s: no image is labelled %s, but these columns count as guesses", self.path, _few(others))
+        return True
+
     def scores(self) -> Array:
         """Return the cells as numbers, (N, K)."""
         values = []
@@ -134,7 +153,9 @@ class _Table:
             try:
                 values.append([float(cell) for cell in row])
             except ValueError as error:
-                raise AnnotationError(f"{self.path}:{number}: {error}") from error
+                at = next(at for at, cell in enumerate(row) if _number(cell) is None)
+                place = f"{self.path}:{number}"
+                raise AnnotationError(f"{place}: score {row[at]!r} of {self.header[at]!r} is no number") from error
             if not all(map(math.isfinite, values[-1])):
                 raise AnnotationError(f"{self.path}:{number}: a score is not finite")
         return np.array(values, np.float64)
@@ -149,18 +170,35 @@ class _Table:
         return rows
 
 
-def _read_csv(path: Path) -> list[tuple[int, list[str]]]:
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _few(names: Iterable[str]) -> str:
+    """Return the first of some names."""
+    found = sorted(names)
+    return ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+
+
+def _read_csv(path: Path, what: str) -> list[tuple[int, list[str]]]:
     """Return the rows of a CSV file with the lines that they end in; cells without the white space around them."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, strict=True)
-            return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except FileNotFoundError as error:
-        raise DatasetNotFoundError(f"file {str(path)!r} is missing") from error
+        raise DatasetNotFoundError(f"{what} {str(path)!r} is missing") from error
     except OSError as error:
         raise AnnotationError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise AnnotationError(f"{path} is no CSV file: {error}") from error
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if rows and len(rows[0][1]) == 1 and sign in rows[0][1][0]:
+            raise AnnotationError(f"{path}:{rows[0][0]}: its cells are parted by {name}; save it with commas")
+    return rows
 
 
 def _read_labels(path: Path) -> dict[str, str]:
@@ -168,7 +206,7 @@ def _read_labels(path: Path) -> dict[str, str]:
     if path.is_dir():
         return dict(list_folders(FoldersSource(path)).images)
     found: dict[str, str] = {}
-    for number, row in _read_csv(path)[1:]:
+    for number, row in _read_csv(path, "file or folder of labels")[1:]:
         if len(row) != 2 or not row[1]:
             raise AnnotationError(f"{path}:{number}: it should be image,class")
         if found.setdefault(row[0], row[1]) != row[1]:

@@ -15,7 +15,7 @@ from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.evaluation.coco import CocoDetections, CocoScores, CocoTruth, evaluate_coco, require_coco
 from rtmdet_geo.evaluation.confusion import CONFUSION_IOU, confuse_classes
 from rtmdet_geo.evaluation.report import EvaluationReport
-from rtmdet_geo.evaluation.rotated import best_of_overlaps, match_class
+from rtmdet_geo.evaluation.rotated import best_columns, best_of_overlaps, match_class
 
 Array = NDArray[Any]
 CocoMeasure = Literal["boxes", "masks"]
@@ -126,13 +126,13 @@ def _report(
         is_hit, is_counted = matches.judge(CONFUSION_IOU)
         hits.append(matches.scores[is_hit])
         misses.append(matches.scores[is_counted & ~is_hit])
-        f1, score = curves[name].best_f1
         rows.append(
             {"class": name, "objects": int(scores.num_objects[label]), "detections": len(matches.scores)}
             | {"AP": scores.average_precision(label), "AP50": scores.average_precision(label, 0.5)}
-            | {"AP75": scores.average_precision(label, 0.75), "best_f1": f1, "best_score": score}
+            | {"AP75": scores.average_precision(label, 0.75)}
+            | best_columns(*curves[name].best_f1, curves[name].num_objects, len(matches.scores))
         )
-    least = np.array([row["best_score"] for row in rows])
+    least = np.array([curves[name].best_f1[1] for name in classes])
     sure = [np.flatnonzero(one.scores >= least[one.labels]) for one in detections]
     everything = [np.arange(len(truth.labels)) for truth in truths]
     confusion = confuse_classes(

@@ -6,6 +6,7 @@ What counts as a hit, and how precision becomes an average: :mod:`rtmdet_geo.eva
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 #: Names of the lists of classes.
 VERSIONS = ("v1.0", "v1.5", "v2.0")
+_LOOKS_LIKE_LIST = re.compile(r"(dota_?)?v\d[\d.]*|.*\.txt")
 
 
 def evaluate_dota(
     results: str | Path,
     labels: str | Path,
     *,
-    classes: str | Path | Sequence[str] = "v1.0",
+    classes: str | Path | Sequence[str] = "dota_v1.0",
     task: Task = 1,
     protocol: Protocol = "devkit",
     difficult: Difficult | None = None,
@@ -44,9 +46,10 @@ def evaluate_dota(
     """Score DOTA result files.
 
     Args:
-        results: folder of ``Task1_<class>.txt`` or ``Task2_<class>.txt``, one for each class.
+        results: folder or zip of ``Task1_<class>.txt`` or ``Task2_<class>.txt``, one for each class.
         labels: folder of labelTxt files of the whole images; each is an image that was searched.
-        classes: "v1.0", "v1.5", "v2.0", a file with one name a line, or names.
+        classes: "dota_v1.0", "dota_v1.5", "dota_v2.0" (or without "dota_"), a file with one name a line, names with
+            commas, or a sequence of them.
         task: 1 oriented, 2 horizontal: enclosing boxes of the labelled corners.
         protocol: whose rules, see :mod:`rtmdet_geo.evaluation.voc`.
         difficult: what becomes of difficult objects; None: as the protocol does.
@@ -96,19 +99,25 @@ def evaluate_dota(
 
 
 def read_class_list(classes: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Return the names that a version, a file with one name a line, or a sequence stands for.
+    """Return the names that a version, a file with one name a line, names with commas, or a sequence stand for.
+
+    A version is "v1.0" as well as "dota_v1.0".
 
     Raises:
-        DatasetNotFoundError: it is no version, and no file either.
+        DatasetNotFoundError: it looks like a version or a file, but is none.
         AnnotationError: the file is empty, not text, or names a class twice.
     """
     if not isinstance(classes, str | Path):
         return tuple(classes)
-    if str(classes) in VERSIONS:
-        return KNOWN[f"dota_{classes}"]
-    path = Path(classes)
+    text, path = str(classes), Path(classes)
+    if text.removeprefix("dota_") in VERSIONS:
+        return KNOWN[f"dota_{text.removeprefix('dota_')}"]
     if not path.is_file():
-        raise DatasetNotFoundError(f"{str(path)!r} is none of {', '.join(VERSIONS)}, and no file of class names")
+        if isinstance(classes, Path) or len(path.parts) > 1 or _LOOKS_LIKE_LIST.fullmatch(text):
+            raise DatasetNotFoundError(
+                f"{text!r} is none of dota_{', dota_'.join(VERSIONS)}, and no file of class names"
+            )
+        return _named_classes(text)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -121,6 +130,14 @@ def read_class_list(classes: str | Path | Sequence[str]) -> tuple[str, ...]:
     if not seen:
         raise AnnotationError(f"{path} names no class; write one a line")
     return tuple(seen)
+
+
+def _named_classes(text: str) -> tuple[str, ...]:
+    """Return names that are written with commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise AnnotationError(f"classes {text!r}: a name is empty or there twice; write them as plane,ship")
+    return names
 
 
 class Steps:
@@ -153,7 +170,8 @@ def label_files(folder: Path, pattern: str) -> list[Path]:
         DatasetNotFoundError: the folder is missing or holds no such file.
     """
     if not folder.is_dir():
-        raise DatasetNotFoundError(f"folder of labels {str(folder)!r} is missing")
+        fault = "is a file; give the folder that it lies in" if folder.exists() else "is missing"
+        raise DatasetNotFoundError(f"folder of labels {str(folder)!r} {fault}")
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise DatasetNotFoundError(f"no label files ({pattern}) in {str(folder)!r}")

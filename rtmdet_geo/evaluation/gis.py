@@ -24,10 +24,20 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError, ConfigError, UnknownClassError
 from rtmdet_geo.evaluation.layer_matching import Matches, Rule, Shape, layer_rule, match_layers, pair_errors
-from rtmdet_geo.evaluation.layers import ANY_CLASS, Layer, Source, is_within, number_classes, read_area, read_layer
+from rtmdet_geo.evaluation.layers import (
+    ANY_CLASS,
+    Layer,
+    Source,
+    is_within,
+    number_classes,
+    read_area,
+    read_layer,
+    warn_of_doubles,
+)
 from rtmdet_geo.evaluation.plots import best_threshold
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
-from rtmdet_geo.evaluation.rotated import Curve, curve_of
+from rtmdet_geo.evaluation.rotated import Curve, best_columns, curve_of
+from rtmdet_geo.outputs import check_not_among
 from rtmdet_geo.vector import WGS84, GeometryType, check_output, project_polygons, write_features
 
 logger = logging.getLogger(__name__)
@@ -125,11 +135,14 @@ def evaluate_layers(
     Raises:
         ConfigError: a number is out of range or missing, or arguments do not go together.
         UnknownClassError: neither layer has a class of that name.
-        DatasetNotFoundError, AnnotationError: a layer is missing or malformed, or the layers share no class.
-        OutputError: ``output`` exists or cannot be written.
+        DatasetNotFoundError, AnnotationError: a layer is missing or malformed, has no scores where ``score`` is given,
+            or the layers share no class.
+        OutputError: ``output`` exists, is one of the layers, or cannot be written.
     """
     _check_options(match, iou, distance_m, score, length_bands_m)
     if output is not None:
+        files = (predicted, labelled, aoi)
+        check_not_among(output, [one for one in files if isinstance(one, str | os.PathLike)])
         check_output(output, overwrite)
     if any_class and (classes or class_column or labelled_class_column):
         raise ConfigError("any_class compares places only; name no classes and no column of them")
@@ -142,8 +155,15 @@ def evaluate_layers(
         has_classes=not any_class,
         has_scores=True,
     )
+    if score is not None and not found.has_scores and len(found):
+        columns = ", ".join(str(one) for one in found.frame.columns if one != "geometry") or "none"
+        raise AnnotationError(
+            f"{found.name} has no column 'score', which --score asks for: name it with --score-column; its columns: "
+            f"{columns}"
+        )
     column = labelled_class_column or class_column
     truth = read_layer(labelled, "labelled", layer=labelled_layer, class_column=column, has_classes=not any_class)
+    warn_of_doubles(truth)
     area = read_area(aoi) if aoi is not None else None
     found, truth = _agree_on_classes(found, truth, any_class, classes)
     if score is not None:
@@ -172,7 +192,9 @@ def _check_options(
     if score is not None and not math.isfinite(score):
         raise ConfigError(f"score threshold {score!r} is no number")
     if any(not 0 < low < high for low, high in pairwise([*bands, math.inf])):
-        raise ConfigError(f"bands of length {list(bands)!r} must be positive and rise")
+        raise ConfigError(
+            f"bands of length {list(bands)!r} must be positive and rise: --length-band 50 --length-band 100"
+        )
 
 
 def _agree_on_classes(
@@ -188,10 +210,13 @@ def _agree_on_classes(
     if any_class or any(layer.class_names is None and len(layer) for layer in (found, truth)):
         for layer in named if not any_class else ():
             number = len(set(layer.class_names if layer.class_names is not None else ()))
-            if number > 1:
-                logger.warning(
-                    "classes are not compared: %s has %d, but the other layer has no column of them", layer.name, number
-                )
+            logger.warning(
+                "places are compared, not classes: %s has %d, but the %s has no column of them (--class-column, "
+                "--labelled-class-column, or --any-class to say so)",
+                layer.name,
+                number,
+                (truth if layer is found else found).name,
+            )
         found, truth = (replace(layer, class_names=np.full(len(layer), ANY_CLASS, object)) for layer in (found, truth))
     names = [set() if layer.class_names is None else set(layer.class_names) for layer in (found, truth)]
     if classes is not None:
@@ -235,6 +260,17 @@ def _compare(found: Layer, truth: Layer, rule: Rule, area: geopandas.GeoSeries |
     found_in, truth_in = (
         np.ones(len(layer), bool) if area is None else is_within(layer.objects.lonlat, area) for layer in (found, truth)
     )
+    if area is not None and (len(found) or len(truth)) and not (found_in.any() or truth_in.any()):
+        west, south, east, north = area.to_crs(WGS84).total_bounds
+        place = (found if len(found) else truth).objects.lonlat[0]
+        logger.warning(
+            "none of the %d predictions and %d labels lies in the area of interest, longitude %.4f to %.4f and "
+            "latitude %.4f to %.4f; the first lies at %.4f %.4f: is --aoi of the same place, and its CRS right?",
+            len(found),
+            len(truth),
+            *(west, east, south, north),
+            *place,
+        )
     errors = pair_errors(found, truth, same.best, rule)
     return _Comparison(
         found, truth, classes, found_labels, truth_labels, rule, same, any_class, found_in, truth_in, errors
@@ -288,14 +324,11 @@ class _Part:
     def _rates(self) -> dict[str, float]:
         """Return precision, recall and F1 of all, and the best F1; nan where there is nothing to divide by."""
         hits, misses = map(len, self.scores)
-        f1, score = best_threshold(*self.scores, self.num_objects)
         return {
             "precision": _ratio(hits, hits + misses),
             "recall": _ratio(hits, self.num_objects),
             "f1": _ratio(2 * hits, hits + misses + self.num_objects),
-            "best_f1": f1 if self.num_objects else math.nan,
-            "best_score": score if self.num_objects and hits else math.nan,
-        }
+        } | best_columns(*best_threshold(*self.scores, self.num_objects), self.num_objects, hits + misses)
 
     def _sizes(self) -> dict[str, float]:
         """Return how far off the hits are."""

@@ -6,11 +6,12 @@ By MMRotate's rules, which published figures follow (:mod:`rtmdet_geo.evaluation
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from rtmdet_geo.annotations.dota_results import read_result_file
+from rtmdet_geo.annotations.dota_results import read_result_file, read_results
 from rtmdet_geo.annotations.hrsc import read_hrsc
 from rtmdet_geo.annotations.labels import ImageLabels
 from rtmdet_geo.annotations.rbox import read_rbox
@@ -35,7 +36,7 @@ def evaluate_hrsc(
     """Score ships found in HRSC2016.
 
     Args:
-        results: file with a line ``image score x1 y1 ... x4 y4`` a ship, or the folder of ``Task1_ship.txt``.
+        results: file with a line ``image score x1 y1 ... x4 y4`` a ship, or the folder or zip of ``Task1_ship.txt``.
         labels: folder of HRSC2016's XML files, or of text files ``cx cy w h angle``; each is an image that was
             searched.
         points: whose figures come first.
@@ -67,7 +68,8 @@ def evaluate_hrsc(
     paths = label_files(folder, "*.xml" if is_xml else "*.txt")
     objects = read_objects(paths, read, Steps(len(paths), progress, cancelled))
     warn_of_other_classes(objects, HRSC)
-    scores = score_results({ship: read_result_file(path, 1)}, objects, HRSC, protocol="mmrotate", difficult=difficult)
+    found = read_results(path, 1, HRSC) if zipfile.is_zipfile(path) else {ship: read_result_file(path, 1)}
+    scores = score_results(found, objects, HRSC, protocol="mmrotate", difficult=difficult)
     title = f"HRSC2016, difficult ships: {difficult}"
     return voc_report(
         scores, title, points="11" if points == "voc07" else "area", suffixes={"11": "voc07", "area": "voc12"}

@@ -105,7 +105,9 @@ def layer_rule(
 
     if iou is not None:
         if points:
-            raise AnnotationError(f"{points[0]} holds points, which overlap nothing: match by distance")
+            raise AnnotationError(
+                f"{points[0]} holds points, which overlap nothing: match by distance, such as --distance-m 20"
+            )
         what = "smallest rectangles" if has_rectangles else "outlines"
         text = f"layers, IoU of {what} at least {iou:g}"
         return Rule(f"AP{100 * iou:g}", text, overlap, iou, None, overlap)

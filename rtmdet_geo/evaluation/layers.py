@@ -47,6 +47,7 @@ class Layer:
         class_names: N names, or None where the layer names none.
         scores: (N,) float64; 1 where the layer has none.
         objects: where they are.
+        has_scores: whether the layer has a column of scores.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layer:
     class_names: NDArray[np.object_] | None
     scores: NDArray[np.float64]
     objects: GroundObjects
+    has_scores: bool = False
 
     def __len__(self) -> int:
         """Return N."""
@@ -64,7 +66,7 @@ class Layer:
         """Return the objects where ``keep`` (N,) is True."""
         names = None if self.class_names is None else self.class_names[keep]
         objects = GroundObjects(*(getattr(self.objects, one.name)[keep] for one in fields(self.objects)))
-        return Layer(self.name, self.frame[keep], self.rows[keep], names, self.scores[keep], objects)
+        return Layer(self.name, self.frame[keep], self.rows[keep], names, self.scores[keep], objects, self.has_scores)
 
     @property
     def has_points(self) -> bool:
@@ -99,11 +101,14 @@ def read_layer(
             that is missing, or other geometries.
     """
     name = f"{role} layer" if isinstance(source, geopandas.GeoDataFrame) else f"{role} layer {os.fspath(source)!r}"
-    frame = source if isinstance(source, geopandas.GeoDataFrame) else _read(Path(source), name, layer)
+    option = f"--{role}-layer"
+    frame = source if isinstance(source, geopandas.GeoDataFrame) else _read(Path(source), name, layer, option)
     frame, rows = _with_geometry(frame, name)
+    _warn_of_parts(frame, name)
     names = _class_names(frame, rows, name, class_column) if has_classes else None
-    scores = _scores(frame, rows, name, score_column) if has_scores else np.ones(len(frame))
-    return Layer(name, frame, rows, names, scores, _place(frame, name))
+    scores = _scores(frame, rows, name, score_column) if has_scores else None
+    certain = np.ones(len(frame)) if scores is None else scores
+    return Layer(name, frame, rows, names, certain, _place(frame, name), scores is not None)
 
 
 def read_area(source: Source, layer: str | None = None) -> geopandas.GeoSeries:
@@ -113,7 +118,7 @@ def read_area(source: Source, layer: str | None = None) -> geopandas.GeoSeries:
         DatasetNotFoundError, AnnotationError: as :func:`read_layer`, or there is no polygon.
     """
     name = "area of interest" + ("" if isinstance(source, geopandas.GeoDataFrame) else f" {os.fspath(source)!r}")
-    frame = source if isinstance(source, geopandas.GeoDataFrame) else _read(Path(source), name, layer)
+    frame = source if isinstance(source, geopandas.GeoDataFrame) else _read(Path(source), name, layer, None)
     frame, _ = _with_geometry(frame, name)
     if not len(frame) or not set(frame.geom_type) <= _POLYGONS:
         raise AnnotationError(f"{name} holds {_kinds(frame)}; give polygons")
@@ -133,7 +138,7 @@ def is_within(lonlat: NDArray[np.float64], area: geopandas.GeoSeries) -> NDArray
     return np.asarray(inside)
 
 
-def _read(path: Path, name: str, layer: str | None) -> geopandas.GeoDataFrame:
+def _read(path: Path, name: str, layer: str | None, option: str | None) -> geopandas.GeoDataFrame:
     if not path.exists():
         raise DatasetNotFoundError(f"{name} does not exist; check the path")
     try:
@@ -141,7 +146,8 @@ def _read(path: Path, name: str, layer: str | None) -> geopandas.GeoDataFrame:
             return geopandas.read_parquet(path)
         layers = [str(row[0]) for row in pyogrio.list_layers(path)]
         if layer is None and len(layers) > 1:
-            raise AnnotationError(f"{name} holds the layers {', '.join(layers)}; name one of them")
+            advice = "give a file with one layer" if option is None else f"name one of them with {option}"
+            raise AnnotationError(f"{name} holds the layers {', '.join(layers)}; {advice}")
         if layer is not None and layer not in layers:
             raise AnnotationError(f"{name} has no layer {layer!r}; it holds {', '.join(layers)}")
         with warnings.catch_warnings():
@@ -176,6 +182,31 @@ def _with_geometry(frame: Any, name: str) -> tuple[geopandas.GeoDataFrame, NDArr
     return frame, rows
 
 
+def _warn_of_parts(frame: geopandas.GeoDataFrame, name: str) -> None:
+    """Log how many features have several parts."""
+    parts = shapely.get_num_geometries(np.asarray(frame.geometry.array))
+    several = parts[parts > 1]
+    if len(several):
+        text = "1 feature has" if len(several) == 1 else f"{len(several)} features have together"
+        logger.warning(
+            "%s: %s %d parts: each feature counts as one object; split features that hold several (QGIS: Multipart to "
+            "singleparts; geopandas: explode)",
+            name,
+            text,
+            several.sum(),
+        )
+
+
+def warn_of_doubles(layer: Layer) -> None:
+    """Log how many objects are exact copies of others: same outline, same class."""
+    shapes = shapely.to_wkb(shapely.normalize(np.asarray(layer.frame.geometry.array)))
+    names = [None] * len(layer) if layer.class_names is None else layer.class_names
+    copies = len(layer) - len(set(zip(shapes.tolist(), names, strict=True)))
+    if copies:
+        text = "1 object is an exact copy of another" if copies == 1 else f"{copies} objects are exact copies of others"
+        logger.warning("%s: %s and will be missed, for a prediction finds one object: delete it", layer.name, text)
+
+
 def _kinds(frame: geopandas.GeoDataFrame) -> str:
     return ", ".join(sorted(set(frame.geom_type))) or "nothing"
 
@@ -189,12 +220,12 @@ def _class_names(
 
 def _scores(
     frame: geopandas.GeoDataFrame, rows: NDArray[np.int64], name: str, wanted: str | None
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64] | None:
     column = find_column(frame, name, wanted if len(frame) else None, SCORE_COLUMN)
     if column is None:
         if len(frame):
             logger.warning("%s has no column %r: all its objects count as equally certain", name, SCORE_COLUMN)
-        return np.ones(len(frame))
+        return None
     scores = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
     is_wrong = ~np.isfinite(scores)
     if is_wrong.any():

@@ -21,10 +21,12 @@ Array = NDArray[np.float64]
 
 #: Files that :func:`draw_report` may make.
 PICTURES = ("precision_recall.png", "confusion.png", "scores.png")
+#: Table beside the picture of the confusion.
+CONFUSION_TABLE = "confusion.csv"
 #: Lines that a picture names; more cannot be told apart.
 MAX_NAMED = 10
 #: Classes up to which a confusion matrix shows numbers, and names of its rows and columns.
-MAX_NUMBERED, MAX_LISTED = 24, 60
+MAX_NUMBERED, MAX_LISTED = 24, 100
 #: Bars of a histogram of scores.
 _NUM_BARS = 40
 
@@ -146,7 +148,7 @@ def draw_confusion(confusion: Confusion) -> bytes | None:
             if count:
                 ink = "white" if share[row, column] > 0.55 else "black"
                 axes.text(column, row, _brief(count), ha="center", va="center", color=ink, fontsize=8)
-    return to_png(figure, grid=False)
+    return to_png(figure, grid=False, is_fitted=True)
 
 
 def _brief(count: int) -> str:

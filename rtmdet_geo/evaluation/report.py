@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from rtmdet_geo.charts import require_matplotlib
 from rtmdet_geo.errors import OutputError
 from rtmdet_geo.evaluation.rotated import Curve
-from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_not_among, staged_output
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -141,35 +144,55 @@ def rows_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def confusion_csv(confusion: Confusion) -> str:
+    """Return a confusion matrix as CSV: a row a labelled class, a column a predicted one, background last."""
+    names = [*confusion.names, BACKGROUND]
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["labelled", *names])
+    writer.writerows([name, *row] for name, row in zip(names, confusion.matrix.tolist(), strict=True))
+    return stream.getvalue()
+
+
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of columns in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def check_report_outputs(
-    *, csv: str | os.PathLike[str] | None = None, plots: str | os.PathLike[str] | None = None, overwrite: bool = False
+    *,
+    csv: str | os.PathLike[str] | None = None,
+    plots: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
-    """Check before a long run that :func:`write_report` could write there.
+    """Check before a long run that :func:`write_report` could write there, and would not write over its sources.
 
     Raises:
-        OutputError: as :func:`write_report`, as far as it can be known without writing.
+        OutputError: as :func:`write_report`, as far as it can be known without writing; or an output is a source.
         MissingDependencyError: plots are asked for without matplotlib.
     """
-    from rtmdet_geo.evaluation.plots import PICTURES
+    from rtmdet_geo.evaluation.plots import CONFUSION_TABLE, PICTURES
 
-    check_files(csv, plots, PICTURES, overwrite)
+    check_files(csv, plots, (*PICTURES, CONFUSION_TABLE), overwrite, sources)
 
 
 def check_files(
-    csv: str | os.PathLike[str] | None, plots: str | os.PathLike[str] | None, pictures: Sequence[str], overwrite: bool
+    csv: str | os.PathLike[str] | None,
+    plots: str | os.PathLike[str] | None,
+    pictures: Sequence[str],
+    overwrite: bool,
+    sources: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
     """Check before a long run that a CSV file and pictures in a folder, which need not be there, could be written.
 
     Raises:
-        OutputError: a file exists and ``overwrite`` is False, or its folder is not writable, or is a file.
+        OutputError: a file exists and ``overwrite`` is False, or is one of the sources; or its folder is not writable,
+            or is a file.
         MissingDependencyError: pictures are asked for without matplotlib.
     """
     if csv is not None:
+        check_not_among(csv, sources)
         check_folder(csv, overwrite)
     if plots is not None:
         require_matplotlib()
@@ -193,7 +216,7 @@ def write_report(
         report: what to write.
         csv: file for the rows.
         plots: folder for the pictures, made if it is not there: ``precision_recall.png``, ``confusion.png``,
-            ``scores.png``, those that there is something to draw for.
+            ``scores.png``, those that there is something to draw for, and ``confusion.csv``, the numbers by name.
         overwrite: replace files that are there.
 
     Returns:
@@ -208,9 +231,15 @@ def write_report(
     if csv is not None:
         contents[Path(csv)] = report_csv(report).encode()
     if plots is not None:
-        from rtmdet_geo.evaluation.plots import draw_report
+        from rtmdet_geo.evaluation.plots import CONFUSION_TABLE, draw_report
 
-        contents |= {Path(plots) / name: picture for name, picture in draw_report(report).items()}
+        drawn = draw_report(report)
+        if not drawn:
+            logger.warning("nothing was labelled or predicted: there is nothing to draw into %r", os.fspath(plots))
+        if report.confusion is not None and report.confusion.matrix.any():
+            drawn[CONFUSION_TABLE] = confusion_csv(report.confusion).encode()
+        contents |= {Path(plots) / name: picture for name, picture in drawn.items()}
+        plots = plots if drawn else None
     write_files(contents, None if plots is None else Path(plots), overwrite)
     return list(contents)
 

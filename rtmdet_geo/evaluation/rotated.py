@@ -6,6 +6,7 @@ Boxes are compared by their rotated IoU; whoever compares something else, such a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,16 @@ class ClassMatches:
         """Return precision over recall at an IoU in (0, 1]."""
         is_hit, is_counted = self.judge(iou_threshold, is_strict=is_strict)
         return curve_of(self.scores[is_counted], is_hit[is_counted], self.num_objects)
+
+
+def best_columns(f1: float, score: float, num_objects: int, num_detections: int) -> dict[str, float]:
+    """Return ``best_f1`` and ``best_score`` as tables tell them, of what :attr:`Curve.best_f1` or the like returned.
+
+    nan where nothing is labelled or nothing was detected, for there is no threshold to choose then; the score is nan
+    where no detection hits, for all thresholds are alike.
+    """
+    is_known = num_objects > 0 and num_detections > 0
+    return {"best_f1": f1 if is_known else math.nan, "best_score": score if is_known and f1 > 0 else math.nan}
 
 
 def match_class(scores: Array, best: Array, overlap: Array, ignored: Array) -> ClassMatches:

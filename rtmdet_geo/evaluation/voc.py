@@ -36,7 +36,7 @@ from rtmdet_geo.evaluation.coco import IOU_THRESHOLDS
 from rtmdet_geo.evaluation.confusion import confuse_classes
 from rtmdet_geo.evaluation.matching import Measure, best_matches
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport
-from rtmdet_geo.evaluation.rotated import ClassMatches, Curve, match_class
+from rtmdet_geo.evaluation.rotated import ClassMatches, Curve, best_columns, match_class
 
 Array = NDArray[Any]
 Protocol = Literal["devkit", "mmrotate"]
@@ -302,9 +302,8 @@ def voc_report(
         for way in ordered:
             row |= _figures(one.average_precisions(way), ends[way])
         curve = one.curves[0]
-        f1, score = curve.best_f1
-        row["recall"] = float(curve.recall[-1]) if len(curve.recall) and one.num_objects else float("nan")
-        rows.append(row | {"best_f1": f1, "best_score": score})
+        row["recall"] = float(curve.recall.max(initial=0.0)) if one.num_objects else float("nan")
+        rows.append(row | best_columns(*curve.best_f1, one.num_objects, len(curve.scores)))
         is_hit, is_counted = one.matches.judge(IOU_THRESHOLDS[0], is_strict=scores.protocol == "devkit")
         hits.append(one.matches.scores[is_hit])
         misses.append(one.matches.scores[is_counted & ~is_hit])

@@ -209,11 +209,12 @@ def test_coco_faults(tmp_path):
     write_text(tmp_path / "all.json", json.dumps({"images": [image], "annotations": [], "categories": []}))
     with pytest.raises(AnnotationError, match=r"1\.png: it is 40 x 30 px, .*says 30 x 40 px, turned by 90 degrees"):
         load(tmp_path, format="coco", train_labels="all.json")
-    write_text(
-        tmp_path / "all.json",
-        json.dumps({"images": [image | {"file_name": "9.png"}], "annotations": [], "categories": []}),
-    )
-    with pytest.raises(AnnotationError, match=r"labels without image: .*image 1: .*9\.png' is missing"):
+    gone = image | {"id": 3, "file_name": "9.png"}
+    write_text(tmp_path / "all.json", json.dumps({"images": [image, gone], "annotations": [], "categories": []}))
+    with pytest.raises(AnnotationError, match=r"labels without image: .*image 3: .*9\.png' is missing"):
+        load(tmp_path, format="coco", train_labels="all.json")
+    write_text(tmp_path / "all.json", json.dumps({"images": [gone], "annotations": [], "categories": []}))
+    with pytest.raises(DatasetNotFoundError, match=r"such as '1\.png'.*such as '9\.png'"):
         load(tmp_path, format="coco", train_labels="all.json")
     write_text(tmp_path / "all.json", json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}))
     with pytest.raises(AnnotationError, match="image 1: it has no file_name"):

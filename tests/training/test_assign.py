@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rtmdet_geo.boxes import boxes_to_hboxes
@@ -84,7 +84,15 @@ def test_oracle_notices_other_parameters(oracle_dir: Path) -> None:
 
 
 def _reference(boxes: Any, logits: Any, priors: Any, gt_boxes: Any, gt_labels: Any) -> dict[int, tuple[int, float]]:
-    """Pair by pair in float64, straight from the module's text: {prior: (ground truth, IoU)}."""
+    """Pair by pair in float64, straight from the module's text: {prior: (ground truth, IoU)}.
+
+    Where single precision may decide otherwise - two costs are as good as equal, or boxes hardly touch and a rounding
+    error is all that the logarithm of their IoU sees - the example is dropped.
+    """
+
+    def look_clear(first: tuple[int, int], second: tuple[int, int]) -> None:
+        assume(cost[second] - cost[first] > 1e-3 and max(iou[first], iou[second]) > 1e-5)
+
     is_rotated = boxes.shape[1] == 5
     inside = []
     for x, y, *_ in priors:
@@ -118,8 +126,15 @@ def _reference(boxes: Any, logits: Any, priors: Any, gt_boxes: Any, gt_labels: A
     wanted: dict[int, list[int]] = {}
     for j in range(len(gt_boxes)):
         k = max(1, int(sum(sorted(iou[candidates, j], reverse=True)[:13])))
-        for i in sorted(candidates, key=lambda i: cost[i, j])[:k]:
+        order = sorted(candidates, key=lambda i: cost[i, j])
+        if len(order) > k:
+            look_clear((order[k - 1], j), (order[k], j))
+        for i in order[:k]:
             wanted.setdefault(i, []).append(j)
+    for i, gts in wanted.items():
+        if len(gts) > 1:
+            best, second = np.argsort(cost[i])[:2].tolist()
+            look_clear((i, best), (i, second))
     winners = {i: (gts[0] if len(gts) == 1 else int(cost[i].argmin())) for i, gts in wanted.items()}
     return {i: (winners[i], float(iou[i, winners[i]])) for i in sorted(winners)}
 
@@ -172,7 +187,7 @@ def _scene(seed: int, num_gts: int, size: int = 96) -> tuple[np.ndarray, ...]:
     return boxes, rng.normal(-2, 2, (len(priors), 3)), priors, gt_boxes, rng.integers(0, 3, num_gts)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10**6), st.integers(0, 12), st.booleans(), st.booleans(), st.sampled_from([1, 200, 10**6]))
 def test_equals_slow_reference(seed: int, num_gts: int, is_rotated: bool, use_numba: bool, max_pairs: int) -> None:
     arrays = [values.astype(np.float32).astype(np.float64) for values in _scene(seed, num_gts)[:4]]

@@ -184,9 +184,10 @@ def _frame(
     image: SetImage, kept: NDArray[np.intp], shapes: NDArray[Any], classes: Sequence[str], crs: pyproj.CRS
 ) -> geopandas.GeoDataFrame:
     names = [image.labels.class_names[index] for index in kept]
+    number_of = {name: number for number, name in enumerate(classes)}
     columns = {
         "id": np.arange(len(kept), dtype=np.int64),
-        "class_id": np.array([list(classes).index(name) for name in names], np.int64),
+        "class_id": np.array([number_of[name] for name in names], np.int64),
         "class_name": pd.Series(names, dtype="str"),
         "scene_id": text_column(image.stem, len(kept)),
         "difficult": image.labels.difficult[kept],

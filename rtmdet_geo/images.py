@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from rtmdet_geo.annotations.outlines import Outline, trace_mask, transform_outline
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.bands import Band
-from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
+from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import BandError, ConfigError, SaturatedTileWarning
 from rtmdet_geo.masks import CroppedMask, assemble_detections, crop_outline
 from rtmdet_geo.merge import MAX_OVERLAP, merge_survivors
-from rtmdet_geo.nms import nms_horizontal, nms_rotated
+from rtmdet_geo.nms import nms_of_kind
 from rtmdet_geo.preprocess import check_array, letterbox
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import outlines_of
@@ -241,12 +241,7 @@ def _predict_whole(
     found = join(parts)
     if settings.class_ids is not None:
         found = found.select(np.isin(found.labels, settings.class_ids))
-    if found.kind == "rotated":
-        kept = nms_rotated(found.boxes, found.scores, found.labels, iou_threshold=settings.iou_threshold)
-    else:
-        kept = nms_horizontal(
-            boxes_to_hboxes(found.boxes), found.scores, found.labels, iou_threshold=settings.iou_threshold
-        )
+    kept = nms_of_kind(found.boxes, found.scores, found.labels, kind=found.kind, iou_threshold=settings.iou_threshold)
     found = found.select(kept[:max_detections])
     if found.kind != "mask":
         return found, None

@@ -75,23 +75,10 @@ class LabelLayer:
                 the column or a value in it, or has other features than polygons.
         """
         import geopandas
-        import pyogrio
 
         self.path = path
         name = f"label layer {str(path)!r}"
-        try:
-            layer_names = [str(row[0]) for row in pyogrio.list_layers(path)]
-            if layer_name is None and len(layer_names) > 1:
-                raise AnnotationError(
-                    f"{name} holds the layers {', '.join(layer_names)}; name one of them with --layer"
-                )
-            if layer_name is not None and layer_name not in layer_names:
-                raise AnnotationError(f"{name} has no layer {layer_name!r}; it holds {', '.join(layer_names)}")
-            layer = geopandas.read_file(path, layer=layer_name or 0)
-        except AnnotationError:
-            raise
-        except Exception as error:  # pyogrio and GDAL raise many kinds; all mean the same here
-            raise AnnotationError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+        layer = read_vector_file(path, name, layer_name, "name one of them with --layer")
         column = find_column(layer, name, class_column, usual_column)
         if not isinstance(layer, geopandas.GeoDataFrame):
             raise AnnotationError(f"{name} has no geometries; give a layer of polygons")
@@ -162,6 +149,36 @@ class LabelLayer:
     def sorted_classes(self) -> Sequence[str]:
         """Return the names of the classes that features have, sorted."""
         return sorted({name for name in self.class_names if name is not None})
+
+
+def read_vector_file(path: Path, name: str, layer: str | None, advice: str) -> Any:
+    """Read a vector file, or one of its layers, as geopandas does.
+
+    Args:
+        path: of the file.
+        name: of it, for messages.
+        layer: which one; None: the only one.
+        advice: what to do where there are several.
+
+    Raises:
+        AnnotationError: it cannot be read, has no such layer, or several of which none is named.
+    """
+    import geopandas
+    import pyogrio
+
+    try:
+        if path.suffix.lower() in (".parquet", ".geoparquet"):
+            return geopandas.read_parquet(path)
+        layers = [str(row[0]) for row in pyogrio.list_layers(path)]
+        if layer is None and len(layers) > 1:
+            raise AnnotationError(f"{name} holds the layers {', '.join(layers)}; {advice}")
+        if layer is not None and layer not in layers:
+            raise AnnotationError(f"{name} has no layer {layer!r}; it holds {', '.join(layers)}")
+        return geopandas.read_file(path, layer=layer or 0)
+    except AnnotationError:
+        raise
+    except Exception as error:  # pyogrio, GDAL and pyarrow raise many kinds; all mean the same here
+        raise AnnotationError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def features_with_geometry(layer: Any, name: str) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.annotations.outlines import Outline, outline_area, trace_mask, transform_outline
 from rtmdet_geo.boxes import boxes_to_hboxes, overlapping_pairs
 from rtmdet_geo.masks import MASK_STRIDE, CroppedMask, assemble_detections
-from rtmdet_geo.nms import nms_horizontal, nms_rotated, rotated_iou_aligned
+from rtmdet_geo.nms import nms_of_kind, rotated_iou_aligned
 from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, Tile
 from rtmdet_geo.tiles import TileGrid
@@ -207,11 +207,7 @@ def drop_cut_detections(
 def _keep_by_rank(boxes: FloatArray, labels: IntArray | None, kind: Kind, iou_threshold: float) -> IntArray:
     """Return rising indexes of what NMS keeps of boxes that are in order of preference."""
     ranks = -np.arange(len(boxes), dtype=np.float64)
-    if kind == "rotated":
-        kept = nms_rotated(boxes, ranks, labels, iou_threshold=iou_threshold)
-    else:
-        kept = nms_horizontal(boxes_to_hboxes(boxes), ranks, labels, iou_threshold=iou_threshold)
-    return np.sort(np.asarray(kept, np.int64))
+    return np.sort(nms_of_kind(boxes, ranks, labels, kind=kind, iou_threshold=iou_threshold))
 
 
 def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, counts: IntArray) -> IntArray:

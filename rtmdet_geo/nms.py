@@ -16,13 +16,16 @@ absolute value; a box without area has IoU 0 with everything.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rtmdet_geo.boxes import as_boxes, hboxes_to_boxes
+from rtmdet_geo.boxes import as_boxes, boxes_to_hboxes, hboxes_to_boxes
 from rtmdet_geo.jit import compiled
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import Kind
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -373,6 +376,29 @@ def nms_horizontal(
     rotated = hboxes_to_boxes(_check_boxes(boxes, 4, "boxes"))
     rotated[:, 2:4] = np.maximum(rotated[:, 2:4], 0)
     return _nms(rotated, scores, labels, iou_threshold, is_strict=True)
+
+
+def nms_of_kind(
+    boxes: ArrayLike, scores: ArrayLike, labels: ArrayLike | None = None, *, kind: Kind, iou_threshold: float
+) -> IntArray:
+    """Suppress boxes (N, 5) as models of a kind want it: rotated ones as they are, others by their enclosing boxes.
+
+    Args:
+        boxes: (N, 5) cx, cy, w, h in px, angle in rad.
+        scores: (N,) finite.
+        labels: (N,) integers; None: all boxes compete.
+        kind: of the model.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        As :func:`nms_rotated`, or :func:`nms_horizontal`.
+
+    Raises:
+        ValueError: as :func:`nms_rotated`.
+    """
+    if kind == "rotated":
+        return nms_rotated(boxes, scores, labels, iou_threshold=iou_threshold)
+    return nms_horizontal(boxes_to_hboxes(boxes), scores, labels, iou_threshold=iou_threshold)
 
 
 def _nms(

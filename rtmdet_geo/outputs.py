@@ -101,20 +101,34 @@ def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
         staged = around / "new"
         staged.mkdir()
         yield staged
-        if path.exists():
-            path.rename(around / "old")
-        try:
-            staged.rename(path)
-        except OSError:
-            if (around / "old").exists():
-                (around / "old").rename(path)
-            raise
+        move_folder(staged, path, around / "old")
     except OSError as error:
         if isinstance(error, RTMDetGeoError):
             raise
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
     finally:
         shutil.rmtree(around, ignore_errors=True)
+
+
+def move_folder(folder: Path, path: Path, aside: Path) -> None:
+    """Give a folder its final name; one that has the name is set aside, and put back if that fails.
+
+    Args:
+        folder: to rename.
+        path: its final name.
+        aside: where an earlier folder goes, on the same disk; it is the caller's to delete.
+
+    Raises:
+        OSError: the operating system refuses.
+    """
+    if path.exists():
+        path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
 
 
 def check_replaceable(path: str | os.PathLike[str], what: str, is_own: Callable[[Path], bool]) -> None:

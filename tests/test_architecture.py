@@ -15,7 +15,7 @@ MAX_LINES = 500
 # Rooms from the bottom up. A new module gets its place here, deliberately.
 BASE = {
     *("__init__", "errors", "structures", "config"),
-    *("cache", "catalog", "checkpoints", "class_names", "recipe_sections", "variants"),
+    *("cache", "catalog", "checkpoints", "class_names", "cores", "recipe_sections", "variants"),
 }
 STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),

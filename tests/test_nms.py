@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtmdet_geo import nms
-from rtmdet_geo.nms import nms_horizontal, nms_rotated, rotated_iou, rotated_iou_aligned
+from rtmdet_geo.nms import nms_horizontal, nms_of_kind, nms_rotated, rotated_iou, rotated_iou_aligned
 
 PI = np.pi
 TOLERANCE = 1e-4  # oracle README, IoU against iou_exact
@@ -486,3 +486,11 @@ def test_controls():
     half = np.array([[1, 0.5], [0.5, 1]])
     assert slow_nms(half, [2, 1], None, 0.5).tolist() != slow_nms(half, [2, 1], None, 0.5, strict=True).tolist()
     assert abs(slow_iou([0, 0, 4, 2, 0.3], [0, 0.01, 4, 2, 0.3]) - 1) > 1e-3
+
+
+def test_kinds_are_suppressed_by_what_they_are():
+    """Two slanted boxes side by side do not touch, but the horizontal boxes around them are almost one."""
+    boxes = [[10, 10, 20, 2, PI / 4], [12, 8, 20, 2, PI / 4]]
+    assert nms_of_kind(boxes, [0.5, 0.9], kind="rotated", iou_threshold=0.1).tolist() == [1, 0]
+    assert nms_of_kind(boxes, [0.5, 0.9], kind="horizontal", iou_threshold=0.5).tolist() == [1]
+    assert nms_of_kind(boxes, [0.5, 0.9], [0, 1], kind="mask", iou_threshold=0.5).tolist() == [1, 0]

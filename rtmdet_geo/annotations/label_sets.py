@@ -257,12 +257,19 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         AnnotationError: the file cannot be read, is empty, or has a name twice.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
         raise AnnotationError(f"list of classes {str(path)!r} cannot be read: {error}") from error
-    if not names or len(set(names)) != len(names):
-        raise AnnotationError(f"list of classes {str(path)!r} must have different names, one a line, at least one")
-    return names
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path} is not text ({error.reason} at byte {error.start})") from error
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if name and seen.setdefault(name, number) != number:
+            raise AnnotationError(f"{path}:{number}: class {name!r} stands in line {seen[name]} already")
+    if not seen:
+        raise AnnotationError(f"{path} names no class; write one a line")
+    return tuple(seen)
 
 
 def _read_one(

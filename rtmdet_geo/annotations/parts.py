@@ -26,7 +26,7 @@ from rtmdet_geo.annotations.voc import read_voc
 from rtmdet_geo.annotations.yolo import read_yolo
 from rtmdet_geo.config import recipe_folder
 from rtmdet_geo.errors import AnnotationError, ConfigError, DatasetNotFoundError
-from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size
+from rtmdet_geo.pictures import IMAGE_SUFFIXES, image_size, image_stem
 from rtmdet_geo.structures import Kind
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _pairs(source: PartSource, wanted: list[str] | None, findings: Findings) -> 
         for stem in sorted(set(labels) - set(images)):
             findings.add("labels without image", str(labels[stem]), f"{str(source.images)!r} has no image of that name")
     else:
-        stems = list(dict.fromkeys(_stem(name) for name in wanted))
+        stems = list(dict.fromkeys(image_stem(name) for name in wanted))
     for stem in stems:
         if stem not in images:
             findings.add("labels without image", str(source.ids), f"{stem!r} is not in {str(source.images)!r}")
@@ -210,12 +210,6 @@ def _by_stem(folder: Path, suffixes: frozenset[str] | set[str], findings: Findin
         else:
             found[stem] = folder / name
     return found
-
-
-def _stem(name: str) -> str:
-    """Return a listed name without the ending of an image, and without folders."""
-    stem, suffix = os.path.splitext(os.path.basename(name))
-    return stem if suffix.lower() in IMAGE_SUFFIXES else os.path.basename(name)
 
 
 def _read_pair(source: PartSource, image: Path, labels: Path | None, findings: Findings) -> Iterator[LabelledFile]:
@@ -255,8 +249,8 @@ def _coco_pairs(source: PartSource, wanted: list[str] | None, findings: Findings
     content = read_coco(source.labels, note)
     if not content.images:
         raise DatasetNotFoundError(f"label file {str(source.labels)!r} names no images")
-    unseen = None if wanted is None else {_stem(name) for name in wanted}
-    stems = {_stem(str(image.get("file_name", ""))) for image in content.images.values()}
+    unseen = None if wanted is None else {image_stem(name) for name in wanted}
+    stems = {image_stem(str(image.get("file_name", ""))) for image in content.images.values()}
     for stem in sorted((unseen or set()) - stems):
         findings.add("labels without image", str(source.ids), f"{stem!r} is not among the images of {source.labels}")
     files = sorted(name for name in os.listdir(source.images) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
@@ -268,7 +262,7 @@ def _coco_pairs(source: PartSource, wanted: list[str] | None, findings: Findings
         if not name:
             findings.add("malformed labels", f"{source.labels}, image {image_id}", "it has no file_name")
             continue
-        if unseen is not None and _stem(name) not in unseen:
+        if unseen is not None and image_stem(name) not in unseen:
             continue
         path = source.images / name
         if not path.is_file():

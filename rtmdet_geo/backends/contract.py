@@ -113,13 +113,6 @@ def fixed_side(port: Port) -> int | None:
     return height if isinstance(height, int) and height == width else None
 
 
-def usable_cores() -> int:
-    """Return the cores that this process may run on; engines by themselves would count the whole machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def rows_per_level(
     kind: Kind, num_classes: int, height: int, width: int, *, limit: int | None = None
 ) -> list[tuple[int, bool]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import require_package
-from rtmdet_geo.backends.contract import usable_cores
+from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import MissingDependencyError
 
 #: Features of processors that engines use, as /proc/cpuinfo names them (x86, then Arm).

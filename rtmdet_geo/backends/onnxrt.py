@@ -18,8 +18,8 @@ from rtmdet_geo.backends.contract import (
     check_model_file,
     fixed_side,
     refuse_classifier,
-    usable_cores,
 )
+from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import ConfigError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
 

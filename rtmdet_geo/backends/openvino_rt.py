@@ -19,9 +19,9 @@ from rtmdet_geo.backends.contract import (
     check_model_file,
     fixed_side,
     refuse_classifier,
-    usable_cores,
 )
 from rtmdet_geo.catalog import read_metadata
+from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import ConfigError, ModelFileError
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rtmdet_geo.annotations.label_sets import CLASS_LIST
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.pictures import IMAGE_SUFFIXES, decode_image, image_size
 
 #: Px that an image may have; DOTA-v2.0's largest have 29,200 x 27,620.
 MAX_PIXELS = 2**30
-
-#: Names of class lists, which labelling programs put beside label files.
-_CLASS_LIST = "classes.txt"
 
 
 def find_images(folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -68,7 +66,7 @@ def _by_stem(folder: Path, suffixes: Iterable[str], what: str) -> dict[str, Path
     found: dict[str, Path] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes or name.startswith(".") or name == _CLASS_LIST:
+        if suffix.lower() not in suffixes or name.startswith(".") or name == CLASS_LIST:
             continue
         if stem in found:
             raise AnnotationError(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota_results import ResultRows, Task
 from rtmdet_geo.backends import Backend
-from rtmdet_geo.boxes import boxes_to_hboxes
+from rtmdet_geo.boxes import boxes_to_hboxes, polygons_to_hboxes
 from rtmdet_geo.dota.files import decode_large, find_images, large_image_size, stamp
 from rtmdet_geo.dota.merge import PatchBoxes, merge_boxes, merge_rows, result_texts
 from rtmdet_geo.dota.partial import SETTINGS_FILE, open_partial, read_json
@@ -32,7 +32,7 @@ from rtmdet_geo.dota.submission import check_output, write_texts
 from rtmdet_geo.dota.tiles import cut_pixels
 from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
 from rtmdet_geo.images import array_scene, load_model
-from rtmdet_geo.nms import nms_horizontal, nms_rotated
+from rtmdet_geo.nms import nms_of_kind
 from rtmdet_geo.preprocess import letterbox
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.views import View, restore
@@ -334,14 +334,14 @@ def _run(
         for detections in batch:
             name, height, width, factors = in_flight.popleft()
             in_patch = restore(detections, View(*factors), height, width)
-            yield name, in_patch.select(_suppress(in_patch, settings.iou_threshold)[: settings.max_detections])
-
-
-def _suppress(found: Detections, iou_threshold: float) -> NDArray[np.int64]:
-    """Return indexes of what NMS leaves of one patch, best score first."""
-    if found.kind == "rotated":
-        return nms_rotated(found.boxes, found.scores, found.labels, iou_threshold=iou_threshold)
-    return nms_horizontal(boxes_to_hboxes(found.boxes), found.scores, found.labels, iou_threshold=iou_threshold)
+            kept = nms_of_kind(
+                in_patch.boxes,
+                in_patch.scores,
+                in_patch.labels,
+                kind=in_patch.kind,
+                iou_threshold=settings.iou_threshold,
+            )
+            yield name, in_patch.select(kept[: settings.max_detections])
 
 
 def _merge(
@@ -387,5 +387,4 @@ def _join(by_image: Sequence[tuple[str, dict[str, Any]]], classes: Sequence[str]
 
 def _enclosing(rows: ResultRows) -> ResultRows:
     """Return Task 2 of Task 1."""
-    points = _corners(rows).reshape(-1, 4, 2)
-    return ResultRows(rows.image_ids, rows.scores, hboxes=np.hstack([points.min(axis=1), points.max(axis=1)]))
+    return ResultRows(rows.image_ids, rows.scores, hboxes=polygons_to_hboxes(_corners(rows)))

@@ -81,7 +81,8 @@ def merge_results(
     _check(tool, iou_threshold)
     check_output(out, overwrite=overwrite)
     by_class = read_results(Path(results), task, classes)
-    tool = find_tool((patch for rows in by_class.values() for patch in rows.image_ids), tool)
+    patches = dict.fromkeys(patch for rows in by_class.values() for patch in rows.image_ids)
+    tool = find_tool(patches, tool)
     merged = {}
     for done, (name, rows) in enumerate(by_class.items(), 1):
         merged[name] = merge_rows(rows, tool=tool, iou_threshold=iou_threshold)
@@ -94,7 +95,7 @@ def merge_results(
         "tool": tool,
         "classes": len(merged),
         "images": len({image for rows in merged.values() for image in rows.image_ids}),
-        "patches": len({patch for rows in by_class.values() for patch in rows.image_ids}),
+        "patches": len(patches),
         "before": sum(map(len, by_class.values())),
         "after": sum(map(len, merged.values())),
     }
@@ -120,7 +121,7 @@ def merge_rows(rows: ResultRows, *, tool: Tool = "devkit", iou_threshold: float 
     if corners is None:
         raise ConfigError("rows without polygons or hboxes cannot be merged")
     patches = _patches(rows)
-    find_tool(rows.image_ids, tool)
+    find_tool(dict.fromkeys(rows.image_ids), tool)
     shifts = np.array([(patch.x, patch.y) for patch in patches], np.float64).reshape(-1, 2)
     moved = corners + np.tile(shifts, corners.shape[1] // 2)
     if tool == "devkit":

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota import read_dota_objects
+from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.dota.files import decode_large, find_images, find_labels, stamp
 from rtmdet_geo.dota.partial import (
     FINISHED_KEY,
@@ -37,6 +38,7 @@ from rtmdet_geo.dota.partial import (
 from rtmdet_geo.dota.rules import SplitRules, Tool
 from rtmdet_geo.dota.tiles import cut_pixels
 from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError
+from rtmdet_geo.outputs import move_folder
 
 ImageFormat = Literal["png", "jpg", "tif", "bmp"]
 
@@ -181,7 +183,7 @@ def _run(
     Raises:
         Cancelled: ``cancelled`` said so.
     """
-    number = min(workers or _usable_cores(), len(jobs), _NUM_WORKERS_LIMIT)
+    number = min(workers or usable_cores(), len(jobs), _NUM_WORKERS_LIMIT)
 
     def check(left: int) -> None:
         if cancelled is not None and cancelled():
@@ -198,10 +200,6 @@ def _run(
             for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
             check(len(waiting))
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -291,11 +289,10 @@ def _publish(
     write_whole(partial.folder / SETTINGS_FILE, _settings_text(settings, records))
     partial.forget_records()
     old = partial_path(out).with_name(f".{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
     try:
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(partial.folder, out)
+        move_folder(partial.folder, out, old)
     except OSError as error:
         raise OutputError(
             f"cannot rename {str(partial.folder)!r} to {str(out)!r}: {error.strerror or error}"

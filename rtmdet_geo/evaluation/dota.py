@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota import read_dota
 from rtmdet_geo.annotations.dota_results import Task, read_results
+from rtmdet_geo.annotations.label_sets import read_class_list as read_class_file
 from rtmdet_geo.annotations.labels import ImageLabels
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.class_names import KNOWN
@@ -118,18 +119,7 @@ def read_class_list(classes: str | Path | Sequence[str]) -> tuple[str, ...]:
                 f"{text!r} is none of dota_{', dota_'.join(VERSIONS)}, and no file of class names"
             )
         return _named_classes(text)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise AnnotationError(f"{path} is not text ({error.reason} at byte {error.start})") from error
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        name = line.strip()
-        if name and seen.setdefault(name, number) != number:
-            raise AnnotationError(f"{path}:{number}: class {name!r} stands in line {seen[name]} already")
-    if not seen:
-        raise AnnotationError(f"{path} names no class; write one a line")
-    return tuple(seen)
+    return read_class_file(path)
 
 
 def _named_classes(text: str) -> tuple[str, ...]:

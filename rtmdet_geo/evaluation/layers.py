@@ -13,14 +13,13 @@ from typing import Any, TypeAlias
 import geopandas
 import numpy as np
 import pandas as pd
-import pyogrio
 import pyproj
 import shapely
 from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError, DatasetNotFoundError
 from rtmdet_geo.evaluation.ground import GroundObjects, place_objects
-from rtmdet_geo.label_layers import class_values, features_with_geometry, find_column
+from rtmdet_geo.label_layers import class_values, features_with_geometry, find_column, read_vector_file
 from rtmdet_geo.vector import WGS84, project_points
 
 logger = logging.getLogger(__name__)
@@ -141,22 +140,10 @@ def is_within(lonlat: NDArray[np.float64], area: geopandas.GeoSeries) -> NDArray
 def _read(path: Path, name: str, layer: str | None, option: str | None) -> geopandas.GeoDataFrame:
     if not path.exists():
         raise DatasetNotFoundError(f"{name} does not exist; check the path")
-    try:
-        if path.suffix.lower() in (".parquet", ".geoparquet"):
-            return geopandas.read_parquet(path)
-        layers = [str(row[0]) for row in pyogrio.list_layers(path)]
-        if layer is None and len(layers) > 1:
-            advice = "give a file with one layer" if option is None else f"name one of them with {option}"
-            raise AnnotationError(f"{name} holds the layers {', '.join(layers)}; {advice}")
-        if layer is not None and layer not in layers:
-            raise AnnotationError(f"{name} has no layer {layer!r}; it holds {', '.join(layers)}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fields that nobody asks for
-            return geopandas.read_file(path, layer=layer or 0)
-    except AnnotationError:
-        raise
-    except Exception as error:  # pyogrio, GDAL and pyarrow raise many kinds; all mean the same here
-        raise AnnotationError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+    advice = "give a file with one layer" if option is None else f"name one of them with {option}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fields that nobody asks for
+        return read_vector_file(path, name, layer, advice)
 
 
 def _with_geometry(frame: Any, name: str) -> tuple[geopandas.GeoDataFrame, NDArray[np.int64]]:

@@ -20,7 +20,6 @@ Of equal scores the detection that comes first in the file goes first.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota_results import ResultRows, Task
 from rtmdet_geo.boxes import polygons_to_boxes, polygons_to_hboxes
+from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import AnnotationError, Cancelled
 from rtmdet_geo.evaluation.coco import IOU_THRESHOLDS
 from rtmdet_geo.evaluation.confusion import confuse_classes
@@ -193,7 +193,7 @@ def score_results(
 
     largest_first = sorted(classes, key=lambda name: -len(results.get(name, no_rows)))
     scored: dict[str, tuple[ClassScores, _Found]] = {}
-    with ThreadPoolExecutor(threads or _num_cores()) as pool:
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         for name, one in zip(largest_first, pool.map(score_class, largest_first), strict=True):
             scored[name] = one
             if progress is not None:
@@ -214,10 +214,6 @@ class _Rules:
     @property
     def is_strict(self) -> bool:
         return self.protocol == "devkit"
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

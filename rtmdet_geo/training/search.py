@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtmdet_geo.boxes import boxes_to_hboxes, regularize_le90
+from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.config import Recipe
 from rtmdet_geo.errors import AnnotationError
 from rtmdet_geo.masks import CroppedMask, assemble_detections, crop_outline
 from rtmdet_geo.merge import merge_survivors, tile_survivors
 from rtmdet_geo.models.decode import Candidates, DetectionGraph, InstanceCandidates
 from rtmdet_geo.models.heads import STRIDES
-from rtmdet_geo.nms import nms_horizontal, nms_rotated
+from rtmdet_geo.nms import nms_of_kind
 from rtmdet_geo.preprocess import Letterbox, letterbox
 from rtmdet_geo.recipe_sections import ImageAugment
 from rtmdet_geo.stitch import outlines_of
@@ -292,11 +292,7 @@ def _suppress(found: Detections, iou_threshold: float, limit: int) -> Detections
     size = 8 * limit
     while True:
         part = found.select(order[:size])
-        if part.kind == "rotated":
-            kept = nms_rotated(part.boxes, part.scores, part.labels, iou_threshold=iou_threshold)
-        else:
-            corners = boxes_to_hboxes(part.boxes)
-            kept = nms_horizontal(corners, part.scores, part.labels, iou_threshold=iou_threshold)
+        kept = nms_of_kind(part.boxes, part.scores, part.labels, kind=part.kind, iou_threshold=iou_threshold)
         if len(kept) >= limit or size >= len(order):
             return part.select(kept[:limit])
         size *= 4

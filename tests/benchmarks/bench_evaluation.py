@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numba
 import numpy as np
+from machine import describe_machine, verdict
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "evaluation.csv"
@@ -220,31 +217,11 @@ def in_fresh_process(what):
         return pool.apply(measure, (what,))
 
 
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def verdict(text, is_met):
-    print(f"{'PASS ' if is_met else 'BELOW'}  {text}")
-
-
 def main():
     parser = argparse.ArgumentParser(description="benchmark of the DOTA evaluation")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV to write")
     output = parser.parse_args().output
-    machine = {
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    machine = describe_machine()
     print("  ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
     print(
         f"{'what':36}{'images':>8}{'objects':>10}{'detections':>12}{'seconds':>10}{'cpu s':>9}{'AP50':>9}{'peak MB':>9}"

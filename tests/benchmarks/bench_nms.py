@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import importlib.util
 import multiprocessing
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,8 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import numba
 import numpy as np
+from machine import describe_machine, verdict
 
 ROOT = Path(__file__).parents[2]
 ORACLE = Path(os.environ.get("RTMDET_ORACLE", ROOT / "tests" / "golden" / "oracle"))
@@ -110,31 +108,11 @@ def first_calls():
             yield {"what": what, "n": 1, "seconds": wall, "cpu_seconds": cpu}
 
 
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def verdict(text, is_met):
-    print(f"{'PASS ' if is_met else 'BELOW'}  {text}")
-
-
 def main():
     parser = argparse.ArgumentParser(description="benchmark of rotated NMS")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV to write")
     output = parser.parse_args().output
-    machine = {
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    machine = describe_machine()
     print("  ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"reference: mmcv nms_rotated on the CPU, 10,000 boxes: {REFERENCE_SECONDS} s (oracle timings)\n")
 

@@ -71,6 +71,14 @@ class ExportMismatchError(RTMDetGeoError):
     """An exported graph does not give what the torch model gives."""
 
 
+class DeviceMemoryError(RTMDetGeoError, MemoryError):
+    """The memory of a device is too small for a batch."""
+
+
+class EngineError(RTMDetGeoError, RuntimeError):
+    """An engine cannot be built, loaded or run on this machine."""
+
+
 class TrainingError(RTMDetGeoError, RuntimeError):
     """Training cannot go on (a loss that is not finite, a checkpoint of another recipe)."""
 
@@ -97,6 +105,10 @@ class BandWarning(RTMDetGeoWarning):
 
 class NodataWarning(RTMDetGeoWarning):
     """The scene holds no valid pixel."""
+
+
+class BatchHalvedWarning(RTMDetGeoWarning):
+    """A device's memory was too small for a batch; smaller ones are run from there on."""
 
 
 class SaturatedTileWarning(RTMDetGeoWarning):

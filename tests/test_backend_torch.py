@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,15 @@ from rtmdet_geo.backends.pytorch import TorchBackend
 from rtmdet_geo.catalog import find_model, known_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.detect import detect_scene
-from rtmdet_geo.errors import ConfigError, MissingDependencyError, ModelFileError, SaturatedTileWarning, WeightsError
+from rtmdet_geo.errors import (
+    BatchHalvedWarning,
+    ConfigError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    ModelFileError,
+    SaturatedTileWarning,
+    WeightsError,
+)
 from rtmdet_geo.export import export_model, make_check_tiles
 from rtmdet_geo.models import get_classifier, get_model
 from rtmdet_geo.models.devices import find_device
@@ -223,11 +232,30 @@ def test_devices(pair, monkeypatch):
 def test_memory_of_the_device(pair, monkeypatch):
     engine = TorchBackend(pair("rotated")[1].path)
 
+    graphs, calls = engine._graphs, []
+
+    def room_for_two(images):
+        calls.append(len(images))
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return graphs[False](images)
+
     def exhausted(images):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    images = make_check_tiles(7, 3, 96, seed=0)
+    expected = engine.raw(images, multi_label=False)
+    monkeypatch.setattr(engine, "_graphs", {False: room_for_two})
+    with pytest.warns(BatchHalvedWarning, match=r"cpu is too small for 7 tiles of 96 x 96 px") as warned:
+        found = engine.raw(images, multi_label=False)
+    assert len(warned) == 1 and calls == [7, 4, 2, 2, 2, 1]
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        engine.raw(images, multi_label=False)
     monkeypatch.setattr(engine, "_graphs", dict.fromkeys((False, True), exhausted))
-    with pytest.raises(ConfigError, match=r"cpu is too small for 2 tiles of 64 x 96 px.*batch_size"):
+    with pytest.raises(DeviceMemoryError, match=r"cpu is too small for 1 tiles? of 64 x 96 px.*batch_size"):
         engine.predict(np.zeros((2, 3, 64, 96), np.uint8), score_threshold=0.3)
 
 

@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.boxes import regularize_le90
 from rtmdet_geo.catalog import SPEC_KEY, check_graph, read_metadata, read_spec
-from rtmdet_geo.errors import ConfigError, ModelFileError, SaturatedTileWarning
+from rtmdet_geo.errors import (
+    BatchHalvedWarning,
+    ConfigError,
+    DeviceMemoryError,
+    ModelFileError,
+    SaturatedTileWarning,
+)
 from rtmdet_geo.masks import NUM_KERNEL_PARAMETERS, NUM_MASK_FEATURES
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, MaskView, ModelKind, ModelSpec
 from rtmdet_geo.variants import MAX_CANDIDATES, STRIDES
@@ -232,6 +238,8 @@ class RowsBackend(ABC):
 
     name: str
     device_name: str = "cpu"
+    precision: str = "fp32"
+    best_batch_size: int = 1
 
     def __init__(self, path: Path, spec: ModelSpec, *, fixed_tile_size: int | None = None) -> None:
         """Remember what was opened."""
@@ -239,13 +247,20 @@ class RowsBackend(ABC):
         self.spec = spec
         self.fixed_tile_size = fixed_tile_size
         self.num_saturated = 0
+        self._most_images: int | None = None  # a batch may have, once memory was too small for a larger one
 
     @abstractmethod
     def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
-        """Return the outputs for a batch that was checked."""
+        """Return the outputs for a batch that was checked.
+
+        Raises:
+            DeviceMemoryError: the device's memory is too small for so many images.
+        """
 
     def raw(self, images: NDArray[np.uint8], *, multi_label: bool = True) -> tuple[NDArray[Any], ...]:
         """Return the graph's own outputs, in the order of :data:`OUTPUTS`.
+
+        A batch that the device's memory is too small for is halved, and so are those after it.
 
         Args:
             images: uint8 (N, C, H, W).
@@ -253,9 +268,39 @@ class RowsBackend(ABC):
 
         Raises:
             ConfigError: the batch has another dtype, number of channels or side than the model takes.
+            DeviceMemoryError: one image alone is too much.
         """
         self.check_batch(images)
-        return self._forward(images, multi_label)
+        if self._most_images is not None and len(images) > self._most_images:
+            return self._raw_in_parts(images, self._most_images, multi_label)
+        try:
+            return self._forward(images, multi_label)
+        except DeviceMemoryError:
+            if len(images) == 1:
+                raise
+            if self._most_images is None:
+                warnings.warn(
+                    f"the memory of {self.device_name} is too small for {len(images)} tiles of {images.shape[2]} x "
+                    f"{images.shape[3]} px at once; going on with smaller batches (a lower batch size saves the try)",
+                    BatchHalvedWarning,
+                    stacklevel=2,
+                )
+        self._most_images = (len(images) + 1) // 2
+        return self._raw_in_parts(images, self._most_images, multi_label)
+
+    def _raw_in_parts(self, images: NDArray[np.uint8], size: int, multi_label: bool) -> tuple[NDArray[Any], ...]:
+        """Return the outputs of a batch that is run ``size`` images at a time."""
+        parts = [
+            self.raw(images[start : start + size], multi_label=multi_label) for start in range(0, len(images), size)
+        ]
+        return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+
+    def stream(
+        self, batches: Iterable[NDArray[np.uint8]], *, multi_label: bool = True
+    ) -> Iterator[tuple[tuple[int, ...], tuple[NDArray[Any], ...]]]:
+        """Yield for each batch, in order, its shape and what :meth:`raw` gives; engines may overlap copies and runs."""
+        for images in batches:
+            yield images.shape, self.raw(images, multi_label=multi_label)
 
     def rows_per_level(self, height: int, width: int, *, multi_label: bool) -> list[tuple[int, bool]]:
         """Return the rows of each level of :meth:`raw`, see :func:`rows_per_level`."""
@@ -268,16 +313,16 @@ class RowsBackend(ABC):
 
         Raises:
             ConfigError: a batch has another dtype, number of channels or side than the model takes.
+            DeviceMemoryError: one image alone is too much for the device.
             ModelFileError: a score is not finite.
         """
-        for images in batches:
-            outputs = self.raw(images, multi_label=multi_label)
+        for shape, outputs in self.stream(batches, multi_label=multi_label):
             scores = outputs[1]
             if not np.isfinite(scores).all():
                 raise ModelFileError(
                     f"{str(self.path)!r} returns no numbers as scores; the file is damaged: copy or export it again"
                 )
-            levels = self.rows_per_level(images.shape[2], images.shape[3], multi_label=multi_label)
+            levels = self.rows_per_level(shape[2], shape[3], multi_label=multi_label)
             self.num_saturated += count_saturated(scores, levels, score_threshold)
             yield [
                 rows_to_detections(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends.contract import RowsBackend, refuse_classifier, rows_per_level
-from rtmdet_geo.errors import ConfigError
+from rtmdet_geo.errors import ConfigError, DeviceMemoryError
 from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.models.devices import find_device
 from rtmdet_geo.models.identify import load_network
@@ -80,7 +80,7 @@ class TorchBackend(RowsBackend):
                 return tuple(output.cpu().numpy() for output in outputs)
         except torch.cuda.OutOfMemoryError as error:
             number, _, height, width = images.shape
-            raise ConfigError(
+            raise DeviceMemoryError(
                 f"the memory of {self.device} is too small for {number} tiles of {height} x {width} px at once; lower "
                 "batch_size or tile_size, or choose device 'cpu'"
             ) from error

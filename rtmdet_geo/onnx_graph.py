@@ -93,7 +93,7 @@ def _makes_weights(node: onnx.NodeProto, values: Sequence[TensorProto]) -> bool:
 
 
 def replace_graph(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[onnx.TensorProto]) -> None:
-    """Replace a graph's nodes, and its initialisers by those of ``tensors``; constants that nothing reads are left out."""
+    """Replace a graph's nodes, and its initialisers by those of ``tensors``; drop constants that nothing reads."""
     nodes = [copy.deepcopy(node) for node in nodes]
     used = {name for node in nodes for name in node.input}
     nodes = [node for node in nodes if node.op_type != "Constant" or node.output[0] in used]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -35,12 +35,7 @@ def make_top_k_dynamic(proto: onnx.ModelProto, limit: int) -> None:
             nodes.append(helper.make_node("Min", [pairs, "top_k_limit"], [k], name=k))
             node.input[1] = k
         nodes.append(node)
-    rewritten = [copy.deepcopy(node) for node in nodes]
-    used = {name for node in rewritten for name in node.input}
-    tensors = [copy.deepcopy(tensor) for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(rewritten)
-    graph.initializer.extend(tensors)
+    replace_graph(proto, nodes, graph.initializer)
 
 
 def store_half(proto: onnx.ModelProto) -> None:
@@ -56,10 +51,64 @@ def store_half(proto: onnx.ModelProto) -> None:
             casts.append(helper.make_node("Cast", [half], [tensor.name], name=f"{half}/cast", to=TensorProto.FLOAT))
         else:
             tensors.append(copy.deepcopy(tensor))
-    nodes = [*casts, *(copy.deepcopy(node) for node in graph.node)]
-    del graph.initializer[:], graph.node[:]
-    graph.initializer.extend(tensors)
-    graph.node.extend(nodes)
+    replace_graph(proto, [*casts, *graph.node], tensors)
+
+
+def fold_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy whose stored weights are plain fp32 numbers: what an engine that looks for them must find.
+
+    Files with half weights hold fp16 numbers, a Cast to fp32 and perhaps a Mul by fp32 factors; numbers that two layers
+    share are stored once and named anew by an Identity. Such nodes are computed here and leave the graph; all others
+    stay as they are.
+    """
+    folded = onnx.ModelProto()
+    folded.CopyFrom(proto)
+    graph = folded.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    names: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        values = [tensors[name] for name in node.input if name in tensors]
+        if not values or len(values) < len(node.input) or not _makes_weights(node, values):
+            nodes.append(node)
+        elif node.op_type == "Identity":
+            names[node.output[0]] = node.input[0]
+        else:
+            arrays = [numpy_helper.to_array(value) for value in values]
+            product = arrays[0].astype(np.float32) if node.op_type == "Cast" else arrays[0] * arrays[1]
+            tensors[node.output[0]] = numpy_helper.from_array(product, node.output[0])
+    replace_graph(folded, nodes, tensors.values())
+    return folded
+
+
+def _makes_weights(node: onnx.NodeProto, values: Sequence[TensorProto]) -> bool:
+    """Say whether a node, whose inputs are all stored, renames them, turns fp16 into fp32, or multiplies fp32."""
+    if node.op_type == "Cast":
+        is_float = any(item.name == "to" and item.i == TensorProto.FLOAT for item in node.attribute)
+        return is_float and values[0].data_type == TensorProto.FLOAT16
+    return node.op_type == "Identity" or (
+        node.op_type == "Mul" and all(value.data_type == TensorProto.FLOAT for value in values)
+    )
+
+
+def replace_graph(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[onnx.TensorProto]) -> None:
+    """Replace a graph's nodes, and its initialisers by those of ``tensors``; drop constants that nothing reads."""
+    nodes = [copy.deepcopy(node) for node in nodes]
+    used = {name for node in nodes for name in node.input}
+    nodes = [node for node in nodes if node.op_type != "Constant" or node.output[0] in used]
+    tensors = [copy.deepcopy(tensor) for tensor in tensors if tensor.name in used]
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(tensors)
+
+
+def stored_spec(proto: onnx.ModelProto) -> ModelSpec | None:
+    """Return the ModelSpec in a graph's metadata; None: it has none."""
+    for entry in proto.metadata_props:
+        if entry.key == SPEC_KEY:
+            return ModelSpec.model_validate_json(entry.value)
+    return None
 
 
 def write_metadata(proto: onnx.ModelProto, spec: ModelSpec) -> None:

@@ -32,6 +32,9 @@ Kind = Literal["rotated", "horizontal", "mask"]
 #: Models find objects of some kind, or name what a whole image shows.
 ModelKind = Literal["rotated", "horizontal", "mask", "classification"]
 
+#: What a model file's convolutions compute in.
+FilePrecision = Literal["fp32", "fp16", "int8"]
+
 #: Grey of pixels beyond the scene, in training and in detection (RTMDet's recipes: Pad, pad_val=114).
 PAD_VALUE = 114
 
@@ -252,6 +255,9 @@ class ModelSpec(_Frozen):
         trained_gsd_m: lowest and highest metres per pixel of the training scenes before they were resampled to gsd_m.
         score_threshold, iou_threshold: defaults of detect; the first maximises F1 on left-out data.
         overlap: default tile overlap in px.
+        precision: of the model file's convolutions; weights are fp32.
+        differences: how far the file is from what it was made of, as its export measured on check tiles, such as
+            ``boxes_px`` and ``scores``; empty: not compared.
     """
 
     format_version: Literal[1] = 1
@@ -281,6 +287,8 @@ class ModelSpec(_Frozen):
     licence: str = ""
     attribution: str = ""
     exporter: str = ""
+    precision: FilePrecision = "fp32"
+    differences: dict[str, float] = Field(default_factory=dict)
 
     @property
     def object_kind(self) -> Kind:

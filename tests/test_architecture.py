@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
     "onnx_graph": BASE,
-    "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph"},
+    "onnx_half": BASE | {"onnx_graph"},
+    "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph", "onnx_half"},
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -56,7 +57,7 @@ CONFINED: dict[str, set[str]] = {
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": {"export", "onnx_graph"},
+    "onnx": {"export", "onnx_graph", "onnx_half"},
     "onnxruntime": {"backends", "export"},
     "openvino": {"backends.openvino_rt"},
     "click": {"cli"},

@@ -60,7 +60,7 @@ def detect_scene(
     iou_threshold: float | None = None,
     tile_size: int | None = None,
     overlap: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     classes: Sequence[str] | None = None,
     gsd: float | None = None,
     nodata: float | None = None,
@@ -70,6 +70,8 @@ def detect_scene(
     preview: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
     threads: int | None = None,
     multi_label: bool = False,
     tta: str | Augmentation | None = None,
@@ -90,7 +92,7 @@ def detect_scene(
         iou_threshold: detections of a class that overlap by this much are one, in [0, 1]; None is the model's.
         tile_size: side of a tile in px of the model's ground sample distance; None is the model's.
         overlap: px that neighbouring tiles share; objects longer than it may be cut; None is the model's.
-        batch_size: tiles per call of the engine.
+        batch_size: tiles per call of the engine; None is the engine's own: 1 on a CPU, 8 on a GPU.
         classes: names of the classes to keep; None keeps all.
         gsd: metres per pixel on the ground of the scene, if the file does not say or says it wrongly.
         nodata: value of pixels without data, if the file does not say.
@@ -100,6 +102,8 @@ def detect_scene(
         preview: PNG to draw.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
         device: likewise.
+        precision: likewise.
+        compiled: likewise.
         threads: CPU threads of the engine; None is one per usable core.
         multi_label: several classes for one place are several detections (for evaluation).
         tta: test-time augmentation: every tile is also looked at mirrored ("flips"), smaller and larger ("scales"), or
@@ -139,12 +143,24 @@ def detect_scene(
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
     augmentation = find_augmentation(tta)
     if isinstance(model, Backend):
-        if (backend, device, threads) != ("auto", "auto", None):
-            raise ConfigError("the model is open already: backend, device and threads belong into load_model")
+        if (backend, device, precision, compiled, threads) != ("auto", "auto", "auto", False, None):
+            raise ConfigError(
+                "the model is open already: backend, device, precision, compiled and threads belong into load_model"
+            )
     elif not (model is None or isinstance(model, str | os.PathLike)):
         raise ConfigError(f"a model is a name, a path or what load_model opened, not {type(model).__name__}")
     else:
-        model = open_backend(find_model(model), name=backend, threads=threads, device=device)
+        model = open_backend(
+            find_model(model),
+            name=backend,
+            threads=threads,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            batch_size=batch_size,
+            tile_size=tile_size,
+            any_size=augmentation.scales != (1.0,),
+        )
     engine = augment(model, augmentation)
     settings = TileSettings.of(
         engine,
@@ -210,6 +226,7 @@ def detect_scene(
                 "tta": asdict(augmentation),
                 "backend": engine.name,
                 "device": engine.device_name,
+                "precision": getattr(model, "precision", "fp32"),
                 "gsd": gsd,
                 "nodata": nodata,
                 "bands": list(source.band_indexes),

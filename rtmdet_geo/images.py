@@ -102,6 +102,8 @@ def load_model(
     *,
     backend: str = "auto",
     device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
     threads: int | None = None,
 ) -> Backend:
     """Open a model for :func:`predict`.
@@ -110,18 +112,23 @@ def load_model(
         name_or_path: catalogue name or model file; None is the bundled model.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
         device: likewise.
+        precision: likewise.
+        compiled: likewise.
         threads: CPU threads of the engine; None is one per usable core.
 
     Raises:
         UnknownModelError, ModelFileError: no such model, or its file is corrupt or foreign.
-        ConfigError: no such engine or device.
+        ConfigError: no such engine, device or precision.
+        EngineError: the engine cannot be built or loaded on this machine.
         MissingDependencyError: the engine's package is not installed.
 
     Example:
         >>> load_model(threads=1).spec.classes
         ('ship',)
     """
-    return open_backend(find_model(name_or_path), name=backend, threads=threads, device=device)
+    return open_backend(
+        find_model(name_or_path), name=backend, threads=threads, device=device, precision=precision, compiled=compiled
+    )
 
 
 def predict(

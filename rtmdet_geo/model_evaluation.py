@@ -53,7 +53,7 @@ def evaluate_model(
     label_format: EvaluatedFormat = "dota",
     protocol: Protocol = "devkit",
     rates: Sequence[float] = (1.0,),
-    batch_size: int = 1,
+    batch_size: int | None = None,
     results: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -69,7 +69,7 @@ def evaluate_model(
         label_format: of the labels; decides the protocol.
         protocol: whose rules count for DOTA, see :func:`rtmdet_geo.evaluation.dota.evaluate_dota`.
         rates: DOTA images are cut at these scales.
-        batch_size: DOTA patches per call of the engine.
+        batch_size: DOTA patches per call of the engine; None is the engine's own.
         results: keep the result files there: a folder to make, of COCO a ``.json`` file; None forgets them.
         overwrite: replace an earlier ``results``.
         progress: called with images (DOTA: patches) done and all.

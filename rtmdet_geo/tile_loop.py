@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.backends import Backend
+from rtmdet_geo.backends import Backend, choose_batch_size
 from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
 from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
 from rtmdet_geo.prefetch import Prefetch
@@ -59,7 +59,7 @@ class TileSettings:
         max_overlap: float = MAX_OVERLAP,
         tile_size: int | None = None,
         overlap: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         classes: Sequence[str] | None = None,
         multi_label: bool = False,
     ) -> TileSettings:
@@ -89,10 +89,9 @@ class TileSettings:
         shared = min(spec.overlap, size // 2) if overlap is None else overlap
         if not 0 <= shared < size:
             raise ConfigError(f"overlap={shared} px must be at least 0 and below tile_size={size} px")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        images = choose_batch_size(engine, batch_size)
         labels = _labels(spec, classes)
-        return cls(size, shared, batch_size, score, iou, mask_threshold, max_overlap, labels, multi_label)
+        return cls(size, shared, images, score, iou, mask_threshold, max_overlap, labels, multi_label)
 
     def class_names(self, spec: ModelSpec) -> list[str]:
         """Return the names of the classes that are kept."""

@@ -65,7 +65,7 @@ def test_installed_missing_and_remedies(installed, no_gpu):
 def test_nothing_installed(installed, no_gpu):
     installed.clear()
     found = list_engines()
-    assert [engine.version for engine in found.engines] == [None] * 3
+    assert [engine.version for engine in found.engines] == [None] * 4
     assert [choice.problem for choice in found.choices] == [
         "not installed; run: pip install onnxruntime",
         "not installed; run: pip install 'rtmdet-geo[train]'",
@@ -77,7 +77,7 @@ def test_nothing_installed(installed, no_gpu):
 
 def test_other_builds_of_a_package(installed, no_gpu):
     installed["onnxruntime-gpu"] = installed.pop("onnxruntime")
-    assert list_engines().engines[0].version == "1.2.3 (onnxruntime-gpu)"
+    assert list_engines().engines[2].version == "1.2.3 (onnxruntime-gpu)"
 
 
 @pytest.mark.parametrize("version,devices", [("2.9.0+cu128", ("cpu", "cuda:0", "cuda:1")), ("2.9.0+cpu", ("cpu",))])
@@ -85,7 +85,7 @@ def test_gpus(installed, gpus, version, devices):
     installed["torch"] = version
     found = list_engines()
     assert found.machine["gpus"] == ("NVIDIA X, 550.1, 80 MiB", "NVIDIA Y, 550.1, 80 MiB")
-    assert found.engines[2].devices == devices
+    assert found.engines[1].devices == devices
 
 
 def test_a_driver_without_a_device_is_no_gpu(installed, tmp_path, monkeypatch):
@@ -126,8 +126,8 @@ def test_load_shows_what_is_broken(installed, no_gpu, monkeypatch, error):
         return sys.modules[module]
 
     monkeypatch.setattr("importlib.import_module", load)
-    assert list_engines().engines[1].problem is None
-    broken = list_engines(load=True).engines[1]
+    assert list_engines().engines[3].problem is None
+    broken = list_engines(load=True).engines[3]
     assert broken.problem == "cannot be loaded (libcore.so.3 is missing); install it again" and broken.devices == ()
 
 
@@ -136,8 +136,8 @@ def test_load_asks_torch(installed, gpus, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert list_engines().engines[2].devices == ("cpu", "cuda:0", "cuda:1")
-    assert list_engines(load=True).engines[2].devices == ("cpu", "cuda:0")
+    assert list_engines().engines[1].devices == ("cpu", "cuda:0", "cuda:1")
+    assert list_engines(load=True).engines[1].devices == ("cpu", "cuda:0")
 
 
 def test_command(installed, no_gpu):

@@ -1,8 +1,9 @@
 """Inference engines behind one protocol: uint8 tiles in, thresholded Detections out, no NMS.
 
-The engines "onnxruntime" and "openvino" (model files, on the CPU) and "torch" (weights, on CPU or CUDA) give the same
-rows by the same contract, which :mod:`rtmdet_geo.backends.contract` holds: boxes, scores and labels, of instances what
-their masks are made of. NMS is merge.py's alone.
+The engines "tensorrt" (model files, on NVIDIA GPUs), "onnxruntime" (model files, on CPU or CUDA), "openvino" (model
+files, on the CPU) and "torch" (weights, on CPU or CUDA) give the same rows by the same contract, which
+:mod:`rtmdet_geo.backends.contract` holds: boxes, scores and labels, of instances what their masks are made of. NMS is
+merge.py's alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
     from rtmdet_geo.structures import Detections, ModelSpec
 
-BackendName = Literal["auto", "onnxruntime", "openvino", "torch"]
+BackendName = Literal["auto", "tensorrt", "torch", "onnxruntime", "openvino"]
 BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
+#: What an engine may compute in; "auto" is its own choice.
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 @runtime_checkable
@@ -70,76 +73,65 @@ def open_backend(
     name: str = "auto",
     threads: int | None = None,
     device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
     candidates: int | None = None,
+    batch_size: int | None = None,
+    tile_size: int | None = None,
+    any_size: bool = False,
 ) -> Backend:
     """Open a model with the engine of that name.
 
     Args:
-        path: name of a bundled model, model file (.onnx), or weights: a file (.safetensors, .pth, ...) or published
-            ones by name.
-        name: one of BACKEND_NAMES; ``auto`` is onnxruntime for model files and torch for weights. torch runs a bundled
-            model file by the weights beside it.
+        path: name of a bundled model, model file (.onnx), TensorRT engine (.engine), or weights: a file (.safetensors,
+            .pth, ...) or published ones by name.
+        name: one of BACKEND_NAMES. ``auto`` is torch for weights. For model files it is onnxruntime, unless the machine
+            has a GPU: then TensorRT, and where that is missing torch (weights that lie beside a bundled model file) or
+            onnxruntime-gpu; one line of the log says so. torch runs a bundled model file by the weights beside it.
         threads: CPU threads of the engine; None is one per usable core.
-        device: "auto", "cpu", "cuda" or "cuda:N"; model files run on the CPU, with torch "auto" is cuda where there is
-            one.
+        device: "auto", "cpu", "cuda" or "cuda:N"; "auto" is a GPU where there is one that the engine can use.
+        precision: "fp32", "fp16", "bf16" of the arithmetic, where the engine has the choice; "auto" is fp16 with
+            TensorRT and otherwise fp32, or what a model file was exported to.
+        compiled: have torch.compile make the kernels (minutes at the first batch).
         candidates: rows per level that torch keeps; None is a model file's number. COCO's protocol wants 30,000.
+        batch_size: most images of a batch, which TensorRT wants to know beforehand; None is its own choice.
+        tile_size: side of the tiles in px, which TensorRT wants to know beforehand; None is the model's.
+        any_size: images of several sizes will come, so ``auto`` leaves out TensorRT, which fixes the size.
 
     Raises:
-        ConfigError: no such engine or device, the engine does not open such files, or a number is below 1.
+        ConfigError: no such engine, device or precision, the engine does not open such files, or a number is below 1.
         ModelFileError: the file is missing, corrupt or foreign (the message names the part of the contract that it
             lacks), or it is a classifier.
         WeightsError: the weights are damaged or fit none of our networks.
         MissingDependencyError: the engine's package is not installed.
+        EngineError: the engine cannot be built or loaded on this machine.
     """
-    if name not in BACKEND_NAMES:
-        raise ConfigError(f"backend {name!r} is unknown; choose one of {', '.join(BACKEND_NAMES)}")
+    _check_choice("backend", name, BACKEND_NAMES)
+    _check_choice("precision", precision, PRECISIONS)
+    from rtmdet_geo.backends.openers import Wish, find_weights_of, open_engine
     from rtmdet_geo.catalog import CATALOG
 
     if os.fspath(path) in CATALOG:
         path = CATALOG[os.fspath(path)].path
-    weights = _find_weights_of(path)
-    if name == "torch" or (name == "auto" and weights is not None and weights == os.fspath(path)):
-        return _open_torch(path, weights, threads, device, candidates)
-    engine = "onnxruntime" if name == "auto" else name
-    if weights is not None and weights == os.fspath(path):
-        raise ConfigError(f"{weights!r} holds weights, which torch runs, not {engine}; leave the backend out")
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"device {device!r} is not supported by the {engine} backend; choose 'auto' or 'cpu'")
-    if candidates is not None:
-        raise ConfigError("a model file's candidates per level are fixed; candidates= is for weights, which torch runs")
-    if engine == "openvino":
-        from rtmdet_geo.backends.openvino_rt import OpenVinoBackend
-
-        return OpenVinoBackend(path, threads=threads)
-    from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(path, threads=threads)
+    wish = Wish(path, find_weights_of(path), threads, device, precision, compiled, candidates, batch_size, tile_size)
+    return open_engine(name, wish, any_size=any_size)
 
 
-def _find_weights_of(path: str | os.PathLike[str]) -> str | None:
-    """Return the weights that a path is, or that lie beside a bundled model file; None where there are none."""
-    from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES
-    from rtmdet_geo.checkpoints import CHECKPOINTS
+def choose_batch_size(engine: Backend, batch_size: int | None) -> int:
+    """Return the images of a batch: those asked for, or the engine's ``best_batch_size``; 1 where it names none.
 
-    text = os.fspath(path)
-    if text in CHECKPOINTS or text.lower().endswith(WEIGHTS_SUFFIXES):
-        return text
-    twins = {entry.path: entry.weights_path for entry in CATALOG.values()}
-    return os.fspath(twins[Path(path)]) if Path(path) in twins else None
+    Raises:
+        ConfigError: it is below 1.
+    """
+    number = getattr(engine, "best_batch_size", 1) if batch_size is None else batch_size
+    if number < 1:
+        raise ConfigError(f"batch_size={number} must be at least 1")
+    return int(number)
 
 
-def _open_torch(
-    path: str | os.PathLike[str], weights: str | None, threads: int | None, device: str, candidates: int | None
-) -> Backend:
-    if weights is None:
-        raise ConfigError(
-            f"{os.fspath(path)!r} is a model file, which onnxruntime and openvino run; torch runs weights "
-            "(.safetensors, .pth)"
-        )
-    require_package("torch", extra="train")
-    from rtmdet_geo.backends.pytorch import TorchBackend
-
-    return TorchBackend(weights, threads=threads, device=device, candidates=candidates)
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{what} {value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def require_package(module: str, *, extra: str | None = None) -> Any:

@@ -25,6 +25,11 @@ _CPU_FEATURES = (
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16"),
 )
+_TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
+_ONNXRUNTIME_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-openvino", "onnxruntime-directml")
+#: Any of them brings the bindings of CUDA's runtime.
+_CUDA_PACKAGES = ("cuda-python", "cuda-bindings")
+_WEIGHTS = "weights (.safetensors, .pth, published names)"
 #: Seconds that nvidia-smi may take; it waits for a driver that hangs.
 _GPU_SECONDS = 20
 
@@ -87,15 +92,16 @@ def list_engines(*, load: bool = False) -> EngineReport:
         load: import each installed engine, which shows whether it works and of torch which devices it has. torch takes
             seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its CPU build.
     """
-    gpus = _find_gpus()
+    gpus = find_gpus()
     engines: tuple[Engine, ...] = (
-        _find_engine("onnxruntime", ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")),
-        _find_engine("openvino", ("openvino",), extra="openvino"),
+        _needing_gpu(_find_engine("tensorrt", _TENSORRT_PACKAGES, extra="tensorrt", gpus=gpus), gpus),
         _find_engine("torch", ("torch",), extra="train", gpus=gpus),
+        _find_engine("onnxruntime", _ONNXRUNTIME_PACKAGES, gpus=gpus),
+        _find_engine("openvino", ("openvino",), extra="openvino"),
     )
     if load:
         engines = tuple(map(_loaded, engines))
-    return EngineReport(engines, _choices(engines), _describe_machine(engines, gpus))
+    return EngineReport(engines, _choices(engines, gpus), _describe_machine(engines, gpus))
 
 
 def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None, gpus: tuple[str, ...] = ()) -> Engine:
@@ -106,9 +112,21 @@ def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None
         wanted = f"'rtmdet-geo[{extra}]'" if extra else name
         return Engine(name, runs, None, (), f"not installed; run: pip install {wanted}")
     package, version = next(iter(found.items()))
-    has_gpus = name == "torch" and not version.endswith("+cpu")
-    devices = ("cpu", *(f"cuda:{index}" for index in range(len(gpus) if has_gpus else 0)))
+    has_gpus = name == "tensorrt" or package == "onnxruntime-gpu" or (name == "torch" and not version.endswith("+cpu"))
+    cuda = (f"cuda:{index}" for index in range(len(gpus) if has_gpus else 0))
+    devices = (*(() if name == "tensorrt" else ("cpu",)), *cuda)
     return Engine(name, runs, version if package == name else f"{version} ({package})", devices)
+
+
+def _needing_gpu(engine: Engine, gpus: tuple[str, ...]) -> Engine:
+    """Say what TensorRT lacks beside its own package."""
+    if not gpus:
+        return replace(engine, problem="runs on NVIDIA GPUs, none is seen; nvidia-smi shows whether the driver works")
+    if engine.problem is not None:
+        return engine
+    if all(_version_of(package) is None for package in _CUDA_PACKAGES):
+        return replace(engine, problem="cuda-python is not installed; run: pip install 'rtmdet-geo[tensorrt]'")
+    return engine
 
 
 def _version_of(package: str) -> str | None:
@@ -136,14 +154,25 @@ def _loaded(engine: Engine) -> Engine:
     return engine
 
 
-def _choices(engines: tuple[Engine, ...]) -> tuple[Choice, ...]:
+def _choices(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> tuple[Choice, ...]:
     """Return what :func:`rtmdet_geo.backends.open_backend` takes for ``auto``."""
-    problems = {engine.name: engine.problem for engine in engines}
-    rules = (
-        ("model files (.onnx)", "onnxruntime", "every installation has it, and all others are compared with it"),
-        ("weights (.safetensors, .pth, published names)", "torch", "no other engine runs weights without an export"),
-    )
-    return tuple(Choice(files, name, reason, problems[name]) for files, name, reason in rules)
+    by_name = {engine.name: engine for engine in engines}
+    torch = by_name["torch"]
+    weights = Choice(_WEIGHTS, "torch", "no other engine runs weights without an export", torch.problem)
+    name, reason = "onnxruntime", "every installation has it, and all others are compared with it"
+    if gpus and by_name["tensorrt"].problem is None:
+        name, reason = "tensorrt", "the fastest on this machine's GPU; in fp16"
+    elif gpus:
+        missing = f"the GPU's best, tensorrt: {by_name['tensorrt'].problem}"
+        reason = f"{missing}; without it, the GPU runs bundled models by torch" if _has_cuda(torch) else missing
+        reason += (
+            "" if _has_cuda(by_name["onnxruntime"]) else "; for other files on the GPU: pip install onnxruntime-gpu"
+        )
+    return (Choice("model files (.onnx)", name, reason, by_name[name].problem), weights)
+
+
+def _has_cuda(engine: Engine) -> bool:
+    return engine.problem is None and any(device.startswith("cuda") for device in engine.devices)
 
 
 def _describe_machine(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> dict[str, Any]:
@@ -153,6 +182,8 @@ def _describe_machine(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> dic
         "rtmdet-geo": __version__,
         "python": platform.python_version(),
         "numpy": _version_of("numpy"),
+        "onnx": _version_of("onnx"),
+        "cuda_python": next(filter(None, map(_version_of, _CUDA_PACKAGES)), None),
         **{engine.name: engine.version for engine in engines},
         "system": platform.platform(),
         "cpu": model,
@@ -174,7 +205,7 @@ def _describe_cpu(source: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str,
     return facts.get("model name", name), tuple(feature for feature in _CPU_FEATURES if feature in flags)
 
 
-def _find_gpus() -> tuple[str, ...]:
+def find_gpus() -> tuple[str, ...]:
     """Return name, driver and memory of the GPUs that nvidia-smi names; none without it or its driver."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:

@@ -68,11 +68,9 @@ _SHAPES = {1: "oriented boxes", 2: "horizontal boxes"}
     show_default=True,
     help="Let one place have several classes, or the best.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Patches per engine call.")
+@options.batch_size_option("Patches")
 @classes_options("the model's")
-@options.backend_option
-@options.device_option
-@options.threads_option
+@options.engine_options
 @resume_option
 @options.overwrite_option
 @options.json_option
@@ -89,6 +87,8 @@ def submission(
     class_names: tuple[str, ...],
     backend: str,
     device: str,
+    precision: str,
+    compiled: bool,
     threads: int | None,
     as_json: bool,
     progress_mode: str,
@@ -110,15 +110,16 @@ def submission(
     if None not in (settings["size"], settings["gap"]) and settings["gap"] >= settings["size"]:
         raise click.UsageError(f"--gap {settings['gap']} must be below --size {settings['size']}.")
     classes = chosen_classes(class_list, class_names)
-    from rtmdet_geo.backends import open_backend
-    from rtmdet_geo.catalog import find_model
     from rtmdet_geo.dota.files import find_images
     from rtmdet_geo.dota.inference import run_dota
     from rtmdet_geo.dota.submission import EMPTY_FILE, check_submission
+    from rtmdet_geo.images import load_model
 
     start = {"model": model, "images": str(images), "out": str(output)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "patches", start) as advance:
-        engine = open_backend(find_model(model), name=backend, device=device, threads=threads)
+        engine = load_model(
+            model, backend=backend, device=device, precision=precision, compiled=compiled, threads=threads
+        )
         summary = run_dota(
             engine,
             images,

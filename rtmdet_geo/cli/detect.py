@@ -60,10 +60,8 @@ from rtmdet_geo.cli import options, report
     type=click.IntRange(min=0),
     help="Overlap of neighbouring tiles in px, longest object at least.  [default: the model's]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Tiles per engine call.")
-@options.backend_option
-@options.device_option
-@options.threads_option
+@options.batch_size_option("Tiles")
+@options.engine_options
 @click.option(
     "--max-overlap",
     type=click.FloatRange(0, 1, min_open=True),

@@ -26,13 +26,11 @@ from rtmdet_geo.cli.evaluate import finish, prepare, protocol_option, report_opt
 )
 @protocol_option
 @rates_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="dota: patches per call.")
+@options.batch_size_option("dota: patches")
 @click.option(
     "--results", type=click.Path(path_type=Path), help="Keep what is found: folder of result files; coco: .json file."
 )
-@options.backend_option
-@options.device_option
-@options.threads_option
+@options.engine_options
 @options.progress_option
 @report_options
 @click.pass_context
@@ -45,10 +43,12 @@ def model(
     label_format: str,
     protocol: str,
     rates: tuple[float, ...],
-    batch_size: int,
+    batch_size: int | None,
     results: Path | None,
     backend: str,
     device: str,
+    precision: str,
+    compiled: bool,
     threads: int | None,
     progress_mode: str,
     **output: Any,
@@ -65,14 +65,13 @@ def model(
     """
     options.check_stdout_owner(output["as_json"], progress_mode)
     prepare(images, labels, *([model] if Path(model).is_file() else []), **output)
-    from rtmdet_geo.backends import open_backend
-    from rtmdet_geo.catalog import find_model
+    from rtmdet_geo.images import load_model
     from rtmdet_geo.model_evaluation import evaluate_model
 
     start = {"model": model, "images": str(images), "labels": str(labels)}
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "images", start) as advance:
         result = evaluate_model(
-            open_backend(find_model(model), name=backend, device=device, threads=threads),
+            load_model(model, backend=backend, device=device, precision=precision, compiled=compiled, threads=threads),
             images,
             labels,
             label_format=label_format,  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 
 import click
 
-from rtmdet_geo.backends import BACKEND_NAMES
+from rtmdet_geo.backends import BACKEND_NAMES, PRECISIONS
 from rtmdet_geo.cli import report
 from rtmdet_geo.errors import ConfigError, OutputError
 
@@ -100,19 +100,44 @@ backend_option = click.option(
     type=click.Choice(BACKEND_NAMES),
     default="auto",
     show_default=True,
-    help="Engine: onnxruntime (auto) or openvino for model files, torch for weights; see `rtmdet-geo engines`.",
+    help="Engine; auto is the best that is here: `rtmdet-geo engines` says which, and why.",
 )
 
 device_option = click.option(
-    "--device",
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto: a GPU if the engine can use one."
+)
+
+_precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
-    help="Of torch: cpu, cuda, cuda:1, or auto: cuda if there is one. Model files run on the CPU.",
+    help="Of the arithmetic; auto: fp16 with tensorrt, else fp32 or what a model file was exported to.",
+)
+
+_compile_option = click.option(
+    "--compile", "compiled", is_flag=True, help="torch only: compile the network first, which takes minutes."
 )
 
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads of the engine.  [default: one per usable core]"
 )
+
+
+def engine_options(function: Command) -> Command:
+    """Add what :func:`rtmdet_geo.backends.open_backend` is asked for: backend, device, precision, compiled, threads."""
+    for option in (threads_option, _compile_option, _precision_option, device_option, backend_option):
+        function = option(function)
+    return function
+
+
+def batch_size_option(what: str) -> Callable[[Command], Command]:
+    """Return ``--batch-size``; ``what`` names that which is batched."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help=f"{what} per engine call.  [default: the engine's: 1 on a CPU, 8 on a GPU]",
+    )
 
 
 def output_option(help_text: str, *, required: bool = True) -> Callable[[Command], Command]:

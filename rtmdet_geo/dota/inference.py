@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.dota_results import ResultRows, Task
-from rtmdet_geo.backends import Backend
+from rtmdet_geo.backends import Backend, choose_batch_size
 from rtmdet_geo.boxes import boxes_to_hboxes, polygons_to_hboxes
 from rtmdet_geo.dota.files import decode_large, find_images, large_image_size, stamp
 from rtmdet_geo.dota.merge import PatchBoxes, merge_boxes, merge_rows, result_texts
@@ -33,6 +34,7 @@ from rtmdet_geo.dota.tiles import cut_pixels
 from rtmdet_geo.errors import AnnotationError, Cancelled, ConfigError, OutputError, SaturatedTileWarning
 from rtmdet_geo.images import array_scene, load_model
 from rtmdet_geo.nms import nms_of_kind
+from rtmdet_geo.prefetch import Prefetch
 from rtmdet_geo.preprocess import letterbox
 from rtmdet_geo.structures import Detections
 from rtmdet_geo.views import View, restore
@@ -51,7 +53,7 @@ class _Settings:
     merge_iou_threshold: float
     max_detections: int
     multi_label: bool
-    batch_size: int
+    batch_size: int | None
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "iou_threshold", "merge_iou_threshold"):
@@ -59,8 +61,9 @@ class _Settings:
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise ConfigError(f"{name}={value!r} must be in [0, 1]")
         for name in ("max_detections", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def run_dota(
     merge_iou_threshold: float = 0.1,
     max_detections: int = 2000,
     multi_label: bool = True,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     names: Collection[str] | None = None,
     classes: Sequence[str] = (),
     resume: bool = False,
@@ -116,7 +119,7 @@ def run_dota(
         merge_iou_threshold: of NMS between patches, in [0, 1].
         max_detections: the best so many of each patch are kept.
         multi_label: several classes for one place are several detections.
-        batch_size: patches per call of the engine.
+        batch_size: patches per call of the engine; None is the engine's own.
         names: images to take, without ending; None takes all of the folder.
         classes: names that there must be a file for, besides the model's; those that it does not know are empty.
         resume: go on from ``OUT.partial``: images whose files have not changed are not run again.
@@ -313,25 +316,27 @@ def _run(
     side = engine.fixed_tile_size or engine.spec.tile_size
     in_flight: deque[tuple[str, int, int, tuple[float, float]]] = deque()
 
+    batch_size = choose_batch_size(engine, settings.batch_size)
+
     def batches() -> Iterator[NDArray[np.uint8]]:
         waiting: list[NDArray[np.uint8]] = []
         for name, pixels in patches:
-            if cancelled is not None and cancelled():
-                raise Cancelled("stopped between two patches; --resume goes on with the image that was being searched")
             height, width = pixels.shape[:2]
             shown, _ = array_scene(pixels, _RGB, engine.spec, name=folder).read(0, 0, width, height)
             boxed = letterbox(shown.transpose(1, 2, 0), side)
             waiting.append(boxed.image.transpose(2, 0, 1))
             in_flight.append((name, height, width, boxed.scale_factor))
-            if len(waiting) == settings.batch_size:
+            if len(waiting) == batch_size:
                 yield np.stack(waiting)
                 waiting = []
         if waiting:
             yield np.stack(waiting)
 
-    found = engine.run(batches(), score_threshold=settings.score_threshold, multi_label=settings.multi_label)
-    for batch in found:
-        for detections in batch:
+    with Prefetch(batches(), size=2, name="patches") as ready:
+        found = engine.run(ready, score_threshold=settings.score_threshold, multi_label=settings.multi_label)
+        for detections in chain.from_iterable(found):
+            if cancelled is not None and cancelled():
+                raise Cancelled("stopped between two patches; --resume goes on with the image that was being searched")
             name, height, width, factors = in_flight.popleft()
             in_patch = restore(detections, View(*factors), height, width)
             kept = nms_of_kind(

@@ -72,11 +72,9 @@ def check_model_file(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]
     Raises:
         ModelFileError: it is foreign (the message names all that it lacks), damaged, or contradicts itself.
     """
-    has_spec = SPEC_KEY in read_metadata(path)
-    spec = read_spec(path) if has_spec else None
-    missing = _missing_parts(inputs, outputs, spec.kind if spec is not None else "rotated")
-    if not has_spec:
-        missing.append(f"metadata key {SPEC_KEY!r}")
+    metadata = read_metadata(path)
+    spec = read_spec(path) if SPEC_KEY in metadata else None
+    missing = missing_parts(inputs, outputs, spec.kind if spec is not None else None)
     if missing or spec is None:
         raise ModelFileError(
             f"{str(path)!r} does not follow the model-file contract; it lacks {'; '.join(missing)}; "
@@ -92,18 +90,26 @@ def check_model_file(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]
     return spec
 
 
-def _missing_parts(inputs: Sequence[Port], outputs: Sequence[Port], kind: ModelKind) -> list[str]:
-    """Return what the graph lacks of the contract's input and of the kind's outputs, in words."""
+def missing_parts(inputs: Sequence[Port], outputs: Sequence[Port], kind: ModelKind | None) -> list[str]:
+    """Return what a file lacks of the contract, in words.
+
+    Args:
+        inputs: of its graph.
+        outputs: of its graph.
+        kind: what its ModelSpec says; None: it has none, which is one of the things that it lacks.
+    """
     missing = []
     if len(inputs) != 1 or inputs[0][:2] != ("images", "uint8") or len(inputs[0].sizes) != 4:
         found = ", ".join(f"{port.name} {port.type} ({', '.join(map(str, port.sizes))})" for port in inputs)
         missing.append(f"input 'images' uint8 (N, C, H, W) (it has {found})")
     ports = {port.name: port for port in outputs}
-    for name, sizes in OUTPUTS[kind].items():
+    for name, sizes in OUTPUTS[kind or "rotated"].items():
         port = ports.get(name)
         wanted = ("N", *sizes)
         if port is None or port.type != "fp32" or not _is_shape(port.sizes, wanted):
             missing.append(f"output {name!r} fp32 ({', '.join(map(str, wanted))})")
+    if kind is None:
+        missing.append(f"metadata key {SPEC_KEY!r}")
     return missing
 
 

@@ -137,7 +137,7 @@ def show_model(model: str, as_json: bool) -> None:
     Raises:
         UnknownModelError, ModelFileError: see :func:`rtmdet_geo.catalog.find_model`.
     """
-    from rtmdet_geo.catalog import CATALOG, file_sha256, find_model, known_spec
+    from rtmdet_geo.catalog import CATALOG, SPEC_KEY, file_sha256, find_model, known_spec, read_metadata
     from rtmdet_geo.checkpoints import CHECKPOINTS
     from rtmdet_geo.errors import ModelFileError, UnknownModelError
     from rtmdet_geo.variants import VARIANTS
@@ -156,6 +156,9 @@ def show_model(model: str, as_json: bool) -> None:
         if near:
             raise UnknownModelError(f"no model is named {model!r}; did you mean {' or '.join(map(repr, near))}?")
         path = find_model(model)
+        if path.suffix.lower() == ".onnx" and SPEC_KEY not in read_metadata(path):
+            _show_foreign(path, as_json)
+            return
         known = known_spec(path)
         if known is None:
             raise ModelFileError(
@@ -169,6 +172,30 @@ def show_model(model: str, as_json: bool) -> None:
         report.echo_json(facts)
     else:
         click.echo(card)
+
+
+def _show_foreign(path: Path, as_json: bool) -> None:
+    """Write what is known of an ONNX file of another program."""
+    from rtmdet_geo.backends.foreign import describe_foreign
+
+    facts = describe_foreign(path)
+    if as_json:
+        report.echo_json(facts)
+        return
+    made_by = " ".join(part for part in (facts["producer"], facts["domain"]) if part)
+    rows = [("file", f"{path}, {facts['bytes'] / 1e6:.1f} MB"), ("made by", made_by), ("graph", facts["graph"])]
+    rows += [("description", facts["description"])] if facts["description"] else []
+    for what in ("inputs", "outputs"):
+        for port in facts[what]:
+            shape = ", ".join("?" if size is None else str(size) for size in port["sizes"])
+            rows.append((what[:-1], f"{port['name']} {port['type']} ({shape})"))
+    rows += [("metadata", f"{key}: {value}") for key, value in facts["metadata"].items()]
+    rows += [("lacks" if number == 0 else "", part) for number, part in enumerate(facts["lacks"])]
+    click.echo(_format_rows(rows))
+    click.echo(
+        "\nA file of another program, which `rtmdet-geo detect` cannot run. If it is an RTMDet,\n"
+        "export the weights (.pth) that it was made from with `rtmdet-geo export`."
+    )
 
 
 def _variant_rows(variant: Variant) -> list[tuple[str, str]]:

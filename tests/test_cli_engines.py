@@ -146,7 +146,7 @@ def test_command(installed, no_gpu):
     assert f"rtmdet-geo    {__version__}\n" in text and "openvino      not installed\n" in text
     assert "gpus          none seen\n" in text and all(len(line) <= 120 for line in text.splitlines())
     facts = json.loads(run("engines", "--json").stdout)
-    assert [engine["name"] for engine in facts["engines"]] == ["onnxruntime", "openvino", "torch"]
+    assert [engine["name"] for engine in facts["engines"]] == ["tensorrt", "torch", "onnxruntime", "openvino"]
     assert facts["machine"]["torch"] == "2.9.0+cu128" and facts["machine"]["gpus"] == []
 
 

@@ -121,7 +121,7 @@ def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None
 def _needing_gpu(engine: Engine, gpus: tuple[str, ...]) -> Engine:
     """Say what TensorRT lacks beside its own package."""
     if not gpus:
-        return replace(engine, problem="runs on NVIDIA GPUs, none is seen; nvidia-smi shows whether the driver works")
+        return replace(engine, problem="needs an NVIDIA GPU and its driver; nvidia-smi names none")
     if engine.problem is not None:
         return engine
     if all(_version_of(package) is None for package in _CUDA_PACKAGES):

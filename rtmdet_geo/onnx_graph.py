@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtmdet_geo import __version__
 from rtmdet_geo.catalog import GRAPH_SHA256_KEY, SPEC_KEY
+from rtmdet_geo.errors import ConfigError
+from rtmdet_geo.onnx_fold import fold_shapes, replace_graph, tensor_shapes
 from rtmdet_geo.structures import ModelSpec
 
 
@@ -78,7 +80,7 @@ def fold_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             arrays = [numpy_helper.to_array(value) for value in values]
             product = arrays[0].astype(np.float32) if node.op_type == "Cast" else arrays[0] * arrays[1]
             tensors[node.output[0]] = numpy_helper.from_array(product, node.output[0])
-    replace_graph(folded, nodes, tensors.values())
+    replace_graph(folded, nodes, list(tensors.values()))
     return folded
 
 
@@ -92,15 +94,73 @@ def _makes_weights(node: onnx.NodeProto, values: Sequence[TensorProto]) -> bool:
     )
 
 
-def replace_graph(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[onnx.TensorProto]) -> None:
-    """Replace a graph's nodes, and its initialisers by those of ``tensors``; drop constants that nothing reads."""
-    nodes = [copy.deepcopy(node) for node in nodes]
-    used = {name for node in nodes for name in node.input}
-    nodes = [node for node in nodes if node.op_type != "Constant" or node.output[0] in used]
-    tensors = [copy.deepcopy(tensor) for tensor in tensors if tensor.name in used]
-    del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
-    proto.graph.initializer.extend(tensors)
+def fix_size(
+    proto: onnx.ModelProto, height: int | None = None, width: int | None = None, *, batch: int | None = None
+) -> onnx.ModelProto:
+    """Return a copy that takes images of one size, as engines want it that plan for one; k of every TopK is a constant.
+
+    Args:
+        proto: model file's graph; not changed.
+        height: of the images in px; None leaves it as it is, like the others.
+        width: likewise.
+        batch: images at once.
+
+    Returns:
+        The copy; its ModelSpec, if there is one, has the tile size and the number of rows.
+
+    Raises:
+        ConfigError: the graph takes another size only, or one that is no multiple of what the model needs.
+    """
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(proto)
+    spec = stored_spec(fixed)
+    image = fixed.graph.input[0].type.tensor_type.shape.dim
+    multiple = spec.stride_multiple if spec is not None and spec.kind != "classification" else 1
+    for axis, size, what, unit in (
+        (0, batch, "batch", 1),
+        (2, height, "height", multiple),
+        (3, width, "width", multiple),
+    ):
+        if size is None:
+            continue
+        if size < 1 or size % unit:
+            raise ConfigError(f"{what} {size} must be a positive multiple of {unit}")
+        if image[axis].HasField("dim_value") and image[axis].dim_value != size:
+            raise ConfigError(f"the graph takes {what} {image[axis].dim_value} only, not {size}; export it anew")
+        image[axis].dim_value = size
+    _fold_whole(fixed)
+    if spec is not None:
+        write_metadata(fixed, _of_fixed_size(spec, fixed.graph))
+    return fixed
+
+
+def _fold_whole(proto: onnx.ModelProto) -> None:
+    """Fold the graph's shapes, then state those of its outputs as its input implies them."""
+    stated = {output.name: _declared_shape(output) for output in proto.graph.output}
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    fold_shapes(proto)
+    found = tensor_shapes(onnx.shape_inference.infer_shapes(proto, data_prop=True).graph)
+    for name, sizes in stated.items():
+        known = [new if isinstance(new, int) else old for new, old in zip(found.get(name, sizes), sizes, strict=True)]
+        stated[name] = [_declared_shape(proto.graph.input[0])[0], *known[1:]]
+    declare_outputs(proto, stated)
+
+
+def _declared_shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def _of_fixed_size(spec: ModelSpec, graph: onnx.GraphProto) -> ModelSpec:
+    """Return the spec of a graph whose square images have one size."""
+    height, width = _declared_shape(graph.input[0])[2:]
+    if not isinstance(height, int) or height != width:
+        return spec
+    changes = {"tile_size": height, "overlap": min(spec.overlap, height // 2)}
+    if spec.kind != "classification":
+        rows = _declared_shape(graph.output[0])[1]
+        changes["max_detections"] = rows if isinstance(rows, int) else spec.max_detections
+    return spec.model_copy(update=changes)
 
 
 def stored_spec(proto: onnx.ModelProto) -> ModelSpec | None:

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _DEVICE = re.compile(r"cuda(?::(\d+))?")
 #: What helps where the CUDA driver does not answer.
 _DRIVER_HINT = (
-    "install or update the NVIDIA driver (`nvidia-smi` shows it, and the newest CUDA that it supports; cuda-python must "
-    "not be of a newer CUDA), or choose the backend onnxruntime"
+    "install or update the NVIDIA driver (`nvidia-smi` shows it, and the newest CUDA that it supports; cuda-python must be "
+    "of no newer one), or choose the backend onnxruntime"
 )
 
 
@@ -170,7 +170,8 @@ def find_device(name: str) -> Device:
 
 def describe_devices() -> DeviceReport:
     """Return the CUDA devices and versions of this machine, or why there is none; raises nothing."""
-    problem, devices = None, ()
+    problem: str | None = None
+    devices: tuple[Device, ...] = ()
     try:
         devices = list_devices()
     except (EngineError, MissingDependencyError) as error:

@@ -11,20 +11,20 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rtmdet_geo.backends import cuda, require_package, trt_cache
-from rtmdet_geo.backends.contract import Port, check_model_file, refuse_classifier, rows_per_level
+from rtmdet_geo.backends import cuda, trt_cache
+from rtmdet_geo.backends.contract import check_model_file, fixed_side, refuse_classifier, rows_per_level
 from rtmdet_geo.backends.trt_cache import OPTIMIZATION_LEVEL, Description, Order, Precision
 from rtmdet_geo.backends.trt_check import check_layers, check_numbers
+from rtmdet_geo.backends.trt_graph import read_graph, read_ports
 from rtmdet_geo.backends.trt_load import Engine, Messages, load_tensorrt, messages, open_engine
 from rtmdet_geo.backends.trt_run import Lane
 from rtmdet_geo.cache import hold_lock
-from rtmdet_geo.catalog import check_graph, read_spec
-from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError, OutputError, RTMDetGeoError
+from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError, OutputError
 from rtmdet_geo.outputs import check_folder
 from rtmdet_geo.structures import ModelSpec
 
@@ -112,15 +112,31 @@ def make_order(
     path = Path(model_file)
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r} is not there")
-    spec = check_model_file(path, *_ports(path))
+    inputs, outputs = read_ports(path)
+    spec = check_model_file(path, inputs, outputs)
     refuse_classifier(spec, path)
     if max_batch < 1:
         raise ConfigError(f"max_batch must be at least 1, not {max_batch}")
-    side = tile_size or spec.tile_size
+    fixed = fixed_side(inputs[0])
+    side = tile_size or fixed or spec.tile_size
     if side < spec.stride_multiple or side % spec.stride_multiple:
         raise ConfigError(f"tile size {side} px must be a multiple of {spec.stride_multiple}")
+    if fixed not in (None, side):
+        raise ConfigError(f"{path.name!r} takes tiles of {fixed} px only, not {side}; leave the tile size out")
+    batch = inputs[0].sizes[0]
+    batches = (batch, batch) if isinstance(batch, int) else (1, max_batch)
     workspace = min(_WORKSPACE_BYTES, device.memory_bytes // 2)
-    return Order(path, spec, choose_precision(spec, precision), side, max_batch, workspace, "none", device)
+    return Order(path, spec, choose_precision(spec, precision), side, batches, workspace, "none", device)
+
+
+def check_precision(asked: str) -> None:
+    """Refuse a precision that cannot be asked for.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    if asked not in ("auto", "fp16", "fp32"):
+        raise ConfigError(f"precision {asked!r} is unknown; choose auto, fp16 or fp32")
 
 
 def choose_precision(spec: ModelSpec, asked: str) -> Precision:
@@ -129,8 +145,7 @@ def choose_precision(spec: ModelSpec, asked: str) -> Precision:
     Raises:
         ConfigError: there is no such precision, or the model file has another one already.
     """
-    if asked not in ("auto", "fp16", "fp32"):
-        raise ConfigError(f"precision {asked!r} is unknown; choose auto, fp16 or fp32")
+    check_precision(asked)
     if spec.precision != "fp32" and asked not in ("auto", spec.precision):
         raise ConfigError(
             f"the model file is {spec.precision} and stays so; leave the precision out, or take the fp32 file"
@@ -150,16 +165,21 @@ def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) 
     """
     key = order.key(trt.__version__)
     path = trt_cache.place_of(order, key)
-    if not path.is_file():
-        logger.info("no engine for %s yet; it is built, which takes minutes, and kept in %s", order.spec.name, path)
+    cuda.use(order.device)
+    seen = trt_cache.stamp_of(path)
+    found = _open_cached(trt, path, order)
+    if found is not None:
+        return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from error
     with hold_lock(path.with_name(path.name + ".lock")):
-        found = _open_cached(trt, path, order)
-        if found is not None:
-            return found
+        if trt_cache.stamp_of(path) != seen:  # another process built it meanwhile
+            found = _open_cached(trt, path, order)
+            if found is not None:
+                return found
+        logger.info("an engine for %s is built, which takes minutes; it is kept in %s", order.spec.name, path)
         plan, description, engine = _build(trt, order, progress)
         trt_cache.write_engine(path, plan, description)
         return engine, description
@@ -167,7 +187,7 @@ def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) 
 
 def _open_cached(trt: Any, path: Path, order: Order) -> tuple[Engine, Description] | None:
     """Return an engine of the cache; None: it has to be built."""
-    if not path.is_file():
+    if trt_cache.stamp_of(path) is None:
         return None
     try:
         plan, description = trt_cache.read_engine(path, order.device, trt.__version__)
@@ -181,13 +201,13 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     """Build and check an engine."""
     started = time.perf_counter()
     cuda.use(order.device)
-    graph, half_layers = _read_graph(order)
-    plan = _build_plan(trt, order, graph, half_layers, progress)
+    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size)
+    plan = _build_plan(trt, order, graph, half_nodes, progress)
     spec = _spec_of(order)
     engine = open_engine(trt, plan, spec)
-    lane = Lane(engine, order.device, min(order.max_batch, 2))
+    lane = Lane(engine, order.device, order.batches[1])
     try:
-        layers = check_layers(lane.describe(), order.precision, half_layers)
+        layers = check_layers(lane.describe(), order.precision, half_nodes)
         differences = check_numbers(lane, order.model_file, order.spec, order.tile_size, order.precision)
     finally:
         lane.close()
@@ -195,7 +215,7 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     description = Description(
         spec=spec.model_copy(update={"differences": differences}),
         key=order.key(trt.__version__),
-        max_batch=order.max_batch,
+        max_batch=order.batches[1],
         compatibility=order.compatibility,
         layers=layers,
         engine_sha256=hashlib.sha256(plan).hexdigest(),
@@ -217,7 +237,9 @@ def _spec_of(order: Order) -> ModelSpec:
     )
 
 
-def _build_plan(trt: Any, order: Order, graph: bytes, half_layers: set[str], progress: Progress | None) -> bytes:
+def _build_plan(
+    trt: Any, order: Order, graph: bytes, half_nodes: Mapping[str, str], progress: Progress | None
+) -> bytes:
     """Build: network, parser, configuration, profile, timing cache; the whole of TensorRT's side on this page."""
     log = messages(trt)
     log.take_errors()
@@ -233,10 +255,11 @@ def _build_plan(trt: Any, order: Order, graph: bytes, half_layers: set[str], pro
         level = getattr(trt.HardwareCompatibilityLevel, order.compatibility.upper())
         config.hardware_compatibility_level = level
     if not _is_strongly_typed(trt):
-        _pin_precision(trt, network, config, order.precision, half_layers)
+        _pin_precision(trt, network, config, order.precision, half_nodes)
     image = (len(order.spec.bands), order.tile_size, order.tile_size)
     profile = builder.create_optimization_profile()
-    profile.set_shape("images", (1, *image), (order.max_batch, *image), (order.max_batch, *image))
+    least, most = ((number, *image) for number in order.batches)
+    profile.set_shape("images", least, most, most)
     if config.add_optimization_profile(profile) < 0:
         raise log.failure("TensorRT refuses the range of batch sizes")
     timings = _attach_timings(trt, config, order)
@@ -273,7 +296,7 @@ def _parse(trt: Any, log: Messages, network: Any, graph: bytes, path: Path) -> N
     raise EngineError(f"TensorRT {trt.__version__} cannot read the graph of {str(path)!r}: {reasons}")
 
 
-def _pin_precision(trt: Any, network: Any, config: Any, precision: Precision, half_layers: set[str]) -> None:
+def _pin_precision(trt: Any, network: Any, config: Any, precision: Precision, half_nodes: Mapping[str, str]) -> None:
     """Let TensorRT 8.6 compute in the graph's types, and in no others."""
     if precision == "fp32":
         return
@@ -283,9 +306,9 @@ def _pin_precision(trt: Any, network: Any, config: Any, precision: Precision, ha
         return
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.name in half_layers:
+        if half_nodes.get(layer.name) == "Conv":
             layer.precision = trt.DataType.HALF
-        elif layer.type != trt.LayerType.CAST:  # a cast says itself what it makes
+        elif layer.name not in half_nodes and layer.type != trt.LayerType.CAST:  # a cast says itself what it makes
             _pin_single(trt, layer)
 
 
@@ -354,32 +377,12 @@ def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
             """Call ``progress``; what it raises ends the build, and is raised after it."""
             if self.error is None:
                 try:
-                    progress(phase, step, self.steps.get(phase, 0))
+                    tell(phase, step, self.steps.get(phase, 0))
                 except BaseException as error:
                     self.error = error
             return self.error is None
 
+    tell = progress
     monitor = Monitor()
     config.progress_monitor = monitor
     return monitor
-
-
-def _ports(path: Path) -> tuple[list[Port], list[Port]]:
-    """Return a model file's inputs and outputs in the contract's words.
-
-    Raises:
-        ModelFileError: it is no readable ONNX file.
-    """
-    graph = _load_onnx(path, with_weights=False).graph
-    types = {2: "uint8", 1: "fp32"}
-    sides: list[list[Port]] = []
-    for values in (graph.input, graph.output):
-        ports = []
-        for value in values:
-            tensor = value.type.tensor_type
-            sizes = tuple(
-                size.dim_value if size.HasField("dim_value") else size.dim_param or None for size in tensor.shape.dim
-            )
-            ports.append(Port(value.name, types.get(tensor.elem_type, str(tensor.elem_type)), sizes))
-        sides.append(ports)
-    return sides[0], sides[1]

@@ -65,7 +65,7 @@ class Order:
         spec: what it says of itself.
         precision: of the engine's convolutions.
         tile_size: side of the images in px.
-        max_batch: most images at once.
+        batches: fewest and most images at once.
         workspace_bytes: device memory that a layer may use for itself.
         compatibility: key of what else it runs on, see ``HardwareCompatibilityLevel`` of TensorRT.
         device: that it is built on.
@@ -75,7 +75,7 @@ class Order:
     spec: ModelSpec
     precision: Precision
     tile_size: int
-    max_batch: int
+    batches: tuple[int, int]
     workspace_bytes: int
     compatibility: str
     device: Device
@@ -87,10 +87,11 @@ class Order:
             version: of TensorRT.
         """
         image = [len(self.spec.bands), self.tile_size, self.tile_size]
+        least, most = ([number, *image] for number in self.batches)
         return {
             "model_sha256": file_sha256(self.model_file),
             "precision": self.precision,
-            "profile": [[1, *image], [self.max_batch, *image], [self.max_batch, *image]],
+            "profile": [least, most, most],
             "optimization_level": OPTIMIZATION_LEVEL,
             "workspace_bytes": self.workspace_bytes,
             "compatibility": self.compatibility,
@@ -147,6 +148,14 @@ def place_of(order: Order, key: Key) -> Path:
     return engines_folder() / f"{_slug(order.spec.name)}_{order.precision}_{digest[:20]}{ENGINE_SUFFIX}"
 
 
+def stamp_of(path: Path) -> int | None:
+    """Return when an engine's description, which comes last, was written, in ns; None: there is none."""
+    try:
+        return description_of(path).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def engines_folder() -> Path:
     """Return the folder of engines and timing caches; it need not exist."""
     return cache_dir() / "engines"
@@ -191,8 +200,8 @@ def read_engine(path: Path, device: Device, version: str) -> tuple[bytes, Descri
     plan = _read(path)
     if hashlib.sha256(plan).hexdigest() != description.engine_sha256:
         raise ModelFileError(
-            f"{str(path)!r} is damaged ({len(plan)} bytes with another SHA-256 than its description has); copy it again "
-            "together with its .json, or build it again"
+            f"{str(path)!r} is damaged ({len(plan)} bytes with another SHA-256 than its description has); copy it "
+            "again together with its .json, or build it again"
         )
     return plan, description
 

@@ -100,13 +100,15 @@ class Engine:
         trt: the module.
         native: TensorRT's engine.
         image_shape: C, H, W of the input.
-        max_batch: images at once.
+        min_batch: fewest images at once; 1 unless the model file takes one number only.
+        max_batch: most images at once.
         outputs: names of the contract's outputs, in its order.
     """
 
     trt: Any
     native: Any
     image_shape: tuple[int, int, int]
+    min_batch: int
     max_batch: int
     outputs: tuple[str, ...]
 
@@ -142,7 +144,7 @@ def _describe(trt: Any, native: Any, spec: ModelSpec) -> Engine:
     """
     names = [native.get_tensor_name(index) for index in range(native.num_io_tensors)]
     found = {name: _port(trt, native, name) for name in names}
-    wanted = {"images": ("INPUT", "UINT8"), **{name: ("OUTPUT", "FLOAT") for name in OUTPUTS[spec.kind]}}
+    wanted = {"images": ("INPUT", "UINT8"), **dict.fromkeys(OUTPUTS[spec.kind], ("OUTPUT", "FLOAT"))}
     if {name: port[:2] for name, port in found.items()} != wanted:
         described = ", ".join(f"{name} {' '.join(port[:2])}" for name, port in found.items())
         raise ModelFileError(
@@ -150,15 +152,15 @@ def _describe(trt: Any, native: Any, spec: ModelSpec) -> Engine:
             "with `rtmdet-geo export`"
         )
     channels, height, width = found["images"][2][1:]
-    largest = native.get_tensor_profile_shape("images", 0)[2]
+    least, _, most = (int(next(iter(shape))) for shape in native.get_tensor_profile_shape("images", 0))
     sizes = {name: found[name][2][1:] for name in OUTPUTS[spec.kind]}
     fits = all(_fits(shape, OUTPUTS[spec.kind][name], height, width) for name, shape in sizes.items())
     if channels != len(spec.bands) or not fits:
         raise ModelFileError(
-            f"the engine contradicts its description: images {channels} x {height} x {width}, outputs {sizes}; build it "
-            "again with `rtmdet-geo export`"
+            f"the engine contradicts its description: images {channels} x {height} x {width}, outputs {sizes}; build "
+            "it again with `rtmdet-geo export`"
         )
-    return Engine(trt, native, (channels, height, width), int(tuple(largest)[0]), tuple(sizes))
+    return Engine(trt, native, (channels, height, width), least, most, tuple(sizes))
 
 
 def _port(trt: Any, native: Any, name: str) -> tuple[str, str, tuple[int, ...]]:
@@ -171,4 +173,6 @@ def _fits(shape: tuple[int, ...], wanted: Sizes, height: int, width: int) -> boo
     """Say whether an output's sizes, -1 where they follow from the input's, can be the contract's."""
     known = {"H/8": height // 8, "W/8": width // 8}
     pairs = zip(shape, (known.get(size, size) if isinstance(size, str) else size for size in wanted), strict=False)
-    return len(shape) == len(wanted) and all(size == -1 or isinstance(want, str) or size == want for size, want in pairs)
+    return len(shape) == len(wanted) and all(
+        size == -1 or isinstance(want, str) or size == want for size, want in pairs
+    )

@@ -132,8 +132,9 @@ class Lane:
             self.await_slot(slot)
             number = len(images)
             slot.images[:number] = images
+            slot.images[number : self.engine.min_batch] = 0
             try:
-                self._start(slot, number)
+                self._start(slot, max(number, self.engine.min_batch))
             except BaseException:
                 self._holdings.wait()  # what was given to the streams uses the slot's buffers
                 raise

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _DEVICE = re.compile(r"cuda(?::(\d+))?")
 #: What helps where the CUDA driver does not answer.
 _DRIVER_HINT = (
-    "install or update the NVIDIA driver (`nvidia-smi` shows it, and the newest CUDA that it supports; cuda-python must be "
-    "of no newer one), or choose the backend onnxruntime"
+    "install or update the NVIDIA driver (`nvidia-smi` shows it, and the newest CUDA that it supports; cuda-python may "
+    "be of no newer one), or choose the backend onnxruntime"
 )
 
 

@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -73,8 +72,7 @@ class TensorRtBackend(RowsBackend):
         self._device = cuda.find_device(device)  # before TensorRT is asked for anything: without a driver it crashes
         self._progress = progress
         self._lock = threading.RLock()
-        self._local = threading.local()
-        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._free: list[Lane] = []  # a lane serves one caller at a time
         self._order: Order | None = None
         if file.suffix == trt_cache.ENGINE_SUFFIX:
             opened = self._open_named(file, precision)
@@ -93,52 +91,72 @@ class TensorRtBackend(RowsBackend):
         self, batches: Iterable[NDArray[np.uint8]], *, multi_label: bool = True
     ) -> Iterator[tuple[tuple[int, ...], _Outputs]]:
         """Yield for each batch, in order, its shape and what :meth:`raw` gives; up to three are under way at once."""
+        lane: Lane | None = None
         waiting: deque[tuple[tuple[int, ...], list[Ticket]]] = deque()
-        for images in batches:
-            self.check_batch(images)
-            try:
-                waiting.append((images.shape, self._submit(images)))
-            except DeviceMemoryError:
-                yield from _drain(waiting, 0)
-                yield images.shape, self.raw(images, multi_label=multi_label)  # halves the batch and says so
-            yield from _drain(waiting, NUM_SLOTS - 1)
-        yield from _drain(waiting, 0)
+        try:
+            for images in batches:
+                self.check_batch(images)
+                try:
+                    lane = lane or self._take_lane(self._part_size(images))
+                    waiting.append((images.shape, self._submit(lane, images)))
+                except DeviceMemoryError:
+                    yield from _drain(waiting, 0)
+                    if lane is not None:
+                        self._give_back(lane)
+                        lane = None
+                    yield images.shape, self.raw(images, multi_label=multi_label)  # halves the batch and says so
+                yield from _drain(waiting, NUM_SLOTS - 1)
+            yield from _drain(waiting, 0)
+        finally:
+            if lane is not None:
+                self._give_back(lane)
 
     def close(self) -> None:
-        """Wait for what is under way and free the device's memory; the backend cannot be used any more."""
+        """Free the device's memory, what is still under way when it is done; the backend cannot be used any more."""
         with self._lock:
-            for lane in list(self._lanes):
-                lane.close()
-            self._lanes.clear()
             self._engine = None
+            while self._free:
+                self._free.pop().close()
 
     def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> _Outputs:
         """Run the engine; rows are (prior, class) pairs whatever ``multi_label`` is."""
-        return _join(self._submit(images))
+        lane = self._take_lane(self._part_size(images))
+        try:
+            return _join(self._submit(lane, images))
+        finally:
+            self._give_back(lane)
 
-    def _submit(self, images: NDArray[np.uint8]) -> list[Ticket]:
-        """Start a batch, in parts where it is larger than the engine or the memory takes.
+    def _part_size(self, images: NDArray[np.uint8]) -> int:
+        """Return how many of a batch's images go at once."""
+        return max(1, min(self.max_batch, self._most_images or self.max_batch, len(images)))
 
-        Raises:
-            DeviceMemoryError: the memory is too small for a part, also with an engine built for so few images.
-        """
-        size = max(1, min(self.max_batch, self._most_images or self.max_batch, len(images)))
-        lane = self._lane(size)
+    def _submit(self, lane: Lane, images: NDArray[np.uint8]) -> list[Ticket]:
+        """Start a batch, in parts where it is larger than the lane takes."""
+        size = min(self._part_size(images), lane.capacity)
         return [lane.submit(images[start : start + size]) for start in range(0, max(1, len(images)), size)]
 
-    def _lane(self, size: int) -> Lane:
-        """Return the calling thread's way through the engine, for batches of that size at least."""
-        lane: Lane | None = getattr(self._local, "lane", None)
-        if lane is not None and lane.engine is self._engine and lane.capacity >= size:
-            return lane
+    def _take_lane(self, size: int) -> Lane:
+        """Return a way through the engine that nobody else uses, for batches of that size at least.
+
+        Raises:
+            DeviceMemoryError: the memory is too small, also for an engine built for so few images.
+            EngineError: the engine was closed, or cannot be built for so few images.
+        """
         with self._lock:
-            if lane is not None:
-                self._local.lane = None
+            while self._free:
+                lane = self._free.pop()
+                if lane.capacity >= size:
+                    return lane
                 lane.close()
-            lane = self._make_lane(size)
-            self._lanes.add(lane)
-        self._local.lane = lane
-        return lane
+            return self._make_lane(size)
+
+    def _give_back(self, lane: Lane) -> None:
+        """Keep a lane for whoever comes next, unless the engine is another by now."""
+        with self._lock:
+            if lane.engine is self._engine:
+                self._free.append(lane)
+            else:
+                lane.close()
 
     def _make_lane(self, size: int) -> Lane:
         """Return a lane for batches of the largest size, or of that size at least, whichever the memory allows."""

@@ -243,7 +243,7 @@ def _build_plan(
     """Build: network, parser, configuration, profile, timing cache; the whole of TensorRT's side on this page."""
     log = messages(trt)
     log.take_errors()
-    builder = trt.Builder(log.native)
+    builder = log.make("Builder", trt.Builder, log.native)
     network = builder.create_network(_network_flags(trt))
     _parse(trt, log, network, graph, order.model_file)
     config = builder.create_builder_config()

@@ -74,6 +74,18 @@ class Messages:
         self._errors.clear()
         return text
 
+    def make(self, what: str, factory: Any, *arguments: Any) -> Any:
+        """Return a new object of TensorRT.
+
+        Raises:
+            EngineError: TensorRT makes none, which its binding turns into a TypeError.
+            DeviceMemoryError: for want of memory.
+        """
+        try:
+            return factory(*arguments)
+        except TypeError as error:
+            raise self.failure(f"TensorRT makes no {what}") from error
+
     def failure(self, what: str) -> EngineError | DeviceMemoryError:
         """Return the error for something that TensorRT did not do, with its reasons.
 
@@ -130,7 +142,7 @@ def open_engine(trt: Any, plan: bytes, spec: ModelSpec) -> Engine:
     """
     log = messages(trt)
     log.take_errors()
-    native = trt.Runtime(log.native).deserialize_cuda_engine(plan)
+    native = log.make("Runtime", trt.Runtime, log.native).deserialize_cuda_engine(plan)
     if native is None:
         raise log.failure("TensorRT cannot open the engine")
     return _describe(trt, native, spec)

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -386,6 +386,20 @@ def _writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; {hint}") from error
 
 
+def hold_lock(path: Path) -> AbstractContextManager[None]:
+    """Hold a file as a lock against other processes and threads, and wait while another does.
+
+    The operating system frees it when its holder dies. Where files cannot be locked, nothing is held.
+
+    Args:
+        path: of the file, which is removed at the end; its folder must be there.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    return _locked(path, _Patience(time.sleep, None))
+
+
 @contextmanager
 def _locked(path: Path, wait: _Patience) -> Iterator[None]:
     """Hold ``path`` as a lock; wait while another process does. Where files cannot be locked, go on without."""
@@ -404,7 +418,7 @@ def _locked(path: Path, wait: _Patience) -> Iterator[None]:
         if is_held:  # its last holder removed it: there is a new one, or none
             continue
         if not said:
-            logger.info("another process fetches %s; waiting", path.stem)
+            logger.info("another process makes %s; waiting", path.stem)
             said = True
         wait.check("another process fetches the file")
         wait.pause(_LOCK_POLL_S)

@@ -244,8 +244,8 @@ def measure(case, way, reference, folder):
 
 def judge(rows):
     """Print the table and what it says; return whether all targets are met."""
-    head = f"{'scenes':16}{'engine':25}{'precision':10}{'objects':>8}{'alone':>6}{'px':>9}{'score':>9}{'AP50':>8}{'drop':>8}"
-    print(head)
+    columns = (("objects", 8), ("alone", 6), ("px", 9), ("score", 9), ("AP50", 8), ("drop", 8))
+    print(f"{'scenes':16}{'engine':25}{'precision':10}" + "".join(f"{name:>{width}}" for name, width in columns))
     is_met = True
     reference = {row["scenes"]: row for row in rows if row["engine"] == WAYS[0].name}
     drops = {}

@@ -12,7 +12,7 @@ from PIL import Image
 from synthetic import make_spec
 from test_cli import error_line, run
 
-from rtmdet_geo import backends
+from rtmdet_geo import images
 from rtmdet_geo.annotations.dota_results import ResultRows, read_results, write_results
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.dota.inference import run_dota
@@ -238,7 +238,7 @@ def test_saturated_patches_are_told(folder, tmp_path):
 
 
 def test_command(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "open_backend", lambda *names, **settings: TwoClasses())
+    monkeypatch.setattr(images, "open_backend", lambda *names, **settings: TwoClasses())
     words = ("data", "submission", "sen2ships_r", folder, "-o", tmp_path / "task1.zip", "--gap", 48)
     result = run(*words)
     assert result.exit_code == 0, result.stderr

@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic import make_spec
 from test_cli import error_line, run
 
-from rtmdet_geo import backends
+from rtmdet_geo import images
 from rtmdet_geo.annotations.dota_results import read_results
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.errors import (
@@ -162,12 +162,12 @@ def test_wrong_input_is_named(dota, tmp_path):
 
 
 def test_command(dota, tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "open_backend", lambda *names, **settings: Ships(most=3))
+    monkeypatch.setattr(images, "open_backend", lambda *names, **settings: Ships(most=3))
     words = ("evaluate", "model", "sen2ships_r", *dota, "--csv", tmp_path / "ap.csv")
     result = run(*words, "--min-ap", 0.9)
     assert result.exit_code == 3 and "AP50_11" in result.stdout and (tmp_path / "ap.csv").is_file()
     assert "--overwrite" in error_line(run(*words))
-    monkeypatch.setattr(backends, "open_backend", lambda *names, **settings: Ships())
+    monkeypatch.setattr(images, "open_backend", lambda *names, **settings: Ships())
     found = run(*words, "--overwrite", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)["figures"]["AP50_11"] == 1
     assert run(*words, "--overwrite", "--json", "--progress", "jsonl").exit_code == 2

@@ -41,6 +41,7 @@ class TensorRtBackend(RowsBackend):
         device: "auto", "cuda" (both the first) or "cuda:N".
         precision: "fp16", "fp32", or "auto" (fp16; a fp16 or int8 model file's and an engine's own).
         max_batch: most images at once; larger batches are run in parts. None: 8, or an engine's own.
+        tile_size: side of the images in px that an engine is built for; None is the model file's.
         progress: called while an engine is built, see :func:`rtmdet_geo.backends.trt_build.build_engine`.
 
     Raises:
@@ -60,6 +61,7 @@ class TensorRtBackend(RowsBackend):
         device: str = "auto",
         precision: str = "auto",
         max_batch: int | None = None,
+        tile_size: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Open the engine, which is built before if it has to be."""
@@ -77,7 +79,9 @@ class TensorRtBackend(RowsBackend):
         if file.suffix == trt_cache.ENGINE_SUFFIX:
             opened = self._open_named(file, precision)
         else:
-            self._order = make_order(file, self._device, precision=precision, max_batch=max_batch or MAX_BATCH)
+            self._order = make_order(
+                file, self._device, precision=precision, max_batch=max_batch or MAX_BATCH, tile_size=tile_size
+            )
             opened = self._open_cached(self._order)
         self._engine: Engine | None = opened[0]
         description = opened[1]

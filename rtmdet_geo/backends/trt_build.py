@@ -179,7 +179,7 @@ def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) 
             found = _open_cached(trt, path, order)
             if found is not None:
                 return found
-        logger.info("an engine for %s is built, which takes minutes; it is kept in %s", order.spec.name, path)
+        logger.warning("an engine for %s is built, which takes minutes; it is kept in %s", order.spec.name, path)
         plan, description, engine = _build(trt, order, progress)
         trt_cache.write_engine(path, plan, description)
         return engine, description

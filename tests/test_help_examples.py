@@ -20,7 +20,7 @@ from PIL import Image
 from synthetic import SHIPS, TRANSFORM, draw_ships, make_spec, write_scene
 from test_cli import every_command, run
 
-from rtmdet_geo import backends, catalog
+from rtmdet_geo import images
 from rtmdet_geo.annotations.coco import encode_mask
 from rtmdet_geo.boxes import boxes_to_hboxes, boxes_to_polygons
 from rtmdet_geo.class_names import DOTA_V1
@@ -157,9 +157,9 @@ SETUPS = {
 }
 
 
-def open_engine(path: Path, **_: object) -> RectangleEngine:
+def open_engine(model: str, **_: object) -> RectangleEngine:
     """Return an engine that sees rectangles as the first class of the model that was asked for."""
-    is_dota = path.name.endswith("dota")
+    is_dota = model.endswith("dota")
     classes = DOTA_V1 if is_dota else ("person",)
     return RectangleEngine(
         make_spec(kind="rotated" if is_dota else "horizontal", classes=classes, tile_size=256, overlap=64)
@@ -172,8 +172,7 @@ def test_examples_run(command, data, tmp_path, monkeypatch):
     shutil.copytree(data, place)
     SETUPS.get(command, lambda _: None)(place)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(catalog, "find_model", Path)
-    monkeypatch.setattr(backends, "open_backend", open_engine)
+    monkeypatch.setattr(images, "load_model", open_engine)
     for line in EXAMPLES[command]:
         words = [PLACES.get(word, word) for word in shlex.split(line)]
         done = run(*words)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rtmdet_geo.cli import options, report
-from rtmdet_geo.structures import FilePrecision, ModelSpec
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import FilePrecision, ModelSpec
 
 
 @click.command()

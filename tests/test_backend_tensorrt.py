@@ -16,7 +16,7 @@ import onnx
 import pytest
 from fake_cuda import FakeCuda, Gpu
 from fake_tensorrt import VERSIONS, install
-from tensorrt_case import SIDE, assert_near, expected, model_file, tiles
+from tensorrt_case import SIDE, assert_near, expected, model_file, tiles, tiny_file
 
 from rtmdet_geo.backends import Backend, trt_run
 from rtmdet_geo.backends.trt import TensorRtBackend
@@ -49,7 +49,7 @@ def test_same_objects_as_onnxruntime(monkeypatch, cache, version):
     assert (engine.name, engine.precision, engine.device_name) == ("tensorrt", "fp16", "cuda:0")
     assert engine.fixed_tile_size == SIDE and engine.best_batch_size == 8
     found = engine.predict(tiles(), score_threshold=0.3)
-    for mine, wanted in zip(found, expected(), strict=True):
+    for mine, wanted in zip(found, expected(model_file()), strict=True):
         assert len(wanted) > 20
         assert_near(mine, wanted)
     engine.close()
@@ -60,14 +60,14 @@ def test_same_objects_as_onnxruntime(monkeypatch, cache, version):
 def test_other_kinds_in_fp32(machine, kind):
     engine = TensorRtBackend(model_file(kind), precision="fp32", max_batch=3)
     assert engine.precision == "fp32" and engine.spec.differences["boxes_px"] < 0.05
-    for mine, wanted in zip(engine.predict(tiles(), score_threshold=0.3), expected(kind=kind), strict=True):
+    for mine, wanted in zip(engine.predict(tiles(), score_threshold=0.3), expected(model_file(kind)), strict=True):
         assert_near(mine, wanted, px=1e-3, score=1e-5)
         if kind == "mask":
             np.testing.assert_allclose(mine.masks.views[0].features, wanted.masks.views[0].features, atol=1e-4)
 
 
 def test_a_result_does_not_depend_on_its_batch(machine):
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     many = tiles(19)
     whole = engine.raw(many)  # 8 + 8 + 3
     single = [engine.raw(tile[None]) for tile in many]
@@ -77,7 +77,7 @@ def test_a_result_does_not_depend_on_its_batch(machine):
 
 
 def test_uneven_batches_come_in_order(machine):
-    engine = TensorRtBackend(model_file(), max_batch=4)
+    engine = TensorRtBackend(tiny_file(), max_batch=4)
     many = tiles(19)
     sizes = [4, 4, 1, 3, 0, 7]
     starts = np.cumsum([0, *sizes])
@@ -92,7 +92,7 @@ def test_uneven_batches_come_in_order(machine):
 
 def test_three_batches_are_under_way(machine):
     """Tiles of the third batch are asked for before the first one's results are given out, those of the fourth not."""
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     asked = []
 
     def batches():
@@ -109,7 +109,7 @@ def test_three_batches_are_under_way(machine):
 
 def test_a_stream_and_single_calls_at_once(machine):
     """Results that wait in a stream are not overwritten by others of the same thread."""
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     batches = [tiles()[:2], tiles()[2:4], tiles()[4:]]
     alone = [engine.raw(batch)[0] for batch in batches]
     found = []
@@ -121,7 +121,7 @@ def test_a_stream_and_single_calls_at_once(machine):
 
 
 def test_results_are_the_callers_own(machine):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     first = engine.raw(tiles()[:2])
     kept = [values.copy() for values in first]
     for _ in range(4):
@@ -133,7 +133,7 @@ def test_results_are_the_callers_own(machine):
 
 
 def test_repeated_sizes_run_as_graphs(machine):
-    engine = TensorRtBackend(model_file(), max_batch=4)
+    engine = TensorRtBackend(tiny_file(), max_batch=4)
     alone = engine.raw(tiles()[:4])
     assert machine.cuda.graph_launches == 0  # warms up
     for _ in range(7):
@@ -151,7 +151,7 @@ def test_repeated_sizes_run_as_graphs(machine):
 @pytest.mark.parametrize("how", ["invalid", "refused"])
 def test_without_graphs(machine, caplog, how):
     """Where a run cannot be captured it is launched plainly; said once."""
-    engine = TensorRtBackend(model_file(), max_batch=4)
+    engine = TensorRtBackend(tiny_file(), max_batch=4)
     alone = engine.raw(tiles()[:4])
     if how == "invalid":
         machine.cuda.fail_capture = True
@@ -163,7 +163,7 @@ def test_without_graphs(machine, caplog, how):
 
 
 def test_threads_share_the_engine(machine):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     alone = [engine.raw(tile[None])[0] for tile in tiles()]
     start = threading.Barrier(4)
 
@@ -190,7 +190,7 @@ def test_another_gpu(monkeypatch, tmp_path):
     """All calls name the device that was asked for, in every thread."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     trt = install(monkeypatch, "8.6.1", FakeCuda([Gpu(), Gpu("NVIDIA Fake 90", (9, 0), 132, 80 << 30)]))
-    engine = TensorRtBackend(model_file(), device="cuda:1", max_batch=2)
+    engine = TensorRtBackend(tiny_file(), device="cuda:1", max_batch=2)
     assert engine.device_name == "cuda:1"
     with ThreadPoolExecutor(1) as pool:
         outputs = pool.submit(engine.raw, tiles()[:2]).result()
@@ -211,7 +211,7 @@ def free_bytes(machine, number):
 
 
 def bytes_per_image(machine):
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     engine.raw(tiles()[:1])
     number = sum(block.nbytes for block in machine.cuda.blocks.values()) // 8
     engine.close()
@@ -221,7 +221,7 @@ def bytes_per_image(machine):
 def test_memory_for_fewer_images_than_the_engine_takes(machine):
     """Buffers of the largest size do not fit, those of this batch do: nothing is said, nothing halved."""
     per_image = bytes_per_image(machine)
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     free_bytes(machine, 8 * machine.context_bytes + 3 * per_image)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -233,9 +233,9 @@ def test_out_of_memory_halves_the_batch(machine, how):
     """The context fits, buffers for two images too, for four not: 8 -> 4 -> 2, said once, nothing lost."""
     per_image = bytes_per_image(machine)
     many = tiles(19)[:16]
-    wanted = TensorRtBackend(model_file()).raw(many)
+    wanted = TensorRtBackend(tiny_file()).raw(many)
     gc.collect()
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     engine._order = None  # as of a named engine, which cannot be built anew
     free_bytes(machine, 8 * machine.context_bytes + 3 * per_image)
     with pytest.warns(BatchHalvedWarning, match="cuda:0 is too small for 8 tiles of 96 x 96 px") as caught:
@@ -251,9 +251,9 @@ def test_out_of_memory_halves_the_batch(machine, how):
 def test_no_context_for_the_largest_batch_means_a_smaller_engine(machine):
     """A context is as large as its engine's largest batch, so halving builds another engine."""
     per_image = bytes_per_image(machine)
-    wanted = TensorRtBackend(model_file()).raw(tiles(8))
+    wanted = TensorRtBackend(tiny_file()).raw(tiles(8))
     gc.collect()
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     free_bytes(machine, 3 * machine.context_bytes + 9 * per_image)
     with pytest.warns(BatchHalvedWarning) as caught:
         found = engine.raw(tiles(8))
@@ -263,7 +263,7 @@ def test_no_context_for_the_largest_batch_means_a_smaller_engine(machine):
 
 
 def test_one_image_is_too_much(machine):
-    engine = TensorRtBackend(model_file(), max_batch=1)
+    engine = TensorRtBackend(tiny_file(), max_batch=1)
     free_bytes(machine, 100)
     with pytest.raises(DeviceMemoryError, match="context for 1 tiles on cuda:0"):
         engine.raw(tiles()[:1])
@@ -274,7 +274,7 @@ def test_one_image_is_too_much(machine):
     ("method", "answer"), [("set_input_shape", False), ("execute_async_v3", False)], ids=["shape", "execute"]
 )
 def test_what_tensorrt_refuses_is_an_error(machine, method, answer):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     engine.raw(tiles()[:2])
     machine.refuse[method] = answer
     with pytest.raises(EngineError, match=f"TensorRT refuses {method} on cuda:0"):
@@ -286,14 +286,14 @@ def test_what_tensorrt_refuses_is_an_error(machine, method, answer):
 
 
 def test_a_device_that_fails(machine):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     machine.cuda.fail_next["cudaEventSynchronize"] = "cudaErrorIllegalAddress"
     with pytest.raises(EngineError, match="cudaErrorIllegalAddress"):
         engine.raw(tiles()[:2])
 
 
 def test_closing(machine):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     stream = engine.stream([tiles()[:2]] * 4)
     next(stream)
     engine.close()
@@ -306,7 +306,7 @@ def test_closing(machine):
 
 
 def test_what_is_forgotten_is_freed(machine):
-    engine = TensorRtBackend(model_file(), max_batch=2)
+    engine = TensorRtBackend(tiny_file(), max_batch=2)
     stream = engine.stream([tiles()[:2]] * 4)
     next(stream)
     del engine, stream
@@ -315,7 +315,7 @@ def test_what_is_forgotten_is_freed(machine):
 
 
 def test_batches_that_the_model_cannot_take(machine):
-    engine = TensorRtBackend(model_file())
+    engine = TensorRtBackend(tiny_file())
     for batch in (tiles()[:, :2], tiles().astype(np.float32), np.zeros((1, 3, 128, 128), np.uint8)):
         with pytest.raises(ConfigError):
             engine.raw(batch)
@@ -326,9 +326,9 @@ def test_batches_that_the_model_cannot_take(machine):
 def test_a_model_file_of_one_batch_size(machine, tmp_path):
     """Smaller batches are filled up with empty images, whose results nobody sees."""
     path = tmp_path / "four.onnx"
-    onnx.save(fix_size(onnx.load(model_file()), SIDE, SIDE, batch=4), path)
+    onnx.save(fix_size(onnx.load(tiny_file()), SIDE, SIDE, batch=4), path)
     engine = TensorRtBackend(path, precision="fp32")
     assert engine.best_batch_size == 4
     found = engine.predict(tiles(), score_threshold=0.3)
-    for mine, wanted in zip(found, expected(), strict=True):
+    for mine, wanted in zip(found, expected(tiny_file()), strict=True):
         assert_near(mine, wanted, px=1e-3, score=1e-5)

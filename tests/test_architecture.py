@@ -25,6 +25,7 @@ STAGES = {
     *("prefetch", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
+ONNX = {"onnx_fold", "onnx_graph", "onnx_half", "onnx_operators"}  # rewrites of graphs
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
@@ -33,11 +34,14 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | STAGES | {"models", "training"},
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
-    "backends.trt_graph": BASE | STAGES | BACKENDS | {"onnx_graph", "onnx_half"},
+    "backends.trt_graph": BASE | STAGES | BACKENDS | ONNX,
+    "backends.trt_check": BASE | STAGES | BACKENDS | {"export_check", "export_tiles"},
     "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
-    "onnx_graph": BASE,
-    "onnx_half": BASE | {"onnx_graph"},
-    "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph", "onnx_half"},
+    **dict.fromkeys(ONNX, BASE | ONNX),
+    "export": BASE | STAGES | BACKENDS | ONNX | {"export_check", "export_tiles", "export_trace", "quantize"},
+    "export_check": BASE | BACKENDS,
+    "export_tiles": BASE | STAGES,
+    "export_trace": BASE | STAGES | BACKENDS | ONNX | {"models", "export_check"},
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -53,13 +57,13 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Packages that only the named rooms may import, at any depth of the code.
 CONFINED: dict[str, set[str]] = {
-    "torch": {"models", "training", "export", "backends.pytorch"},
+    "torch": {"models", "training", "export_trace", "backends.pytorch"},
     "tensorboard": {"training"},
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": {"backends.trt_graph", "export", "onnx_graph", "onnx_half"},
-    "onnxruntime": {"backends", "export"},
+    "onnx": ONNX | {"backends.trt_graph", "export", "export_trace"},
+    "onnxruntime": {"backends"},
     "openvino": {"backends.openvino_rt"},
     "tensorrt": {"backends.trt_load"},
     "cuda": {"backends.cuda"},

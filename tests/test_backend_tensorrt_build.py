@@ -25,7 +25,7 @@ from test_backends import write_model
 from rtmdet_geo.backends import trt_cache
 from rtmdet_geo.backends.trt import TensorRtBackend
 from rtmdet_geo.backends.trt_build import build_engine
-from rtmdet_geo.backends.trt_check import check_layers, compare_rows
+from rtmdet_geo.backends.trt_check import check_layers
 from rtmdet_geo.cache import CACHE_VARIABLE
 from rtmdet_geo.errors import (
     BatchHalvedWarning,
@@ -140,10 +140,7 @@ def test_a_built_engine_is_kept(machine, cache, caplog):
     (name, beside) = engines(cache)
     assert name.startswith("small-rotated_fp16_") and beside == f"{name}.json"
     description = json.loads((cache / beside).read_text())
-    assert description["spec"]["precision"] == "fp16" and set(description["spec"]["differences"]) == {
-        "boxes_px",
-        "scores",
-    }
+    assert description["spec"]["precision"] == "fp16" and description["spec"]["differences"]["matched"] > 20
     layers = description["layers"]
     assert layers["convolutions"] == layers["fp16"] > 20 and layers["fp32"] == 0
     assert (
@@ -408,9 +405,12 @@ def test_an_engine_of_one_large_layer(machine):
 @pytest.mark.parametrize("fault", ["drift", "nan"])
 def test_wrong_numbers_are_found(machine, cache, fault):
     if fault == "drift":
-        machine.drift_px, text = 0.8, r"fp16 engine differs from the model file by 0\.\d+ px.*allowed: 0\.5 px, 0\.01"
+        machine.drift_px, text = (
+            0.8,
+            r"the fp16 engine does not compute what its model file does .*allowed: boxes 0\.5 px",
+        )
     else:
-        machine.spoil, text = ("scores",), "numbers in scores that are not finite"
+        machine.spoil, text = ("scores",), "output 'scores' at batch .* is not finite in the file"
     with pytest.raises(EngineError, match=text):
         TensorRtBackend(tiny_file(), max_batch=1)
     assert engines(cache) == [] and machine.cuda.live() == {}
@@ -451,32 +451,6 @@ def test_layers_by_hand():
         check(half, precision="int8")
     assert check(layer("/a/Conv", tensor="Row major Int8 format", weights="Int8"), precision="int8")["int8"] == 1
     assert check(single, precision="fp32")["fp32"] == 1
-
-
-def rows(*values):
-    """Return one image's outputs: cx, cy, w, h, angle, score, label a row."""
-    array = np.array(values, np.float32)
-    return {"boxes": array[None, :, :5], "scores": array[None, :, 5], "labels": array[None, :, 6]}
-
-
-def test_rows_by_hand():
-    """The partner is the nearest of the same label by box and score; each side's rows are looked for in the other."""
-    spec = ModelSpec(name="x", architecture="x", classes=("a", "b"), mean=(0, 0, 0), std=(1, 1, 1))
-    one = rows((10, 10, 20, 8, 0.1, 0.9, 0), (10, 10, 20, 8, 0.1, 0.5, 0), (50, 50, 10, 5, 0, 0.1, 1))
-
-    def distance(other):
-        return compare_rows(one, other, spec, 32, (0.5, 0.01))
-
-    assert distance(one) == (0, 0)
-    swapped = rows((10.25, 10, 20, 8, 0.1, 0.496, 0), (10, 10, 20, 8, 0.1, 0.9, 0), (0, 0, 1, 1, 0, 0.1, 1))
-    assert distance(swapped) == pytest.approx((0.25, 0.004), abs=1e-6)  # scores below the threshold may be anything
-    turned = rows((10, 10, 20, 8, 0.1 + np.pi - 0.02, 0.9, 0), (10, 10, 20, 8, 0.1, 0.5, 0))
-    assert distance(turned)[0] == pytest.approx(0.2, abs=1e-4)  # 0.02 rad at 10 px from the centre
-    assert distance(rows((10, 10, 20, 8, 0.1, 0.9, 1), (10, 10, 20, 8, 0.1, 0.5, 1)))[0] == np.inf
-    lost = rows((10, 10, 20, 8, 0.1, 0.9, 0), (50, 50, 10, 5, 0, 0.1, 0))
-    assert distance(lost)[1] == pytest.approx(0.4, abs=1e-6)
-    extra = rows(*([10, 10, 20, 8, 0.1, score, 0] for score in (0.9, 0.5)), (90, 10, 20, 8, 0.1, 0.9, 0))
-    assert distance(extra)[0] == pytest.approx(80)
 
 
 # --- the build itself ------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def _tell(monitor: Any, steps: int) -> bool:
     assert monitor.is_ready, "IProgressMonitor.__init__ was not called"
     monitor.phase_start("Building", None, 2)
     monitor.phase_start("Timing", "Building", steps)
-    goes_on = all([monitor.step_complete("Timing", step) for step in range(steps)])
+    goes_on = all(monitor.step_complete("Timing", step) for step in range(steps))
     monitor.phase_finish("Timing")
     monitor.phase_finish("Building")
     return goes_on

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "backends.trt_graph": BASE | STAGES | BACKENDS | ONNX,
+    "backends.trt_check": BASE | STAGES | BACKENDS | {"export_check", "export_tiles"},
     "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
     **dict.fromkeys(ONNX, BASE | ONNX),
     "export": BASE | STAGES | BACKENDS | ONNX | {"export_check", "export_tiles", "export_trace", "quantize"},

@@ -207,7 +207,7 @@ class Holdings:
         use(device)
         self._streams: list[Any] = []
         self._stack = ExitStack()
-        self._finalizer = weakref.finalize(self, _free_all, self._stack, self._streams)
+        self._finalizer = weakref.finalize(self, _free_all, runtime(), self._stack, self._streams)
 
     def memory(self, num_bytes: int) -> int:
         """Return the address of new memory on the device.
@@ -249,22 +249,21 @@ class Holdings:
         self._finalizer()
 
     def _keep(self, item: Any, free: str) -> Any:
-        self._stack.callback(_quietly, free, item)
+        self._stack.callback(_quietly, runtime(), free, item)
         return item
 
 
-def _free_all(stack: ExitStack, streams: list[Any]) -> None:
+def _free_all(module: Any, stack: ExitStack, streams: list[Any]) -> None:
     for stream in streams:
-        _quietly("cudaStreamSynchronize", stream)
+        _quietly(module, "cudaStreamSynchronize", stream)
     stack.close()
 
 
-def _quietly(name: str, item: Any) -> None:
+def _quietly(module: Any, name: str, item: Any) -> None:
     """Free something; that a driver is gone already at the end of the program harms nobody."""
-    try:
-        call(name, item)
-    except (EngineError, DeviceMemoryError) as error:
-        logger.debug("%s", error)
+    status = getattr(module, name)(item)[0]
+    if status != module.cudaError_t.cudaSuccess:
+        logger.debug("%s of CUDA fails: %r", name, status)
 
 
 def copy_in(target: int, source: NDArray[Any], stream: Any) -> None:
@@ -304,7 +303,7 @@ class Graph:
     def __init__(self, executable: Any) -> None:
         """Own an executable graph."""
         self._executable = executable
-        self._finalizer = weakref.finalize(self, _quietly, "cudaGraphExecDestroy", executable)
+        self._finalizer = weakref.finalize(self, _quietly, runtime(), "cudaGraphExecDestroy", executable)
 
     def launch(self, stream: Any) -> None:
         """Give the work to the stream."""
@@ -326,10 +325,10 @@ def capture(stream: Any, work: Callable[[], None]) -> Graph:
     try:
         work()
     except BaseException:
-        _quietly("cudaStreamEndCapture", stream)
+        _quietly(runtime(), "cudaStreamEndCapture", stream)
         raise
     graph = call("cudaStreamEndCapture", stream)
     try:
         return Graph(call("cudaGraphInstantiate", graph, 0))
     finally:
-        _quietly("cudaGraphDestroy", graph)
+        _quietly(runtime(), "cudaGraphDestroy", graph)

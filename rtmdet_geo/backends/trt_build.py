@@ -208,7 +208,7 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     lane = Lane(engine, order.device, order.batches[1])
     try:
         layers = check_layers(lane.describe(), order.precision, half_nodes)
-        differences = check_numbers(lane, order.model_file, order.spec, order.tile_size, order.precision)
+        differences = check_numbers(lane, order.model_file, spec)
     finally:
         lane.close()
     logger.info("%s: engine built and checked in %.0f s", order.spec.name, time.perf_counter() - started)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,20 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
-from rtmdet_geo.backends.onnxrt import open_model_file
+from rtmdet_geo.backends.contract import OUTPUTS
 from rtmdet_geo.backends.trt_run import Lane
-from rtmdet_geo.errors import EngineError
+from rtmdet_geo.errors import EngineError, ExportMismatchError
+from rtmdet_geo.export_check import CheckBatch, FileReference, Outputs, as_record, verify_export
+from rtmdet_geo.export_tiles import make_check_tiles, shipped_tiles
 from rtmdet_geo.structures import ModelSpec
-
-logger = logging.getLogger(__name__)
-
-#: Largest differences by precision: of boxes in px, of scores. int8 is judged by its AP, on labelled data.
-TOLERANCES = {"fp32": (0.05, 1e-3), "fp16": (0.5, 0.01), "int8": (np.inf, np.inf)}
-#: Rows are compared whose score is so much above the model's threshold.
-SCORE_MARGIN = 0.02
-#: Tiles that a new engine is tried on.
-NUM_TILES = 3
 
 
 def check_layers(description: str, precision: str, half_nodes: Mapping[str, str]) -> dict[str, int]:
@@ -118,132 +109,57 @@ def _names_in(layer: dict[str, Any]) -> set[str]:
     return {text, *re.split(r"[\s+,()]+", text), *nodes}
 
 
-def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec, tile_size: int, precision: str) -> dict[str, float]:
-    """Compare an engine with onnxruntime on tiles that look like scenes, one by one and as a batch.
+def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec) -> dict[str, float]:
+    """Compare an engine with onnxruntime on real tiles and a drawn one, each alone and as many at once as it takes.
 
     Args:
         lane: that runs the engine.
-        model_file: in fp32, or in the engine's own precision.
-        spec: of the model file.
-        tile_size: side of the tiles in px.
-        precision: of the engine.
+        model_file: that it was built from.
+        spec: of the engine: its precision says what is allowed.
 
     Returns:
-        The largest differences: "boxes_px" and "scores".
+        The largest differences, see :func:`rtmdet_geo.export_check.as_record`.
 
     Raises:
-        EngineError: they exceed TOLERANCES, an output is not finite, or a tile's result depends on its batch.
+        EngineError: they are too large, or a number is not finite.
     """
-    session, _ = open_model_file(model_file)
-    names = list(OUTPUTS[spec.kind])
-    tiles = check_tiles(NUM_TILES, len(spec.bands), tile_size)
-    expected = dict(zip(names, _run_session(session, names, tiles, lane.engine.min_batch), strict=True))
-    allowed = TOLERANCES[precision]
-    worst = {"boxes_px": 0.0, "scores": 0.0}
-    for size in sorted({lane.engine.min_batch, min(NUM_TILES, lane.capacity)}):
-        parts = [lane.submit(tiles[start : start + size]).results() for start in range(0, NUM_TILES, size)]
-        found = {name: np.concatenate(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
-        unfit = [name for name, values in found.items() if not np.isfinite(values).all()]
-        if unfit:
-            raise EngineError(
-                f"the engine returns numbers in {', '.join(unfit)} that are not finite; take precision fp32, or "
-                "another version of TensorRT"
-            )
-        boxes, scores = compare_rows(expected, found, spec, tile_size, allowed)
-        worst = {"boxes_px": max(worst["boxes_px"], boxes), "scores": max(worst["scores"], scores)}
-    logger.info("engine check: boxes differ by %.3g px, scores by %.3g", worst["boxes_px"], worst["scores"])
-    if worst["boxes_px"] > allowed[0] or worst["scores"] > allowed[1]:
+    drawn = make_check_tiles(1, len(spec.bands), spec.tile_size, seed=0)
+    tiles = np.stack([*shipped_tiles(spec, spec.tile_size), *drawn])
+    together = [tiles[start : start + lane.capacity] for start in range(0, len(tiles), lane.capacity)]
+    batches = [CheckBatch(images, is_real=True) for images in (*together, *(tile[None] for tile in tiles))]
+    built: Any = _Built(lane, spec)
+    try:
+        return as_record(verify_export(_Remembered(model_file), built, batches), spec)
+    except ExportMismatchError as error:
         raise EngineError(
-            f"the {precision} engine differs from the model file by {worst['boxes_px']:.3g} px and "
-            f"{worst['scores']:.3g} in scores (allowed: {allowed[0]:g} px, {allowed[1]:g}); nothing was kept: take "
-            "precision fp32, or another version of TensorRT"
-        )
-    return worst
+            f"the {spec.precision} engine does not compute what its model file does ({error}); take another precision, "
+            "or another version of TensorRT"
+        ) from error
 
 
-def _run_session(session: Any, names: list[str], tiles: NDArray[np.uint8], batch: int) -> list[NDArray[np.float32]]:
-    """Return onnxruntime's outputs for all tiles; a model file of a fixed batch size gets full batches."""
-    padded = np.concatenate([tiles, np.zeros((-len(tiles) % batch, *tiles.shape[1:]), np.uint8)])
-    parts = [session.run(names, {"images": padded[start : start + batch]}) for start in range(0, len(padded), batch)]
-    return [np.concatenate(values)[: len(tiles)] for values in zip(*parts, strict=True)]
+class _Built:
+    """An engine as a function of pixels, in the shape of :class:`rtmdet_geo.export_check.FileReference`."""
+
+    def __init__(self, lane: Lane, spec: ModelSpec) -> None:
+        self._lane = lane
+        self.spec = spec
+
+    def __call__(self, images: NDArray[np.uint8]) -> Outputs:
+        return dict(zip(OUTPUTS[self.spec.kind], self._lane.submit(images).results(), strict=True))
 
 
-_Outputs = dict[str, NDArray[np.float32]]
+class _Remembered(FileReference):
+    """A model file in onnxruntime that runs each tile once, however often and in what company it is asked for."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._known: dict[bytes, Outputs] = {}
 
-def compare_rows(
-    expected: _Outputs, found: _Outputs, spec: ModelSpec, side: int, allowed: tuple[float, float]
-) -> tuple[float, float]:
-    """Return how far the rows of two engines are apart, px of boxes and scores, inf where a row has no partner.
-
-    Every row of one that is clearly above the model's score threshold must have a partner in the other, of the same
-    label (of instances, the same prior too): the one that is nearest by box and score, in parts of what is allowed.
-    Rows of a cut-off level that tie with its last one are left out, since another may stand there.
-
-    Args:
-        expected: outputs by name.
-        found: likewise, of the same images.
-        spec: of the model.
-        side: of the images in px.
-        allowed: px and score that count as equally far.
-    """
-    levels = rows_per_level(spec.object_kind, len(spec.classes), side, side)
-    scale = np.array([allowed[0] if np.isfinite(allowed[0]) else 1.0, allowed[1] if np.isfinite(allowed[1]) else 0.02])
-    worst = np.zeros(2)
-    for image in range(len(expected["scores"])):
-        one, other = ({name: values[image] for name, values in side.items()} for side in (expected, found))
-        for mine, theirs in ((one, other), (other, one)):
-            for row in np.flatnonzero(_is_compared(mine["scores"], levels, spec.score_threshold, scale[1])):
-                worst = np.maximum(worst, _distance(mine, theirs, int(row), scale))
-    return float(worst[0]), float(worst[1])
-
-
-def _is_compared(
-    scores: NDArray[np.float32], levels: list[tuple[int, bool]], threshold: float, step: float
-) -> NDArray[np.bool_]:
-    chosen = scores >= threshold + SCORE_MARGIN
-    start = 0
-    for rows, is_cut in levels:
-        level = slice(start, start + rows)
-        if is_cut:
-            chosen[level] &= scores[level] > scores[level].min() + 2 * step
-        start += rows
-    return chosen
-
-
-def _distance(mine: _Outputs, theirs: _Outputs, row: int, scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the distances in px and score from a row to its partner; inf, inf without one."""
-    is_partner = theirs["labels"] == mine["labels"][row]
-    if "mask_priors" in mine:
-        is_partner &= (theirs["mask_priors"] == mine["mask_priors"][row]).all(axis=1)
-    partners = np.flatnonzero(is_partner)
-    if not len(partners):
-        return np.full(2, np.inf)
-    box = mine["boxes"][row].astype(np.float64)
-    difference = np.abs(theirs["boxes"][partners] - box)
-    turned = np.minimum(difference[:, 4] % np.pi, np.pi - difference[:, 4] % np.pi)
-    px = np.maximum(difference[:, :4].max(axis=1), turned * box[2:4].max() / 2)
-    score = np.abs(theirs["scores"][partners] - mine["scores"][row])
-    distances = np.column_stack([px, score])
-    nearest: NDArray[np.float64] = distances[(distances / scale).max(axis=1).argmin()]
-    return nearest
-
-
-def check_tiles(number: int, channels: int, side: int) -> NDArray[np.uint8]:
-    """Return uint8 (number, channels, side, side): smooth ground, bright oblong blobs, noise; always the same."""
-    generator = np.random.default_rng(8)
-    rows, columns = np.mgrid[0:side, 0:side].astype(np.float32)
-    tiles = np.empty((number, channels, side, side), np.uint8)
-    for tile in tiles:
-        grey = 45 + generator.normal(0, 20) * (rows + columns - side) / side
-        for _ in range(12):
-            x, y = generator.uniform(0, side, 2)
-            angle = generator.uniform(0, np.pi)
-            along = (columns - x) * np.cos(angle) + (rows - y) * np.sin(angle)
-            across = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
-            grey = grey + 150 * (
-                (np.abs(along) < generator.uniform(6, 24)) & (np.abs(across) < generator.uniform(2, 6))
-            )
-        gains = generator.uniform(0.7, 1.3, (channels, 1, 1))
-        tile[:] = (grey * gains + generator.normal(0, 4, (channels, side, side))).clip(0, 255)
-    return tiles
+    def __call__(self, images: NDArray[np.uint8]) -> Outputs:
+        parts = []
+        for image in images:
+            key = image.tobytes()
+            if key not in self._known:
+                self._known[key] = super().__call__(image[None])
+            parts.append(self._known[key])
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -210,7 +210,8 @@ class Lane:
         self._is_warm = True
 
     def _set_shape(self, number: int) -> None:
-        """Tell the context the batch size."""
+        """Tell the context the batch size, once no run at another one is under way: graphs read what it holds."""
+        self._holdings.wait()
         for slot in getattr(self, "_slots", ()):
             slot.graph = None
         self._num_images, self._is_warm = 0, False

@@ -269,6 +269,7 @@ class FakeCuda:
             "graph": Capture,
             "graph_pool_handle": lambda: "pool",
             "empty_cache": self._empty,
+            "current_stream": lambda: Stream(CPU),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
@@ -340,6 +341,23 @@ def test_capture_that_fails_is_said_once_and_runs_without(fake_cuda, caplog):
     fake_cuda.fails = torch.cuda.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.cuda.OutOfMemoryError):
         runner.submit(pixels(3), "a")
+
+
+def test_pixels_and_outputs_that_stay_on_the_device(fake_cuda):
+    for with_graphs in (True, False):
+        runner = CudaRunner({"a": fake_cuda.function}, CPU, with_graphs=with_graphs)
+        found = [runner.run_there(torch.from_numpy(pixels(2, seed)), "a") for seed in range(3)]
+        for seed, outputs in enumerate(found):  # each its own, not the graph's
+            np.testing.assert_array_equal(outputs[1].numpy(), pixels(2, seed) + 1)
+        assert runner.num_graphs == with_graphs
+
+
+def test_raw_on_device_is_raw(weights):
+    engine = TorchBackend(weights["rotated"], device="cpu", threads=1)
+    images = make_check_tiles(2, 3, 96, seed=0)
+    there = engine.raw_on_device(torch.from_numpy(images), multi_label=False)
+    for one, other in zip(there, engine.raw(images, multi_label=False), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
 
 
 def on_fake_cuda(fake: FakeCuda, file: Path, most: int = 100) -> tuple[TorchBackend, list[int]]:
@@ -474,6 +492,19 @@ def test_compiled_on_a_gpu(weights):
         compiled = TorchBackend(weights["rotated"], device="cuda", compiled=True)
         assert_near(TorchBackend(weights["rotated"], device="cpu"), compiled, tiles, px=0.05, score=1e-3)
     assert compiled._runner is not None and compiled._runner.num_graphs == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_pixels_that_are_on_a_gpu(weights, cuda_graphs):
+    engine = TorchBackend(weights["rotated"], device="cuda", cuda_graphs=cuda_graphs)
+    batches = [make_check_tiles(4, 3, 128, seed=seed) for seed in range(4)]
+    found = [engine.raw_on_device(torch.from_numpy(images).cuda()) for images in batches]
+    for images, outputs in zip(batches, found, strict=True):
+        for one, other in zip(outputs, engine.raw(images), strict=True):
+            assert one.is_cuda
+            np.testing.assert_allclose(one.cpu().numpy(), other, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -76,6 +76,7 @@ class OnnxRuntimeBackend(RowsBackend):
                 session = on_gpu
                 self.device_name = f"cuda:{index}"
                 self.best_batch_size = _CUDA_BATCH_SIZE
+        self.precision = spec.precision
         self._session = session
         self._names = list(OUTPUTS[spec.kind])
 

@@ -112,6 +112,23 @@ class TorchBackend(RowsBackend):
         if before is not None:
             yield before[0].shape, self._finish(*before, multi_label)
 
+    def raw_on_device(self, images: torch.Tensor, *, multi_label: bool = True) -> tuple[torch.Tensor, ...]:
+        """Return the outputs of :meth:`raw` as tensors on the device, for pixels that are there already.
+
+        NMS of them is :func:`rtmdet_geo.models.nms_torch.nms_rotated_batch`.
+
+        Args:
+            images: uint8 (N, C, H, W) on the device.
+            multi_label: see :meth:`raw`.
+
+        Raises:
+            DeviceMemoryError: the device's memory is too small for so many images.
+        """
+        runner = self._runner
+        if runner is not None:
+            return self._explained(images.shape, lambda: runner.run_there(images, multi_label))
+        return self._explained(images.shape, lambda: self._run_on_cpu(images, multi_label))
+
     def _start_if_room(self, images: NDArray[np.uint8], multi_label: bool) -> Pending | None:
         """Start a batch; None where it is too large for the device, which :meth:`raw` then divides and reports."""
         if self._most_images is not None and len(images) > self._most_images:
@@ -129,25 +146,26 @@ class TorchBackend(RowsBackend):
     def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
         if self._runner is not None:
             return self._start(images, multi_label).wait()
-        return self._explained(images, lambda: self._run_on_cpu(images, multi_label))
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        outputs = self._explained(images.shape, lambda: self._run_on_cpu(pixels, multi_label))
+        return tuple(output.numpy() for output in outputs)
 
     def _start(self, images: NDArray[np.uint8], multi_label: bool) -> Pending:
         """Start a batch on the CUDA device."""
         runner = self._runner
         if runner is None:
             raise RuntimeError("batches are started on CUDA devices alone")
-        return self._explained(images, lambda: runner.submit(images, multi_label))
+        return self._explained(images.shape, lambda: runner.submit(images, multi_label))
 
-    def _run_on_cpu(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
+    def _run_on_cpu(self, images: torch.Tensor, multi_label: bool) -> tuple[torch.Tensor, ...]:
         with torch.inference_mode(), cpu_threads(self._threads):
-            outputs = self._graphs[multi_label](torch.from_numpy(np.ascontiguousarray(images)))
-            return tuple(output.numpy() for output in outputs)
+            return tuple(self._graphs[multi_label](images))
 
-    def _explained(self, images: NDArray[np.uint8], run: Callable[[], _Result]) -> _Result:
+    def _explained(self, shape: tuple[int, ...], run: Callable[[], _Result]) -> _Result:
         """Return what ``run`` does; memory that was too small is given back before that is raised.
 
         Raises:
-            DeviceMemoryError: the device's memory is too small for these images.
+            DeviceMemoryError: the device's memory is too small for images of this shape.
             EngineError: torch.compile does not work here.
         """
         try:
@@ -155,7 +173,7 @@ class TorchBackend(RowsBackend):
         except RuntimeError as error:
             failure: DeviceMemoryError | EngineError
             if is_out_of_memory(error):
-                number, _, height, width = images.shape
+                number, _, height, width = shape
                 failure = DeviceMemoryError(
                     f"the memory of {self.device} is too small for {number} tiles of {height} x {width} px at once; "
                     "lower batch_size or tile_size, or choose device 'cpu'"

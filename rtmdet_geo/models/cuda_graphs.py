@@ -88,7 +88,7 @@ class CudaRunner:
             name: of the function.
         """
         with self._lock, torch.cuda.device(self.device), torch.inference_mode(), exact_convolutions():
-            captured = self._find(name, images.shape) if self.with_graphs else None
+            captured = self._find(name, images.shape)
             pinned = torch.from_numpy(np.ascontiguousarray(images)).pin_memory()
             with torch.cuda.stream(self._copies):
                 arriving = pinned.to(self.device, non_blocking=True)
@@ -96,14 +96,28 @@ class CudaRunner:
             with torch.cuda.stream(self._runs):
                 self._runs.wait_event(arrived)
                 arriving.record_stream(self._runs)
-                if captured is None:
-                    outputs = tuple(self._functions[name](arriving))
-                else:
-                    captured.images.copy_(arriving)
-                    captured.graph.replay()
-                    outputs = captured.outputs
+                outputs = self._launch(captured, name, arriving)
                 there = tuple(_pinned_like(output).copy_(output, non_blocking=True) for output in outputs)
                 return Pending(there, self._runs.record_event())
+
+    def run_there(self, images: Tensor, name: Any) -> tuple[Tensor, ...]:
+        """Run pixels that are on the device already and leave the outputs there, in the order of the caller's stream.
+
+        Args:
+            images: uint8 (N, C, H, W) on the device.
+            name: of the function.
+        """
+        with self._lock, torch.cuda.device(self.device), torch.inference_mode(), exact_convolutions():
+            captured = self._find(name, tuple(images.shape))
+            callers = torch.cuda.current_stream()
+            self._runs.wait_event(callers.record_event())
+            with torch.cuda.stream(self._runs):
+                images.record_stream(self._runs)
+                outputs = tuple(output.clone() for output in self._launch(captured, name, images))
+                callers.wait_event(self._runs.record_event())
+            for output in outputs:
+                output.record_stream(callers)
+            return outputs
 
     def release(self) -> None:
         """Drop all graphs and give unused memory back to the device."""
@@ -118,8 +132,18 @@ class CudaRunner:
         """Number of graphs that are held."""
         return sum(captured is not None for captured in self._captured.values())
 
+    def _launch(self, captured: _Captured | None, name: Any, images: Tensor) -> tuple[Tensor, ...]:
+        """Run images on the current stream; what a graph returns is its own and lasts until its next run."""
+        if captured is None:
+            return tuple(self._functions[name](images))
+        captured.images.copy_(images)
+        captured.graph.replay()
+        return captured.outputs
+
     def _find(self, name: Any, shape: tuple[int, ...]) -> _Captured | None:
-        """Return the graph of a shape, captured now if need be; None: it cannot be captured."""
+        """Return the graph of a shape, captured now if need be; None: it cannot be captured, or is not to be."""
+        if not self.with_graphs:
+            return None
         key = (name, shape)
         if key not in self._captured:
             if len(self._captured) >= MOST_GRAPHS:

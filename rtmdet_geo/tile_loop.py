@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rtmdet_geo.backends import Backend
 from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
 from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
+from rtmdet_geo.prefetch import Prefetch
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import Pieces
 from rtmdet_geo.structures import Detections, ModelSpec, Tile
@@ -133,7 +135,10 @@ def run_tiles(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TileResults:
-    """Read, run and reduce every tile; pixels and raw candidates of one batch are in memory at a time.
+    """Read, run and reduce every tile; pixels and raw candidates of a few batches are in memory at a time.
+
+    Reading and the engine have a thread each, so that neither waits for the other nor for the NMS of what was found.
+    ``progress`` and ``cancelled`` are called in the caller's thread.
 
     Args:
         source: open scene.
@@ -147,33 +152,27 @@ def run_tiles(
         Cancelled: the caller's wish.
     """
     results = TileResults()
-    in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()
     # As little padding as the engine takes: channel attention averages over the whole input, grey included.
     fixed = engine.fixed_tile_size
     shape = (fixed, fixed) if fixed is not None else grid.padded_shape(engine.spec.stride_multiple)
-    if progress is not None:
-        progress(0, len(grid))
+    in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()  # read, in order, with their valid pixels
 
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        images: list[NDArray[np.uint8]] = []
-        for tile in grid:
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
-            pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
-            if not valid.any():
-                finish(tile, None)
-                results.num_empty_tiles += 1
-                continue
-            images.append(pad(pixels, shape))
-            in_flight.append((tile, valid))
-            if len(images) == settings.batch_size:
-                yield np.stack(images)
-                images = []
-        if images:
-            yield np.stack(images)
+    def done(number: int = 1) -> None:
+        results.num_tiles += number
+        if progress is not None:
+            progress(results.num_tiles, len(grid))
 
-    def finish(tile: Tile, detections: Detections | None, valid: NDArray[np.bool_] | None = None) -> None:
-        if detections is not None and len(detections):
+    def skip_empty() -> None:
+        if cancelled is not None and cancelled():
+            raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
+        while in_flight and not in_flight[0][1].any():
+            in_flight.popleft()
+            results.num_empty_tiles += 1
+            done()
+
+    def reduce(tile: Tile, valid: NDArray[np.bool_], detections: Detections) -> None:
+        detections = _filter(detections, valid, settings.class_ids)
+        if len(detections):
             survivors = tile_survivors(
                 detections,
                 tile,
@@ -184,16 +183,43 @@ def run_tiles(
                 valid=valid,
             )
             results.parts.append(survivors)
-        results.num_tiles += 1
-        if progress is not None:
-            progress(results.num_tiles, len(grid))
+        done()
 
-    found = engine.run(batches(), score_threshold=settings.score_threshold, multi_label=settings.multi_label)
-    for batch in found:
-        for detections in batch:
-            tile, valid = in_flight.popleft()
-            finish(tile, _filter(detections, valid, settings.class_ids), valid)
+    done(0)
+    tiles = _read_batches(source, grid, shape, settings.batch_size, in_flight)
+    with Prefetch(tiles, size=2, name="tiles") as batches:
+        run = engine.run(batches, score_threshold=settings.score_threshold, multi_label=settings.multi_label)
+        with Prefetch(run, size=2, waiting=skip_empty, name="engine") as found:
+            try:
+                for detections in chain.from_iterable(found):
+                    skip_empty()
+                    reduce(*in_flight.popleft(), detections)
+            finally:
+                batches.stop()  # or the engine would go on to its next batch
+    skip_empty()
     return results
+
+
+def _read_batches(
+    source: Scene,
+    grid: TileGrid,
+    shape: tuple[int, int],
+    batch_size: int,
+    in_flight: deque[tuple[Tile, NDArray[np.bool_]]],
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield uint8 (N, C, *shape) of tiles with valid pixels, and note every tile and its valid pixels in order."""
+    images: list[NDArray[np.uint8]] = []
+    for tile in grid:
+        pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
+        in_flight.append((tile, valid))
+        if not valid.any():  # costs nothing more
+            continue
+        images.append(pad(pixels, shape))
+        if len(images) == batch_size:
+            yield images[0][None] if batch_size == 1 else np.stack(images)
+            images = []
+    if images:
+        yield np.stack(images)
 
 
 def _filter(detections: Detections, valid: NDArray[np.bool_], class_ids: tuple[int, ...] | None) -> Detections:

@@ -22,7 +22,7 @@ STAGES = {
     *("raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "cells", "preview", "outputs", "evaluation"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
-    *("preprocess", "run_record", "stitch", "views"),
+    *("prefetch", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.

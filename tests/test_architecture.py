@@ -25,6 +25,7 @@ STAGES = {
     *("prefetch", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
+TORCH_ENGINES = {"backends.pytorch", "backends.pytorch_classify"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
@@ -33,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE | STAGES | {"models", "training"},
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
-    "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
+    "backends.pytorch_classify": BASE | STAGES | BACKENDS | {"models"},
     "onnx_graph": BASE,
     "onnx_half": BASE | {"onnx_graph"},
     "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph", "onnx_half"},
+    "quantize": BASE | STAGES | BACKENDS | {"onnx_graph"},
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -57,8 +59,8 @@ CONFINED: dict[str, set[str]] = {
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": {"export", "onnx_graph", "onnx_half"},
-    "onnxruntime": {"backends", "export"},
+    "onnx": {"export", "onnx_graph", "onnx_half", "quantize"},
+    "onnxruntime": {"backends", "export", "quantize"},
     "openvino": {"backends.openvino_rt"},
     "click": {"cli"},
     "rich": {"cli"},
@@ -160,7 +162,7 @@ def arrow_faults(module: str, imports: list[Import]) -> list[str]:
                 continue  # rtmdet_geo.__version__
             if not is_inside(target, ALLOWED[room]):
                 faults.append(f"{where}: against the arrows, {room} may import {sorted(ALLOWED[room])}")
-            if is_inside(target, {"backends.pytorch"}) and item.at_import:
+            if item.at_import and is_inside(target, TORCH_ENGINES) and not is_inside(module, TORCH_ENGINES):
                 faults.append(f"{where}: loads torch; import it inside the function that needs it")
     return faults
 

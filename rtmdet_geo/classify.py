@@ -208,6 +208,7 @@ def classify_scene(
     batch_size: int = 8,
     overwrite: bool = False,
     nodata: float | None = None,
+    backend: str = "auto",
     threads: int | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -235,6 +236,7 @@ def classify_scene(
         batch_size: chips per call of the engine.
         overwrite: replace an existing output.
         nodata: value of pixels without data, if the file does not say.
+        backend: engine, see open_classifier.
         threads: CPU threads of the engine, see open_classifier.
         device: see open_classifier.
         progress: called with (chips done, chips in all).
@@ -250,7 +252,7 @@ def classify_scene(
         RasterError, BandError, ResolutionError: the scene cannot be read, lacks a band, or is too coarse or fine.
         UnknownModelError, ModelFileError, WeightsError: see open_classifier.
         OutputError: the output exists, or cannot be written.
-        ConfigError: a value is outside its range.
+        ConfigError: a value is outside its range, or the engine does not run the model.
         Cancelled: ``cancelled`` answered True; no output was touched.
     """
     started = time.perf_counter()
@@ -258,7 +260,7 @@ def classify_scene(
         check_not_input(output, scene)
         check_output(output, overwrite, driver=driver)
     target_crs = check_target_crs(dst_crs, output, driver)
-    classifier = open_classifier(model, threads=threads, device=device)
+    classifier = open_classifier(model, backend=backend, threads=threads, device=device)
     plan = _make_plan(classifier.spec, chip_size, overlap, batch_size, top_k, score_threshold)
     spec, run_id = plan.spec, uuid.uuid4().hex
     with open_scene(

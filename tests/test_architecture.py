@@ -26,6 +26,7 @@ STAGES = {
 }
 BACKENDS = {"backends"}
 ONNX = {"onnx_fold", "onnx_graph", "onnx_half", "onnx_operators"}  # rewrites of graphs
+TORCH_ENGINES = {"backends.pytorch", "backends.pytorch_classify"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
@@ -36,12 +37,13 @@ ALLOWED: dict[str, set[str]] = {
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "backends.trt_graph": BASE | STAGES | BACKENDS | ONNX,
     "backends.trt_check": BASE | STAGES | BACKENDS | {"export_check", "export_tiles"},
-    "backends.classify": BASE | STAGES | BACKENDS | {"models"},  # inside functions: torch is for weights only
+    "backends.pytorch_classify": BASE | STAGES | BACKENDS | {"models"},
     **dict.fromkeys(ONNX, BASE | ONNX),
     "export": BASE | STAGES | BACKENDS | ONNX | {"export_check", "export_tiles", "export_trace", "quantize"},
     "export_check": BASE | BACKENDS,
     "export_tiles": BASE | STAGES,
     "export_trace": BASE | STAGES | BACKENDS | ONNX | {"models", "export_check"},
+    "quantize": BASE | STAGES | BACKENDS | ONNX,
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -62,8 +64,8 @@ CONFINED: dict[str, set[str]] = {
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": ONNX | {"backends.trt_graph", "export", "export_trace"},
-    "onnxruntime": {"backends"},
+    "onnx": ONNX | {"backends.trt_graph", "export", "export_trace", "quantize"},
+    "onnxruntime": {"backends", "quantize"},
     "openvino": {"backends.openvino_rt"},
     "tensorrt": {"backends.trt_load"},
     "cuda": {"backends.cuda"},
@@ -167,7 +169,7 @@ def arrow_faults(module: str, imports: list[Import]) -> list[str]:
                 continue  # rtmdet_geo.__version__
             if not is_inside(target, ALLOWED[room]):
                 faults.append(f"{where}: against the arrows, {room} may import {sorted(ALLOWED[room])}")
-            if is_inside(target, {"backends.pytorch"}) and item.at_import:
+            if item.at_import and is_inside(target, TORCH_ENGINES) and not is_inside(module, TORCH_ENGINES):
                 faults.append(f"{where}: loads torch; import it inside the function that needs it")
     return faults
 

@@ -33,7 +33,9 @@ def openvino() -> None:
 
 def test_precision_threads_and_cores(openvino):
     """Whatever the processor would be quicker with, and whatever other programs run on the first cores."""
-    compiled = open_backend(small_model(), name="openvino", threads=2)._compiled
+    engine = open_backend(small_model(), name="openvino", threads=2)
+    engine.raw(make_check_tiles(1, 3, 64, seed=0))
+    (compiled,) = engine._graph._compiled.values()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 2 and compiled.get_property("NUM_STREAMS") == 1
     assert compiled.get_property("ENABLE_CPU_PINNING") is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 from rasters import write_raster
 
 from rtmdet_geo import classify as pipeline
+from rtmdet_geo.backends import classify as engines
 from rtmdet_geo.backends import open_backend
 from rtmdet_geo.backends.classify import Classifier, open_classifier
 from rtmdet_geo.cells import build_cells, cell_batches, count_cells
@@ -42,6 +44,7 @@ from rtmdet_geo.errors import (
     BandWarning,
     Cancelled,
     ConfigError,
+    MissingDependencyError,
     ModelFileError,
     NodataWarning,
     NotGeoreferencedWarning,
@@ -56,6 +59,13 @@ from rtmdet_geo.structures import StretchSpec
 
 TRANSFORM = Affine(10.0, 0.0, 500_000.0, 0.0, -10.0, 4_500_000.0)
 DARK, BRIGHT = 40, 160
+FILE_ENGINES = [
+    "onnxruntime",
+    pytest.param(
+        "openvino",
+        marks=pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed"),
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +150,11 @@ def test_graph_normalises_uint8():
 # ---------------------------------------------------------------- opening classifiers
 
 
-def test_model_file_gives_known_probabilities(greys):
-    classifier = open_classifier(greys, threads=1)
+@pytest.mark.parametrize("backend", FILE_ENGINES)
+def test_model_file_gives_known_probabilities(greys, backend):
+    classifier = open_classifier(greys, backend=backend, threads=1)
     assert isinstance(classifier, Classifier)
-    assert (classifier.name, classifier.path, classifier.spec) == ("onnxruntime", greys, classifier_spec())
+    assert (classifier.name, classifier.path, classifier.spec) == (backend, greys, classifier_spec())
     images = np.random.default_rng(0).integers(0, 256, (5, 3, SIDE, SIDE), dtype=np.uint8)
     scores = classifier.predict(images)
     assert scores.dtype == np.float32
@@ -228,33 +239,60 @@ def test_what_is_no_classifier_is_refused(monkeypatch, tmp_path, name, error, pa
         ({"spec": classifier_spec(kind="rotated")}, "rtmdet-geo detect"),
     ],
 )
-def test_model_file_that_breaks_the_contract(tmp_path, changes, part):
+@pytest.mark.parametrize("backend", FILE_ENGINES)
+def test_model_file_that_breaks_the_contract(tmp_path, backend, changes, part):
     path = write_classifier(tmp_path / "broken.onnx", **changes)
     with pytest.raises(ModelFileError, match=part):
-        open_classifier(path)
+        open_classifier(path, backend=backend)
 
 
 @pytest.mark.parametrize(
     "changes", [{"has_softmax": False}, {"biases": (math.nan, 0.0)}], ids=["logits", "not a number"]
 )
-def test_scores_that_are_no_probabilities(tmp_path, changes):
-    classifier = open_classifier(write_classifier(tmp_path / "broken.onnx", **changes))
+@pytest.mark.parametrize("backend", FILE_ENGINES)
+def test_scores_that_are_no_probabilities(tmp_path, backend, changes):
+    classifier = open_classifier(write_classifier(tmp_path / "broken.onnx", **changes), backend=backend)
     with pytest.raises(ModelFileError, match="no probabilities"):
         classifier.predict(np.zeros((1, 3, SIDE, SIDE), np.uint8))
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("backend", FILE_ENGINES)
 @pytest.mark.parametrize("tile_size", [None, SIDE])
-def test_exported_classifier(tmp_path, tile_size):
-    """What export writes gives what the weights give."""
+def test_exported_classifier(tmp_path, tile_size, backend):
+    """What export writes gives what the weights give, eight images at once what each gives alone."""
     from rtmdet_geo.export import export_model
 
     weights = write_network(tmp_path / "greys.safetensors")
-    export_model(weights, tmp_path / "greys.onnx", tile_size=tile_size)
-    images = np.random.default_rng(0).integers(0, 256, (3, 3, SIDE, SIDE), dtype=np.uint8)
-    one, other = (open_classifier(path).predict(images) for path in (weights, tmp_path / "greys.onnx"))
+    export_model(weights, tmp_path / "greys.onnx", tile_size=tile_size, verify=False)
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, SIDE, SIDE), dtype=np.uint8)
+    one = open_classifier(weights, backend="torch", threads=1).predict(images)
+    by_file = open_classifier(tmp_path / "greys.onnx", backend=backend, threads=1)
     assert one.std() > 0.01
-    np.testing.assert_allclose(one, other, atol=1e-4)
+    np.testing.assert_allclose(one, by_file.predict(images), atol=1e-4)
+    alone = np.concatenate([by_file.predict(image[None]) for image in images])
+    np.testing.assert_allclose(one, alone, atol=1e-4)
+
+
+def test_engine_and_file_must_fit(greys, tmp_path, monkeypatch):
+    weights = write_network(tmp_path / "greys.safetensors")
+    with pytest.raises(ConfigError, match=r"is a model file, which onnxruntime and openvino run; torch runs weights"):
+        open_classifier(greys, backend="torch")
+    for name in ("onnxruntime", "openvino"):
+        for source in (weights, "cspnext_tiny_imagenet"):
+            with pytest.raises(ConfigError, match=f"torch runs, not {name}; leave the backend out"):
+                open_classifier(source, backend=name)
+    with pytest.raises(ConfigError, match=r"backend 'tensorflow' is unknown; choose one of auto, "):
+        open_classifier(greys, backend="tensorflow")
+    monkeypatch.setattr(engines, "BACKEND_NAMES", (*engines.BACKEND_NAMES, "boxes"))
+    with pytest.raises(ConfigError, match="boxes runs no classifiers; choose one of onnxruntime, openvino"):
+        open_classifier(greys, backend="boxes")
+
+
+def test_missing_openvino_names_the_extra(greys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[openvino\]'"):
+        open_classifier(greys, backend="openvino")
 
 
 def test_detectors_engines_refuse_classifiers(greys):

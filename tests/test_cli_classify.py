@@ -58,6 +58,19 @@ def test_images(greys, photos):
     assert run("classify", photos[1], "-m", greys, "--top-k", 1).stdout.splitlines()[1:] == ["  0.9975  bright"]
 
 
+def test_engines(greys, scene, photos, tmp_path):
+    """openvino says what onnxruntime says; torch runs no model files."""
+    pytest.importorskip("openvino")
+    words = ("classify", photos[0], "-m", greys)
+    assert run(*words, "--backend", "openvino").stdout == run(*words, "--backend", "onnxruntime").stdout != ""
+    result = run(*words, "--backend", "torch")
+    assert result.exit_code == 1 and "torch runs weights" in result.stderr
+    result = run("classify", scene, "-m", greys, "-o", tmp_path / "a.gpkg", "--backend", "openvino", "--json")
+    summary = json.loads(result.stdout)
+    assert summary["parameters"]["backend"] == "openvino" and summary["num_by_class"] == {"dark": 2, "bright": 2}
+    assert "openvino" in summary["versions"]
+
+
 def test_images_as_json(greys, photos):
     result = run("classify", *photos, "-m", greys, "--json")
     facts = json.loads(result.stdout)

@@ -1,20 +1,21 @@
 """Engines of classifiers behind one protocol: uint8 images in, one probability per class out.
 
 A model file of kind "classification" has the input ``images`` uint8 (N, C, H, W) and the output ``scores``
-(N, num_classes) fp32; normalisation and softmax are inside the graph. It runs in onnxruntime. Weights, also published
-ones by name, run in torch, which is loaded for them only.
+(N, num_classes) fp32; normalisation and softmax are inside the graph. It runs in onnxruntime or OpenVINO. Weights, also
+published ones by name, run in torch, which is loaded for them only.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.backends import require_package
+from rtmdet_geo.backends import BACKEND_NAMES, require_package
 from rtmdet_geo.backends.onnxrt import open_model_file
 from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, find_model, read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS, find_checkpoint
@@ -23,6 +24,8 @@ from rtmdet_geo.errors import ConfigError, ModelFileError
 if TYPE_CHECKING:
     from rtmdet_geo.structures import ModelSpec
 
+#: Engines that run classifiers' model files; the first is the base default.
+FILE_ENGINES = ("onnxruntime", "openvino")
 #: Probabilities of an image must sum to 1 within this.
 _SUM_TOLERANCE = 1e-3
 
@@ -55,7 +58,7 @@ class Classifier(Protocol):
 
 
 def open_classifier(
-    name_or_path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto"
+    name_or_path: str | os.PathLike[str], *, backend: str = "auto", threads: int | None = None, device: str = "auto"
 ) -> Classifier:
     """Open a classifier: a model file (.onnx), a weights file, or published weights by name.
 
@@ -64,11 +67,13 @@ def open_classifier(
     Args:
         name_or_path: such as "classes.onnx", "runs/mine/model.safetensors", "mmpretrain.pth" (see
             :func:`rtmdet_geo.models.identify.load_network`) or "cspnext_tiny_imagenet".
+        backend: "onnxruntime" or "openvino" for model files, "torch" for weights; "auto" is onnxruntime for model
+            files and torch for weights.
         threads: CPU threads of the engine; None is one per usable core, for weights torch's own number.
         device: "auto" or "cpu"; for weights also "cuda" or "cuda:1", and "auto" is cuda where there is one.
 
     Raises:
-        ConfigError: ``threads`` is below 1, or there is no such device.
+        ConfigError: ``threads`` is below 1, there is no such engine or device, or the engine does not open such files.
         UnknownModelError: no published weights have that name.
         ModelFileError: the file is missing, corrupt or foreign, or it is a detector.
         WeightsError: the weights are damaged, or fit none of our networks.
@@ -77,98 +82,82 @@ def open_classifier(
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
+    if backend not in BACKEND_NAMES:
+        raise ConfigError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKEND_NAMES)}")
+    if backend not in ("auto", "torch", *FILE_ENGINES):
+        raise ConfigError(f"{backend} runs no classifiers; choose one of {', '.join(FILE_ENGINES)} for a model file")
     text = os.fspath(name_or_path)
     path = Path(text)
     if text not in CHECKPOINTS:
         if text not in CATALOG and not path.exists() and not path.suffix and len(path.parts) == 1:
             find_checkpoint(text)  # raises with near names
         path = find_model(text)
-        if path.suffix.lower() not in WEIGHTS_SUFFIXES:
-            return OnnxClassifier(path, threads=threads, device=device)
+    if text in CHECKPOINTS or path.suffix.lower() in WEIGHTS_SUFFIXES:
+        if backend in FILE_ENGINES:
+            raise ConfigError(f"{text!r} holds weights, which torch runs, not {backend}; leave the backend out")
+        return _open_torch(text, threads, device)
+    if backend == "torch":
+        raise ConfigError(
+            f"{text!r} is a model file, which {' and '.join(FILE_ENGINES)} run; torch runs weights (.safetensors, .pth)"
+        )
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device {device!r} is not supported for classifiers' model files; choose 'auto' or 'cpu'")
+    return ModelFileClassifier(path, name=FILE_ENGINES[0] if backend == "auto" else backend, threads=threads)
+
+
+def _open_torch(text: str, threads: int | None, device: str) -> Classifier:
+    if text in CHECKPOINTS:
+        refuse_detector(CHECKPOINTS[text].spec(), text)  # before a download
+    require_package("torch", extra="train")
+    from rtmdet_geo.backends.pytorch_classify import TorchClassifier
+
     return TorchClassifier(text, threads=threads, device=device)
 
 
-class OnnxClassifier:
-    """A model file in an onnxruntime CPU session. See :class:`Classifier`.
+class ModelFileClassifier:
+    """A model file in onnxruntime or OpenVINO, on the CPU. See :class:`Classifier`.
 
     Args:
         path: ``.onnx`` file of kind "classification".
-        threads: intra-operator threads; None is one per core that this process may use.
-        device: "auto" or "cpu".
+        name: of the engine, one of FILE_ENGINES.
+        threads: CPU threads; None is one per core that this process may use.
 
     Raises:
         See :func:`open_classifier`.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, name: str = FILE_ENGINES[0], threads: int | None = None
+    ) -> None:
         """Open and check the file."""
-        if device not in ("auto", "cpu"):
-            raise ConfigError(f"device {device!r} is not supported for model files; choose 'auto' or 'cpu'")
+        self.name = name
         self.path = Path(path)
-        _refuse_detector(read_spec(self.path), self.path)
-        self._session, self.spec = open_model_file(self.path, threads=threads)
-        _check_sizes(self._session, self.spec, self.path)
+        refuse_detector(read_spec(self.path), self.path)
+        if name == "openvino":
+            from rtmdet_geo.backends.openvino_rt import OpenVinoGraph
+
+            graph = OpenVinoGraph(self.path, threads=threads)
+            self.spec, self._run = graph.spec, graph.run
+            sizes = {port.name: port.sizes for port in (*graph.inputs, *graph.outputs)}
+        else:
+            session, self.spec = open_model_file(self.path, threads=threads)
+            self._run = lambda images, names: session.run(names, {"images": images})
+            sizes = {port.name: port.shape for port in (*session.get_inputs(), *session.get_outputs())}
+        _check_sizes(sizes, self.spec, self.path)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
-        _check_batch(images, self.spec)
-        (scores,) = self._session.run(["scores"], {"images": np.ascontiguousarray(images)})
-        return _checked(scores, len(images), self.spec, self.path)
+        check_batch(images, self.spec)
+        (scores,) = self._run(np.ascontiguousarray(images), ["scores"])
+        return check_scores(scores, len(images), self.spec, self.path)
 
 
-class TorchClassifier:
-    """Weights in torch, in fp32, batch norms folded into their convolutions. See :class:`Classifier`.
-
-    Args:
-        weights: see :func:`rtmdet_geo.models.identify.load_network`.
-        threads: CPU threads while it runs; None leaves torch's number.
-        device: see :func:`open_classifier`.
+def refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
+    """Refuse a model that does not classify.
 
     Raises:
-        See :func:`open_classifier`.
+        ModelFileError: it finds objects.
     """
-
-    name = "torch"
-
-    def __init__(self, weights: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
-        """Build the network and load the weights."""
-        text = os.fspath(weights)
-        if text in CHECKPOINTS:
-            _refuse_detector(CHECKPOINTS[text].spec(), text)  # before a download
-        require_package("torch", extra="train")
-        from rtmdet_geo.models.classifier import ClassificationGraph
-        from rtmdet_geo.models.devices import find_device
-        from rtmdet_geo.models.identify import load_network
-        from rtmdet_geo.models.weights import fuse_batch_norm
-
-        place = find_device(device)
-        network, self.spec = load_network(text)
-        _refuse_detector(self.spec, text)
-        self.path = _stored_weights(text)
-        self._threads = threads
-        self._graph = ClassificationGraph(fuse_batch_norm(network), self.spec.mean, self.spec.std).to(place).eval()
-
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return probabilities (N, num_classes); see the protocol."""
-        from rtmdet_geo.backends.pytorch import cpu_threads
-
-        _check_batch(images, self.spec)
-        with cpu_threads(self._threads):
-            scores = self._graph.predict(images)
-        return _checked(scores, len(images), self.spec, self.path)
-
-
-def _stored_weights(text: str) -> Path:
-    """Return the file that holds weights which were loaded by name or path."""
-    if text not in CHECKPOINTS:
-        return Path(text)
-    checkpoint = CHECKPOINTS[text]
-    return checkpoint.converted_path if checkpoint.converted_path.is_file() else checkpoint.path
-
-
-def _refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
     if spec.kind != "classification":
         raise ModelFileError(
             f"{os.fspath(path)!r} is a detector (kind {spec.kind!r}), it does not classify whole images; "
@@ -176,26 +165,29 @@ def _refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_sizes(session: Any, spec: ModelSpec, path: Path) -> None:
-    """Compare the sizes of the file's input and output with its own spec; ``open_model_file`` has checked the rest.
+def _check_sizes(found: Mapping[str, Sequence[Any]], spec: ModelSpec, path: Path) -> None:
+    """Compare the sizes of a file's input and output, by name, with its own spec; the rest has been checked.
 
     Raises:
         ModelFileError: they contradict each other, or the number of images is fixed.
     """
     wanted = {"images": (len(spec.bands), spec.tile_size, spec.tile_size), "scores": (len(spec.classes),)}
-    for item in (*session.get_inputs(), *(item for item in session.get_outputs() if item.name == "scores")):
-        number, *sizes = item.shape  # sizes that are open have a name, or none
-        is_same = all(
-            not isinstance(size, int) or size == one for size, one in zip(sizes, wanted[item.name], strict=True)
-        )
+    for name, shape in wanted.items():
+        number, *sizes = found[name]  # sizes that are open have a name, or none
+        is_same = all(not isinstance(size, int) or size == one for size, one in zip(sizes, shape, strict=True))
         if isinstance(number, int) or not is_same:
             raise ModelFileError(
-                f"{str(path)!r} contradicts itself: {item.name!r} has the shape {item.shape}, its model_spec wants "
-                f"(N, {', '.join(map(str, wanted[item.name]))}) with any N; export it again"
+                f"{str(path)!r} contradicts itself: {name!r} has the shape {list(found[name])}, its model_spec wants "
+                f"(N, {', '.join(map(str, shape))}) with any N; export it again"
             )
 
 
-def _check_batch(images: NDArray[np.uint8], spec: ModelSpec) -> None:
+def check_batch(images: NDArray[np.uint8], spec: ModelSpec) -> None:
+    """Refuse a batch that a classifier cannot take.
+
+    Raises:
+        ConfigError: another dtype or shape than uint8 (N, C, side, side), or no images.
+    """
     shape = (len(spec.bands), spec.tile_size, spec.tile_size)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
         raise ConfigError(
@@ -204,7 +196,7 @@ def _check_batch(images: NDArray[np.uint8], spec: ModelSpec) -> None:
         )
 
 
-def _checked(scores: NDArray[np.float32], number: int, spec: ModelSpec, path: Path) -> NDArray[np.float32]:
+def check_scores(scores: NDArray[np.float32], number: int, spec: ModelSpec, path: Path) -> NDArray[np.float32]:
     """Return scores that are probabilities.
 
     Raises:

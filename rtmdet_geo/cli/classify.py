@@ -74,6 +74,7 @@ _GRID_OPTIONS = ("chip_size", "overlap", "score_threshold", "gsd", "dst_crs", "d
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With -o: chips per engine call."
 )
 @options.overwrite_option
+@options.backend_option
 @options.threads_option
 @click.option(
     "--device",
@@ -94,6 +95,7 @@ def classify(
     top_k: int,
     bands: tuple[str, ...],
     nodata: float | None,
+    backend: str,
     threads: int | None,
     device: str,
     as_json: bool,
@@ -114,7 +116,7 @@ def classify(
     if model is None:
         raise click.UsageError(f"Missing option '-m' / '--model': no classifier comes with the package. {_published()}")
     shared: dict[str, Any] = {"bands": options.parse_bands(bands), "nodata": nodata, "top_k": top_k}
-    engine: dict[str, Any] = {"threads": threads, "device": device}
+    engine: dict[str, Any] = {"backend": backend, "threads": threads, "device": device}
     if output is not None:
         if len(images) > 1:
             raise click.UsageError(f"-o takes one scene, not {len(images)} images.")

@@ -206,7 +206,7 @@ def _quantize(path: Path, spec: ModelSpec, paths: Sequence[str | os.PathLike[str
 
     from rtmdet_geo.quantize import quantize_model
 
-    quantized = path.with_name(f"int8{path.suffix}")
+    quantized = path.with_name(f"{path.stem}.int8{path.suffix}")
     tiles = (np.ascontiguousarray(tile[None]) for tile in _real_tiles(spec, spec.tile_size, paths))
     quantize_model(path, quantized, calibration=tiles)
     os.replace(quantized, path)

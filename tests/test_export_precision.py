@@ -113,6 +113,22 @@ def test_half_weights_are_those_of_the_weights_file(kind, sources, tmp_path):
     assert sum(tensor.data_type == TensorProto.FLOAT16 for tensor in fixed) == len(halves), "they stay half"
 
 
+def test_int8_is_calibrated_on_the_tiles_that_it_is_compared_on(tmp_path):
+    """Of a trained model: what it finds is found again, a little elsewhere."""
+    pytest.importorskip("rtmdet_geo.quantize")
+    source, path = CATALOG["sen2ships_r"].path, tmp_path / "int8.onnx"
+    scene = CHIPS / "casablanca.tif"
+    stored = export_model(source, path, precision="int8", tile_size=256, batch_size=2, verify_on=[scene])
+    assert stored.precision == "int8" and shape_of(path) == [2, 4, 256, 256]
+    assert stored.differences["matched"] > 10 * stored.differences["unmatched"]
+    assert 0.01 < stored.differences["boxes_px"] <= 4
+    assert {node.op_type for node in onnx.load(path).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert path.stat().st_size < 0.8 * source.stat().st_size
+    check_graph(path)
+    with pytest.raises(ConfigError, match="is int8 already"):
+        export_model(path, tmp_path / "again.onnx", precision="int8")
+
+
 # ---------------------------------------------------------------- verdicts
 
 
@@ -276,7 +292,7 @@ def test_command_line(sources, tmp_path):
     session, spec = open_model_file(tmp_path / "half.onnx")
     assert session.get_inputs()[0].shape == [2, 3, 96, 96] and spec.tile_size == 96
     text = run(*arguments, "--overwrite").stdout
-    assert f"small_mask, fp16, 1.4 MB, equals {sources['mask']} (boxes within" in text
+    assert f"small_mask, fp16, 1.4 MB, compared with {sources['mask']}: boxes within" in text
 
 
 def test_without_torch(sources, tmp_path):

@@ -141,7 +141,8 @@ def verify_export(reference: Reference, file: FileReference, batches: Iterable[C
     box somewhere, since rows of equal score may swap ranks between engines; of instances, the row of the same label and
     prior, with the same box and kernel.
 
-    fp16 and int8: every detection of one whose score is SCORE_MARGIN above the threshold must be in the other.
+    fp16 and int8: every detection of one whose score is SCORE_MARGIN above the threshold must be in the other, and
+    scores are compared rank by rank. Rows near the cut of a level, where another pair may stand, are left out.
 
     Args:
         reference: gives the outputs that the file should give.
@@ -268,21 +269,25 @@ def _compare_detections(runs: Sequence[_Run], spec: ModelSpec, allowed: Differen
     best = np.sort(np.concatenate([run.expected["scores"].ravel() for run in runs]))[::-1]
     floor = min(spec.score_threshold + SCORE_MARGIN, float(best[min(NUM_CHECK_DETECTIONS, len(best)) - 1]))
     worst = Differences()
-    for expected, found, _ in runs:
-        here = Differences()
+    for expected, found, (_, _, height, width) in runs:
+        levels = rows_per_level(spec.object_kind, len(spec.classes), height, width)
+        by_rank = float(np.abs(expected["scores"] - found["scores"]).max(initial=0.0))
+        here = Differences(scores=by_rank)
         for image in range(len(expected["scores"])):
             mine, others = ({name: values[image] for name, values in side.items()} for side in (expected, found))
-            here = here.joined(_match(mine, others, floor, allowed))
-            back = _match(others, mine, floor + allowed.scores, allowed)
-            here = here.joined(back._replace(matched=0))
+            is_mine, is_theirs = (_is_kept(rows["scores"], levels, 2 * allowed.scores) for rows in (mine, others))
+            is_mine &= mine["scores"] >= floor
+            is_theirs &= others["scores"] >= floor + allowed.scores
+            here = here.joined(_match(mine, others, is_mine, allowed))
+            here = here.joined(_match(others, mine, is_theirs, allowed)._replace(matched=0))
         worst = worst.joined(_with_masks(here, expected, found, spec))
     return worst
 
 
-def _match(mine: Outputs, others: Outputs, floor: float, allowed: Differences) -> Differences:
-    """Return the distances from one image's detections to their partners, and how many have one."""
+def _match(mine: Outputs, others: Outputs, is_compared: NDArray[np.bool_], allowed: Differences) -> Differences:
+    """Return the distances from some of an image's rows to their partners, and how many have one."""
     boxes, scores, kernels, matched, unmatched = 0.0, 0.0, 0.0, 0, 0
-    for row in np.flatnonzero(mine["scores"] >= floor):
+    for row in np.flatnonzero(is_compared):
         here = _distances(mine, others, int(row))
         apart = np.maximum(here.boxes / allowed.boxes, here.scores / allowed.scores)
         nearest = int(apart.argmin()) if len(apart) else -1
@@ -321,13 +326,19 @@ def _is_compared(scores: NDArray[np.float32], levels: list[tuple[int, bool]]) ->
     """
     is_checked = scores >= CHECK_SCORE
     is_checked[np.argsort(-scores, kind="stable")[:NUM_CHECK_ROWS]] = True
+    return is_checked & _is_kept(scores, levels, 1e-6)
+
+
+def _is_kept(scores: NDArray[np.float32], levels: list[tuple[int, bool]], margin: float) -> NDArray[np.bool_]:
+    """Say which rows of an image are more than a margin above the last row of a level that was cut off."""
+    is_kept = np.ones(len(scores), bool)
     start = 0
     for rows, is_cut in levels:
         level = slice(start, start + rows)
         if is_cut:
-            is_checked[level] &= scores[level] > scores[level].min() + 1e-6
+            is_kept[level] = scores[level] > scores[level].min() + margin
         start += rows
-    return is_checked
+    return is_kept
 
 
 class _Distances(NamedTuple):

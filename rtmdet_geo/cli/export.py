@@ -105,7 +105,7 @@ def export(
         )
     elif report.verbosity(ctx) >= 0:
         reference = str(model) if is_model_file(model) else "torch"
-        checked = f"equals {reference} ({_in_words(stored)})" if verify else f"not compared with {reference}"
+        checked = f"compared with {reference}: {_in_words(stored)}" if verify else f"not compared with {reference}"
         click.echo(f"{output}: {stored.name}, {stored.precision}, {output.stat().st_size / 1e6:.1f} MB, {checked}")
 
 

@@ -26,7 +26,7 @@ from rtmdet_geo.catalog import read_spec
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.export_check import CheckBatch, FileReference, Reference, as_record, verify_export
 from rtmdet_geo.export_tiles import cut_tiles, make_check_tiles, shipped_tiles
-from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.outputs import check_folder, check_not_input, staged_output
 from rtmdet_geo.structures import FilePrecision, ModelSpec
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def export_model(
     with staged_output(target) as staged:
         if precision == "int8":
             onnx.save(proto, staged)
-            proto = _quantize(staged, spec, verify_on)
+            proto = _quantize(staged, spec, tile_size or spec.tile_size, verify_on)
         proto = fix_size(proto, tile_size, tile_size, batch=batch_size)
         if precision == "fp16":
             proto = to_half(proto)
@@ -162,8 +162,7 @@ def _read(path: str | os.PathLike[str], spec: ModelSpec | None, *, half_weights:
 
     if half_weights:
         raise ConfigError("half weights are made from weights (.safetensors, .pth); a model file has lost its norms")
-    if target.exists() and os.path.samefile(path, target):
-        raise OutputError(f"{os.fspath(path)!r} would be replaced by what is made of it; give another name")
+    check_not_input(target, path, "source")
     reference = FileReference(path)
     own = reference.spec
     if own.precision != "fp32":
@@ -187,6 +186,7 @@ def _complete(spec: ModelSpec, score_threshold: float | None, tile_size: int | N
 def _real_tiles(
     spec: ModelSpec, side: int | None, paths: Sequence[str | os.PathLike[str]]
 ) -> Iterable[NDArray[np.uint8]]:
+    """Return (C, side, side) tiles; None is the size of the model for those cut out here, else what they have."""
     return cut_tiles(paths, spec, side or spec.tile_size) if paths else shipped_tiles(spec, side)
 
 
@@ -200,14 +200,14 @@ def _check_batches(file: FileReference, paths: Sequence[str | os.PathLike[str]])
     return [CheckBatch(tiles) for tiles in cuts] + [CheckBatch(tile[None], is_real=True) for tile in real]
 
 
-def _quantize(path: Path, spec: ModelSpec, paths: Sequence[str | os.PathLike[str]]) -> onnx.ModelProto:
-    """Replace a fp32 model file by an int8 one, calibrated on real tiles, and return its graph."""
+def _quantize(path: Path, spec: ModelSpec, side: int, paths: Sequence[str | os.PathLike[str]]) -> onnx.ModelProto:
+    """Replace a fp32 model file by an int8 one, calibrated on real tiles of a side in px, and return its graph."""
     import onnx
 
     from rtmdet_geo.quantize import quantize_model
 
-    quantized = path.with_name(f"int8{path.suffix}")
-    tiles = (np.ascontiguousarray(tile[None]) for tile in _real_tiles(spec, spec.tile_size, paths))
+    quantized = path.with_name(f"{path.stem}.int8{path.suffix}")
+    tiles = (np.ascontiguousarray(tile[None]) for tile in _real_tiles(spec, side, paths))
     quantize_model(path, quantized, calibration=tiles)
     os.replace(quantized, path)
     return onnx.load(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rtmdet_geo.cli import options, report
-from rtmdet_geo.structures import FilePrecision, ModelSpec
+
+if TYPE_CHECKING:
+    from rtmdet_geo.structures import FilePrecision, ModelSpec
 
 
 @click.command()
@@ -102,7 +105,7 @@ def export(
         )
     elif report.verbosity(ctx) >= 0:
         reference = str(model) if is_model_file(model) else "torch"
-        checked = f"equals {reference} ({_in_words(stored)})" if verify else f"not compared with {reference}"
+        checked = f"compared with {reference}: {_in_words(stored)}" if verify else f"not compared with {reference}"
         click.echo(f"{output}: {stored.name}, {stored.precision}, {output.stat().st_size / 1e6:.1f} MB, {checked}")
 
 

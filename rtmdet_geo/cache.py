@@ -387,12 +387,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def hold_lock(path: Path) -> AbstractContextManager[None]:
-    """Hold a file as a lock against other processes and threads, and wait while another does.
-
-    The operating system frees it when its holder dies. Where files cannot be locked, nothing is held.
-
-    Args:
-        path: of the file, which is removed at the end; its folder must be there.
+    """Hold ``path``, in a folder that is there, as a lock; wait while another process or thread does.
 
     Raises:
         OutputError: the file cannot be written.

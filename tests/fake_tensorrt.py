@@ -59,9 +59,6 @@ class Strict:
         assert self._trt.member(self._kind, name) is None, f"{self._kind}.{name} is a method"
         setattr(self._real, name, value)
 
-    def __buffer__(self, flags: int) -> memoryview:  # Python 3.12
-        return memoryview(self._real.data)
-
 
 class HostMemory(bytes):
     """Bytes that TensorRT gives out; the binding's object has the buffer protocol."""
@@ -573,7 +570,6 @@ def _session(model: bytes) -> Any:
 def install(monkeypatch: Any, version: str, cuda: FakeCuda | None = None) -> FakeTensorRT:
     """Put the stand-ins in the place of both packages; return TensorRT's, which has the machine as ``cuda``."""
     from rtmdet_geo.backends import cuda as wrapper
-    from rtmdet_geo.backends import trt_load
 
     machine = cuda or FakeCuda()
     trt = FakeTensorRT(version, machine)
@@ -587,6 +583,5 @@ def install(monkeypatch: Any, version: str, cuda: FakeCuda | None = None) -> Fak
         ("cuda.bindings.runtime", machine),
     ):
         monkeypatch.setitem(__import__("sys").modules, name, module)
-    wrapper.runtime.cache_clear()
-    trt_load.messages.cache_clear()
+    monkeypatch.setattr(wrapper, "runtime", lambda: machine)
     return trt

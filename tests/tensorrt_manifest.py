@@ -23,7 +23,6 @@ USED = {
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape "
     "get_tensor_profile_shape create_execution_context create_engine_inspector",
     "IExecutionContext": "set_input_shape infer_shapes get_tensor_shape set_tensor_address execute_async_v3",
-    "IHostMemory": "nbytes",
     "ILayer": "name type num_outputs get_output precision set_output_type",
     "ILogger": "__init__ log Severity",
     "INetworkDefinition": "num_layers get_layer",

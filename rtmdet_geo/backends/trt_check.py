@@ -60,7 +60,9 @@ def check_layers(description: str, precision: str, half_nodes: Mapping[str, str]
 
 
 def _is_convolution(layer: dict[str, Any]) -> bool:
-    return layer.get("ParameterType") == "Convolution" or "conv" in str(layer.get("LayerType", "")).lower()
+    """Say whether a layer is a convolution, whatever is fused to it; conversions of types are none."""
+    kind = str(layer.get("LayerType", "")).lower()
+    return layer.get("ParameterType") == "Convolution" or re.search("conv(?!er)", kind) is not None
 
 
 def _precision_of(layer: dict[str, Any]) -> str | None:

@@ -115,6 +115,7 @@ class Engine:
         min_batch: fewest images at once; 1 unless the model file takes one number only.
         max_batch: most images at once.
         outputs: names of the contract's outputs, in its order.
+        runtime: what opened it, which must not go before it.
     """
 
     trt: Any
@@ -123,6 +124,7 @@ class Engine:
     min_batch: int
     max_batch: int
     outputs: tuple[str, ...]
+    runtime: Any
 
 
 def open_engine(trt: Any, plan: bytes, spec: ModelSpec) -> Engine:
@@ -142,13 +144,14 @@ def open_engine(trt: Any, plan: bytes, spec: ModelSpec) -> Engine:
     """
     log = messages(trt)
     log.take_errors()
-    native = log.make("Runtime", trt.Runtime, log.native).deserialize_cuda_engine(plan)
+    runtime = log.make("Runtime", trt.Runtime, log.native)
+    native = runtime.deserialize_cuda_engine(plan)
     if native is None:
         raise log.failure("TensorRT cannot open the engine")
-    return _describe(trt, native, spec)
+    return _describe(trt, runtime, native, spec)
 
 
-def _describe(trt: Any, native: Any, spec: ModelSpec) -> Engine:
+def _describe(trt: Any, runtime: Any, native: Any, spec: ModelSpec) -> Engine:
     """Return the engine with its sizes, after a comparison with the contract.
 
     Raises:
@@ -172,7 +175,7 @@ def _describe(trt: Any, native: Any, spec: ModelSpec) -> Engine:
             f"the engine contradicts its description: images {channels} x {height} x {width}, outputs {sizes}; build "
             "it again with `rtmdet-geo export`"
         )
-    return Engine(trt, native, (channels, height, width), least, most, tuple(sizes))
+    return Engine(trt, native, (channels, height, width), least, most, tuple(sizes), runtime)
 
 
 def _port(trt: Any, native: Any, name: str) -> tuple[str, str, tuple[int, ...]]:

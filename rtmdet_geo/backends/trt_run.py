@@ -32,8 +32,7 @@ class _Slot:
         device_images: address on the device.
         device_outputs: addresses on the device, by name.
         copied_in, ran, copied_out: happen when the step is done.
-        is_busy: the batch's outputs were not waited for yet.
-        ticket: whose results are here; None, or gone: nobody wants them.
+        ticket: whose results are here; None, or gone: nobody wants them, and the next batch may follow in the streams.
         graph: the run at the context's present batch size.
     """
 
@@ -44,7 +43,6 @@ class _Slot:
     copied_in: Any
     ran: Any
     copied_out: Any
-    is_busy: bool = False
     ticket: weakref.ref[Ticket] | None = None
     graph: cuda.Graph | None = None
 
@@ -69,7 +67,7 @@ class Ticket:
             if self._results is None:
                 if self._lane.is_closed:
                     raise EngineError("the engine was closed before its results were fetched")
-                self._lane.await_slot(self._slot)
+                cuda.wait_for(self._slot.copied_out)
                 self._results = tuple(values[: self._number].copy() for values in self._slot.outputs.values())
         return self._results
 
@@ -129,7 +127,6 @@ class Lane:
             earlier = slot.ticket() if slot.ticket is not None else None
             if earlier is not None:
                 earlier.results()
-            self.await_slot(slot)
             number = len(images)
             slot.images[:number] = images
             slot.images[number : self.engine.min_batch] = 0
@@ -139,14 +136,8 @@ class Lane:
                 self._holdings.wait()  # what was given to the streams uses the slot's buffers
                 raise
             ticket = Ticket(self, slot, number)
-            slot.is_busy, slot.ticket = True, weakref.ref(ticket)
+            slot.ticket = weakref.ref(ticket)
             return ticket
-
-    def await_slot(self, slot: _Slot) -> None:
-        """Wait until a slot's batch is done."""
-        if slot.is_busy:
-            cuda.wait_for(slot.copied_out)
-            slot.is_busy = False
 
     def close(self) -> None:
         """Wait for what is under way and free all; results not yet fetched are lost."""

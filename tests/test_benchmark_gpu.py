@@ -95,6 +95,8 @@ def test_wrong_numbers_fail_loudly_and_failures_end_nothing(gpu, tmp_path, monke
         return Wrong(weights, device="cpu")
 
     monkeypatch.setattr(gpu, "open_engine", broken)
+    few = {"torch-eager": ("fp32",), "torch-graphs": ("fp16",), "torch-compile": ("fp32",), "tensorrt": ("fp16",)}
+    monkeypatch.setattr(gpu, "ENGINES", few)
     status, rows = run(gpu, tmp_path, "--sections", "numerics")
     assert status == 1 and "wrong numbers" in capsys.readouterr().err
     by_engine = {(row["engine"], row["precision"]): row for row in rows}

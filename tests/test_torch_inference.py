@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import warnings
@@ -33,6 +34,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@functools.cache
+def shared_network(kind: str) -> nn.Module:
+    """Return the small network of a kind, which no test may change."""
+    return small_network(kind, num_classes=2)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> dict[str, Path]:
     """Return weights of a small two-class network of each kind."""
@@ -41,7 +48,7 @@ def weights(tmp_path_factory) -> dict[str, Path]:
     for kind in KINDS:
         spec = make_spec(kind=kind, architecture=SMALLEST[kind], classes=("ship", "plane"), tile_size=128)
         files[kind] = folder / f"{kind}.safetensors"
-        save_weights(small_network(kind, num_classes=2), files[kind], spec, half=False)
+        save_weights(shared_network(kind), files[kind], spec, half=False)
     return files
 
 
@@ -92,7 +99,7 @@ def test_half_precision_of_trained_weights(monkeypatch, name, precision):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_convolutions_are_in_half(kind):
-    network = small_network(kind, num_classes=2)
+    network = shared_network(kind)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     half = InferenceNetwork(network, torch.bfloat16)
     seen = []
@@ -107,7 +114,7 @@ def test_only_convolutions_are_in_half(kind):
     for name, value in network.state_dict().items():  # the network that was given stays as it was
         assert torch.equal(value, before[name])
     assert not any(module.inplace for module in network.modules() if isinstance(module, nn.SiLU))
-    with torch.no_grad():
+    with torch.inference_mode():
         expected, found = network(images), InferenceNetwork(network)(images)
     for one, other in zip(expected.cls, found.cls, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
@@ -201,7 +208,7 @@ def test_errors_of_memory(error, answer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_never_asks_for_values(kind, multi_label):
     """On the meta device tensors have shapes and no values: what looks at one, as no CUDA graph may, fails there."""
-    graph = DetectionGraph(InferenceNetwork(small_network(kind)), (0.0,) * 3, (1.0,) * 3, multi_label=multi_label)
+    graph = DetectionGraph(InferenceNetwork(shared_network(kind)), (0.0,) * 3, (1.0,) * 3, multi_label=multi_label)
     images = torch.empty((2, 3, 128, 96), dtype=torch.uint8, device="meta")
     outputs = graph.to("meta")(images)
     assert all(output.device.type == "meta" and len(output) == 2 for output in outputs)

@@ -14,7 +14,7 @@ three times as long on x86), 8 bits of weight instead of 7.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def quantize_model(
     session, spec = open_model_file(source)
     proto = onnx_graph.fold_weights(onnx.load(source))
     _check_is_fp32(proto, spec, source)
-    tiles = _Tiles(calibration, spec, tuple(session.get_inputs()[0].shape[2:]))
+    tiles = _Tiles(calibration, spec, session.get_inputs()[0].shape[2:])
     spec = spec.model_copy(
         update={
             "precision": "int8",
@@ -158,52 +158,47 @@ def find_trunk(graph: onnx.GraphProto) -> list[str]:
 
 
 class _Tiles:
-    """Calibration tiles as onnxruntime asks for them, one image at a time.
+    """Calibration tiles as onnxruntime asks for them, one image at a time; the first one is looked at here already.
 
     Args:
         batches: uint8 (N, C, H, W) each.
         spec: what the model file says of itself.
         sides: height and width in px that its input demands; what is no number is open.
+
+    Raises:
+        ConfigError: there is none, or it does not fit the model; later ones raise it when their turn comes.
     """
 
-    def __init__(self, batches: Iterable[NDArray[np.uint8]], spec: ModelSpec, sides: tuple[Any, ...]) -> None:
+    def __init__(self, batches: Iterable[NDArray[np.uint8]], spec: ModelSpec, sides: Sequence[Any]) -> None:
+        wanted = [spec.tile_size] * 2 if spec.kind == "classification" else sides
+        self._sides = [side if isinstance(side, int) else None for side in wanted]
         self._spec = spec
-        self._sides = (spec.tile_size, spec.tile_size) if spec.kind == "classification" else sides
         self._images = self._split(batches)
-        self._is_empty = True
+        self._next = next(self._images, None)
+        if self._next is None:
+            raise ConfigError("there are no calibration tiles; give a dozen or more of scenes that the model is for")
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
         """Return the next image as the graph's input; None: there are no more."""
-        image = next(self._images, None)
-        if image is None:
-            if self._is_empty:
-                raise ConfigError(
-                    "there are no calibration tiles; give a dozen or more of scenes that the model is for"
-                )
-            return None
-        self._is_empty = False
-        return {"images": image}
+        image = self._next if self._next is not None else next(self._images, None)
+        self._next = None
+        return None if image is None else {"images": image}
 
     def _split(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         for batch in batches:
             self._check(batch)
-            yield from (np.ascontiguousarray(batch[index : index + 1]) for index in range(len(batch)))
+            for index in range(len(batch)):
+                yield np.ascontiguousarray(batch[index : index + 1])
 
     def _check(self, batch: NDArray[np.uint8]) -> None:
         bands, multiple = len(self._spec.bands), self._spec.stride_multiple
-        demands = [side if isinstance(side, int) else None for side in self._sides]
-        words = [str(side) if side else name for side, name in zip(demands, "HW", strict=True)]
-        if (
-            batch.dtype != np.uint8
-            or batch.ndim != 4
-            or batch.shape[1] != bands
-            or any(
-                size != side if side else size % multiple or not size
-                for size, side in zip(batch.shape[2:], demands, strict=True)
-            )
-        ):
-            also = "" if all(demands) else f", sides multiples of {multiple} px"
+        fits = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1] == bands
+        for size, side in zip(batch.shape[2:], self._sides, strict=False):
+            fits &= size == side if side else size > 0 and size % multiple == 0
+        if not fits:
+            shape = ", ".join(str(side) if side else name for side, name in zip(self._sides, "HW", strict=True))
+            also = "" if all(self._sides) else f", sides multiples of {multiple} px"
             raise ConfigError(
-                f"calibration tiles must be uint8 (N, {bands}, {', '.join(words)}){also}, "
-                f"not {batch.dtype} {batch.shape}; cut them as detection would"
+                f"calibration tiles must be uint8 (N, {bands}, {shape}){also}, not {batch.dtype} {batch.shape}; "
+                "cut them as detection would"
             )

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BASE
     | STAGES
     | BACKENDS
-    | {"detect", "classify", "dota", "model_evaluation", "batch", "cli", "training", "export"},
+    | {"detect", "images", "classify", "dota", "model_evaluation", "batch", "cli", "training", "export"},
     "__main__": {"cli"},
 }
 # Packages that only the named rooms may import, at any depth of the code.

@@ -14,9 +14,10 @@ on the same tiles is compared with what the new file gives (:mod:`rtmdet_geo.exp
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-__all__ = ["export_model", "make_check_tiles"]
+__all__ = ["export_engine", "export_model", "make_check_tiles"]
 
 #: Height and width in px of the batch of three in the self-check when the file takes any size.
 _CHECK_SHAPE = (128, 256)
@@ -127,6 +128,50 @@ def export_model(
             onnx.save(proto, staged)
         spec = read_spec(staged)
     return spec
+
+
+def export_engine(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    score_threshold: float | None = None,
+    precision: FilePrecision | None = None,
+    tile_size: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    compatible: bool = False,
+    overwrite: bool = False,
+) -> ModelSpec:
+    """Build a TensorRT engine (.engine, its card beside it as .engine.json) for a GPU of this machine.
+
+    Args:
+        model: path or name that :func:`export_model` takes; weights become a model file first, compared with torch.
+        out: file to write.
+        score_threshold: default of detect that the card names; None is the model's.
+        precision: of the convolutions; None is fp16, or an fp16 or int8 model file's own.
+        tile_size: side of the tiles in px; None is the model's.
+        batch_size: most tiles at once; None is 8.
+        device: "auto", "cuda" or "cuda:N".
+        compatible: build for all GPUs of one generation.
+        overwrite: replace existing files.
+
+    Returns:
+        The ModelSpec as stored, with the differences from the model file in fp32.
+
+    Raises:
+        See :func:`export_model` and :func:`rtmdet_geo.backends.trt_build.build_engine`.
+    """
+    from rtmdet_geo.backends.trt_build import MAX_BATCH, build_engine, find_builder
+
+    find_builder(out, device=device, overwrite=overwrite)  # before the work on weights
+    settings: dict[str, Any] = {"max_batch": batch_size or MAX_BATCH, "tile_size": tile_size, "device": device}
+    settings |= {"precision": precision or "auto", "compatible": compatible, "overwrite": overwrite}
+    if is_model_file(model) and score_threshold is None:
+        return build_engine(model, out, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{Path(out).stem}.onnx"
+        export_model(model, file, score_threshold=score_threshold)
+        return build_engine(file, out, **settings)
 
 
 def is_model_file(model: str | os.PathLike[str]) -> bool:

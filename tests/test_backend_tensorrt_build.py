@@ -17,12 +17,13 @@ import pytest
 from fake_cuda import Gpu
 from fake_tensorrt import VERSIONS, install
 from onnx import helper
-from synthetic import small_model
+from synthetic import make_spec, small_model, small_network
 from tensorrt_case import SIDE, assert_near, expected, model_file, tiles, tiny_file
 from tensorrt_manifest import describe_tensorrt
 from test_backends import write_model
+from test_cli import error_line, run
 
-from rtmdet_geo.backends import trt_cache
+from rtmdet_geo.backends import open_backend, trt_cache
 from rtmdet_geo.backends.cuda import describe_devices
 from rtmdet_geo.backends.trt import TensorRtBackend
 from rtmdet_geo.backends.trt_build import build_engine
@@ -38,6 +39,7 @@ from rtmdet_geo.errors import (
     ModelFileError,
     OutputError,
 )
+from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.onnx_graph import fix_size
 from rtmdet_geo.onnx_half import to_half
 from rtmdet_geo.structures import ModelSpec
@@ -598,3 +600,32 @@ def test_on_a_real_gpu(tmp_path, monkeypatch):
         streamed = [outputs[1] for _, outputs in engine.stream([tiles()[:4], tiles()[4:], tiles()[:4]])]
         np.testing.assert_allclose(streamed[0], streamed[2], atol=1e-6)
         engine.close()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_export_to_an_engine(machine, tmp_path):
+    """From weights and from a model file; `detect` runs it by its name."""
+    weights, out = tmp_path / "small.safetensors", tmp_path / "ships.engine"
+    save_weights(small_network("rotated"), weights, make_spec(tile_size=SIDE))
+    told = json.loads(run("export", weights, "-o", out, "--batch-size", 2, "--score", 0.2, "--json").stdout)
+    assert told["spec"]["precision"] == "fp16" and told["spec"]["score_threshold"] == 0.2 and told["verified"]
+    assert told["spec"]["differences"]["boxes_px"] < 0.5 and told["bytes"] == out.stat().st_size
+    engine = open_backend(out)
+    assert engine.name == "tensorrt" and engine.best_batch_size == 2 and engine.fixed_tile_size == SIDE
+    engine.close()
+    assert "--overwrite" in error_line(run("export", weights, "-o", out))
+    done = run("export", tiny_file(), "-o", out, "--precision", "fp32", "--overwrite")
+    assert "fp32" in done.stdout and f"compared with {tiny_file()} in fp32: boxes within" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--no-verify", "--half-weights"])
+def test_options_that_are_not_for_engines(option):
+    done = run("export", tiny_file(), "-o", "x.engine", option)
+    assert done.exit_code == 2 and "not for a .engine" in done.output
+
+
+def test_options_that_are_for_engines_only():
+    done = run("export", tiny_file(), "-o", "x.onnx", "--compatible")
+    assert done.exit_code == 2 and "for a .engine only" in done.output

@@ -78,13 +78,7 @@ def build_engine(
         DeviceMemoryError: the device's memory is too small.
         MissingDependencyError: TensorRT, cuda-python or onnx is not installed.
     """
-    target = Path(out)
-    if target.suffix != trt_cache.ENGINE_SUFFIX:
-        raise OutputError(f"{str(target)!r} must end in {trt_cache.ENGINE_SUFFIX}")
-    check_folder(target, overwrite)
-    check_folder(trt_cache.description_of(target), overwrite)
-    trt = load_tensorrt()
-    place = cuda.find_device(device)
+    trt, place = find_builder(out, device=device, overwrite=overwrite)
     order = make_order(model_file, place, precision=precision, max_batch=max_batch, tile_size=tile_size)
     if workspace_gib is not None:
         if not workspace_gib > 0:
@@ -93,8 +87,19 @@ def build_engine(
     if compatible:
         order = replace(order, compatibility=_compatibility(trt, place))
     plan, description, _ = _build(trt, order, progress)
-    trt_cache.write_engine(target, plan, description)
+    trt_cache.write_engine(Path(out), plan, description)
     return description.spec
+
+
+def find_builder(out: str | os.PathLike[str], *, device: str, overwrite: bool) -> tuple[Any, cuda.Device]:
+    """Return the module ``tensorrt`` and the device, if ``out`` can be written; see :func:`build_engine` for errors."""
+    target = Path(out)
+    if target.suffix != trt_cache.ENGINE_SUFFIX:
+        raise OutputError(f"{str(target)!r} must end in {trt_cache.ENGINE_SUFFIX}")
+    check_folder(target, overwrite)
+    check_folder(trt_cache.description_of(target), overwrite)
+    trt = load_tensorrt()
+    return trt, cuda.find_device(device)
 
 
 def make_order(

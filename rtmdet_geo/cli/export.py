@@ -1,35 +1,41 @@
-"""``rtmdet-geo export``: weights, or a model file, to a model file."""
+"""``rtmdet-geo export``: weights, or a model file, to a model file or a TensorRT engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rtmdet_geo.cli import options, report
 
 if TYPE_CHECKING:
-    from rtmdet_geo.structures import FilePrecision, ModelSpec
+    from rtmdet_geo.structures import FilePrecision
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@options.output_option("Model file to write, .onnx.")
+@options.output_option("Model file to write, .onnx; or .engine, for TensorRT on this machine's GPU.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="What convolutions compute in: fp16 is for engines on GPUs, int8 for CPUs.",
+    help="What convolutions compute in: fp16 is for GPUs, int8 for CPUs.  [default: fp32; of a .engine fp16]",
 )
 @click.option("--half-weights", is_flag=True, help="Store fp32 weights as fp16: half the size, the same arithmetic.")
 @click.option(
     "--tile-size",
     type=click.IntRange(min=32),
-    help="Fix the input to this side in px, a multiple of 32.  [default: any side]",
+    help="Fix the input to this side in px, a multiple of 32.  [default: any side; of a .engine MODEL's tile size]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Fix the number of tiles at once.  [default: any]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Fix the number of tiles at once; of a .engine the most.  [default: any; of a .engine 8]",
+)
+@click.option("--device", default="auto", show_default=True, help=".engine: the GPU to build for, cuda or cuda:N.")
+@click.option(
+    "--compatible", is_flag=True, help=".engine: for other GPUs of the same generation as well; perhaps slower."
+)
 @click.option(
     "--score",
     "score_threshold",
@@ -57,63 +63,77 @@ def export(
     ctx: click.Context,
     model: Path,
     output: Path,
-    precision: FilePrecision,
+    precision: FilePrecision | None,
     half_weights: bool,
     tile_size: int | None,
     batch_size: int | None,
+    device: str,
+    compatible: bool,
     score_threshold: float | None,
     verify: bool,
     verify_on: tuple[Path, ...],
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Turn MODEL into a model file for `detect` or `classify`.
+    """Turn MODEL into a model file for `detect` or `classify`, or into a TensorRT engine.
 
     \b
-    Example:
+    Examples:
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
+      rtmdet-geo export mine.onnx -o mine_fp16.onnx --precision fp16
 
-    MODEL is a weights file, a name of published weights, or a fp32 model file (.onnx), which needs no torch. The model
-    card travels in the file; `rtmdet-geo models show mine.onnx` prints it, with the differences that were measured.
-    Published weights go by their name in `rtmdet-geo models list` and are fetched when they are not in the cache.
-    Checkpoints of other programs (.pth) are taken to be made as the published ones were. int8 files are calibrated on
-    the tiles that they are compared on.
+    MODEL is a weights file, a name of published or bundled weights, or a fp32 model file (.onnx), which needs no torch.
+    The model card travels in the file; `rtmdet-geo models show mine.onnx` prints it, with the differences that were
+    measured. Published weights go by their name in `rtmdet-geo models list` and are fetched when they are not in the
+    cache. Checkpoints of other programs (.pth) are taken to be made as the published ones were. int8 files are
+    calibrated on the tiles that they are compared on.
+
+    A .engine is built on the machine that is to run it, which takes minutes, and is always compared; its card lies
+    beside it (.engine.json). `detect` builds and keeps one by itself where TensorRT and a GPU are.
     """
-    from rtmdet_geo.export import export_model, is_model_file
+    from rtmdet_geo.cli.models import describe_differences
+    from rtmdet_geo.export import export_engine, export_model, is_model_file
 
-    stored = export_model(
-        model,
-        output,
-        score_threshold=score_threshold,
-        precision=precision,
-        half_weights=half_weights,
-        tile_size=tile_size,
-        batch_size=batch_size,
-        verify=verify,
-        verify_on=verify_on,
-        overwrite=overwrite,
-    )
-    if as_json:
-        report.echo_json(
-            {
-                "output": output,
-                "bytes": output.stat().st_size,
-                "verified": verify,
-                "compared_with": ("model file" if is_model_file(model) else "torch") if verify else None,
-                "spec": stored.model_dump(mode="json"),
-            }
+    common: dict[str, Any] = {
+        "score_threshold": score_threshold,
+        "tile_size": tile_size,
+        "batch_size": batch_size,
+        "overwrite": overwrite,
+    }
+    reference = str(model) if is_model_file(model) else "torch"
+    if output.suffix.lower() == ".engine":
+        _refuse(ctx, "verify", "verify_on", "half_weights", why="not for a .engine, which is always compared;")
+        stored = export_engine(model, output, precision=precision, device=device, compatible=compatible, **common)
+        reference = f"{model} in fp32"
+    else:
+        _refuse(ctx, "device", "compatible", why="for a .engine only;")
+        stored = export_model(
+            model,
+            output,
+            precision=precision or "fp32",
+            half_weights=half_weights,
+            verify=verify,
+            verify_on=verify_on,
+            **common,
         )
+    size = output.stat().st_size
+    if as_json:
+        spec = stored.model_dump(mode="json")
+        against = reference if verify else None
+        report.echo_json({"output": output, "bytes": size, "verified": verify, "compared_with": against, "spec": spec})
     elif report.verbosity(ctx) >= 0:
-        reference = str(model) if is_model_file(model) else "torch"
-        checked = f"compared with {reference}: {_in_words(stored)}" if verify else f"not compared with {reference}"
-        click.echo(f"{output}: {stored.name}, {stored.precision}, {output.stat().st_size / 1e6:.1f} MB, {checked}")
+        checked = (
+            f"compared with {reference}: {describe_differences(stored)}" if verify else f"not compared with {reference}"
+        )
+        click.echo(f"{output}: {stored.name}, {stored.precision}, {size / 1e6:.1f} MB, {checked}")
 
 
-def _in_words(spec: ModelSpec) -> str:
-    """Say measured differences in one line."""
-    found = spec.differences
-    words = [f"boxes within {found['boxes_px']:g} px"] if "boxes_px" in found else []
-    words.append(f"scores within {found['scores']:g}")
-    if "matched" in found:
-        words.append(f"{found['matched']:.0f} detections matched, {found['unmatched']:.0f} not")
-    return ", ".join(words)
+def _refuse(ctx: click.Context, *names: str, why: str) -> None:
+    """Refuse options that do not go with the output's ending.
+
+    Raises:
+        click.UsageError: one was given.
+    """
+    for name in names:
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')}: {why} leave it out.")

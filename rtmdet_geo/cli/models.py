@@ -389,6 +389,8 @@ def format_card(spec: ModelSpec, where: str) -> str:
         ("stretch", limits[stretch.kind]),
         ("tiles", f"{spec.tile_size} px, overlap {spec.overlap} px"),
         ("thresholds", f"score {spec.score_threshold:g}, IoU {spec.iou_threshold:g}"),
+        ("precision", spec.precision),
+        *([("compared", describe_differences(spec))] if spec.differences else []),
         ("training data", spec.training_data),
         *(("measured", f"{name}: {value:g}") for name, value in spec.metrics.items()),
         ("limits", spec.limits),
@@ -398,6 +400,16 @@ def format_card(spec: ModelSpec, where: str) -> str:
         ("made by", spec.exporter),
     ]
     return _format_rows(rows)
+
+
+def describe_differences(spec: ModelSpec) -> str:
+    """Say in one line how far a file is from what it was made of; nothing where it was not compared."""
+    found = spec.differences
+    words = [f"boxes within {found['boxes_px']:g} px"] if "boxes_px" in found else []
+    words += [f"scores within {found['scores']:g}"] if "scores" in found else []
+    if "matched" in found:
+        words.append(f"{found['matched']:.0f} detections matched, {found['unmatched']:.0f} not")
+    return ", ".join(words)
 
 
 def _format_rows(rows: list[tuple[str, str]]) -> str:

@@ -1,7 +1,9 @@
-"""onnxruntime on the CPU: opens a model file and checks it against the contract."""
+"""onnxruntime on the CPU or a CUDA device: opens a model file and checks it against the contract."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from pathlib import Path
@@ -20,38 +22,132 @@ from rtmdet_geo.backends.contract import (
     refuse_classifier,
 )
 from rtmdet_geo.cores import usable_cores
-from rtmdet_geo.errors import ConfigError, ModelFileError
+from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+#: Images in a batch from which on a GPU is hardly quicker.
+_CUDA_BATCH_SIZE = 8
+#: Words in messages of onnxruntime that mean that a GPU's memory is full; there is no class of errors for it.
+_MEMORY_WORDS = (
+    "Failed to allocate memory",
+    "out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_REMEDY = (
+    "run: pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]' (the driver must know its version of "
+    "CUDA), or choose device 'cpu'"
+)
+
+
 class OnnxRuntimeBackend(RowsBackend):
-    """A detector's model file in an onnxruntime CPU session. See :class:`rtmdet_geo.backends.Backend` for the contract.
+    """A detector's model file in an onnxruntime session. See :class:`rtmdet_geo.backends.Backend` for the contract.
+
+    On a GPU it computes what the file holds in fp32 in fp32, never in TF32.
 
     Args:
         path: ``.onnx`` file that follows the model-file contract.
         threads: intra-operator threads; None is one per core that this process may use.
+        device: "cpu", "cuda", "cuda:N", or "auto": cuda where onnxruntime-gpu is installed and works.
 
     Raises:
         ModelFileError: missing, corrupt or foreign file, or a classifier.
-        ConfigError: fewer threads than one.
+        ConfigError: fewer threads than one, or there is no such sort of device.
+        EngineError: a CUDA device was asked for, and onnxruntime cannot use it.
         MissingDependencyError: onnxruntime is not installed.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
         """Open and check the file."""
+        index = _cuda_index(device)
         session, spec = open_model_file(path, threads=threads)
         refuse_classifier(spec, path)
         super().__init__(Path(path), spec, fixed_tile_size=fixed_side(_ports(session.get_inputs())[0]))
+        if index is not None:
+            on_gpu = _open_cuda(Path(path), threads or usable_cores(), index, is_asked_for=device != "auto")
+            if on_gpu is not None:
+                session = on_gpu
+                self.device_name = f"cuda:{index}"
+                self.best_batch_size = _CUDA_BATCH_SIZE
+        self.precision = spec.precision
         self._session = session
         self._names = list(OUTPUTS[spec.kind])
 
     def _forward(self, images: NDArray[np.uint8], multi_label: bool) -> tuple[NDArray[Any], ...]:
         """Run the session; rows are (prior, class) pairs whatever ``multi_label`` is."""
-        return tuple(self._session.run(self._names, {"images": images}))
+        try:
+            return tuple(self._session.run(self._names, {"images": images}))
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            if not any(words in str(error) for words in _MEMORY_WORDS):
+                raise
+            number, _, height, width = images.shape
+            raise DeviceMemoryError(
+                f"the memory of {self.device_name} is too small for {number} tiles of {height} x {width} px at once; "
+                "lower batch_size or tile_size, or choose device 'cpu'"
+            ) from error
+
+
+def _cuda_index(device: str) -> int | None:
+    """Return the number of the CUDA device to try; None: the CPU is asked for.
+
+    Raises:
+        ConfigError: no such sort of device.
+    """
+    kind, colon, number = device.partition(":")
+    if device == "cpu":
+        return None
+    if device in ("auto", "cuda") or (kind == "cuda" and colon and number.isdecimal()):
+        return int(number or 0)
+    raise ConfigError(f"device {device!r} is unknown to onnxruntime; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+def _open_cuda(path: Path, threads: int, index: int, *, is_asked_for: bool) -> Any | None:
+    """Return a session of a file that was opened before, on a CUDA device; None: there is none, and none is asked for.
+
+    Raises:
+        EngineError: it is asked for, and onnxruntime cannot use it.
+    """
+    onnxruntime = require_package("onnxruntime")
+    if _CUDA not in onnxruntime.get_available_providers():
+        if is_asked_for:
+            raise EngineError(f"this onnxruntime ({onnxruntime.__version__}) is its CPU build; {_REMEDY}")
+        return None
+    missing = _preload(onnxruntime)
+    onnxruntime.set_default_logger_severity(4)  # it writes red lines to stderr; the reason is told below
+    try:
+        session = _new_session(onnxruntime, path, threads, [(_CUDA, {"device_id": index, "use_tf32": 0}), _CPU])
+        # Without its libraries or a driver it opens all the same, on the CPU.
+        reason = "" if _CUDA in session.get_providers() else missing
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        logger.debug("onnxruntime cannot open %s on cuda:%d", path, index, exc_info=True)
+        reason = _first_line(error)
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # warnings: its default, which cannot be asked for
+    if not reason:
+        return session
+    if is_asked_for:
+        raise EngineError(f"onnxruntime {onnxruntime.__version__} cannot run on cuda:{index} ({reason}); {_REMEDY}")
+    logger.warning("onnxruntime-gpu is installed but cannot run on cuda:%d (%s); it runs on the CPU", index, reason)
+    return None
+
+
+def _preload(onnxruntime: Any) -> str:
+    """Load CUDA and cuDNN from installed packages, and return what is likely to be missing if it does not work."""
+    preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
+    printed = io.StringIO()
+    if preload is not None:
+        with contextlib.redirect_stdout(printed):
+            preload()
+        logger.debug("onnxruntime.preload_dlls: %s", printed.getvalue())
+    failed = [line.strip() for line in printed.getvalue().splitlines() if line.startswith("Failed to load")]
+    return failed[0] if failed else "its CUDA libraries, the driver or the device do not work"
 
 
 def open_model_file(path: str | os.PathLike[str], *, threads: int | None = None) -> tuple[Any, ModelSpec]:
@@ -86,14 +182,25 @@ def _ports(items: list[Any]) -> list[Port]:
 def _open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r} is not there")
+    try:
+        return _new_session(onnxruntime, path, threads, [_CPU])
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        logger.debug("onnxruntime cannot open %s", path, exc_info=True)
+        raise ModelFileError(
+            f"{str(path)!r} is no readable ONNX file ({_first_line(error)}); it may be truncated: copy or export it "
+            "again"
+        ) from error
+
+
+def _new_session(onnxruntime: Any, path: Path, threads: int, providers: list[Any]) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: optimiser remarks are none of the user's business
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        logger.debug("onnxruntime cannot open %s", path, exc_info=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelFileError(
-            f"{str(path)!r} is no readable ONNX file ({reason}); it may be truncated: copy or export it again"
-        ) from error
+    # Without the fallback a GPU that fails is an error; with it onnxruntime prints and goes on, on the CPU.
+    return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -39,8 +39,8 @@ def main(run: Path) -> None:
         ),
     ):
         raise click.ClickException(f"{run} was trained by another recipe than {trained.name} is now")
-    export_model(network, entry.path, spec=spec, half_weights=True, overwrite=True)
     save_weights(network, entry.weights_path, spec, half=True)
+    export_model(entry.weights_path, entry.path, half_weights=True, overwrite=True)
     for path in (entry.path, entry.weights_path):
         click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -118,7 +118,8 @@ class _Pass:
             ends = {item.name: item.i for item in node.attribute}
             return _settle(np.array(shape, object)[ends.get("start", 0) : ends.get("end", len(shape))])
         inputs = [self._values[name] for name in node.input if name in self._values]
-        if len(inputs) < len(node.input) or not inputs or len(node.output) > 1:
+        is_weight = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        if len(inputs) < len(node.input) or not inputs or len(node.output) > 1 or is_weight:
             return None
         if all(values.dtype != object for values in inputs):
             sizes = inputs[0] if node.op_type in ("ConstantOfShape", "Range") else np.zeros(0, np.int64)

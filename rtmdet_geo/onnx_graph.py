@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rtmdet_geo import __version__
@@ -40,20 +41,46 @@ def make_top_k_dynamic(proto: onnx.ModelProto, limit: int) -> None:
     replace_graph(proto, nodes, graph.initializer)
 
 
-def store_half(proto: onnx.ModelProto) -> None:
-    """Replace fp32 initialisers of two or more axes that fp16 holds exactly by fp16 ones with a Cast to fp32."""
+class HalfWeight(NamedTuple):
+    """A weight as it is stored: fp16 numbers, times a fp32 factor for each output channel where a norm was folded in.
+
+    Attributes:
+        source: name of the numbers; weights that share them have it in common.
+        values: (outputs, ...) fp16.
+        factors: (outputs,) fp32, or None.
+    """
+
+    source: str
+    values: NDArray[np.float16]
+    factors: NDArray[np.float32] | None
+
+
+def store_half(proto: onnx.ModelProto, weights: Mapping[str, HalfWeight]) -> None:
+    """Store weights as fp16 numbers, from which a Cast and, where there are factors, a Mul make the fp32 ones.
+
+    Args:
+        proto: graph, changed in place.
+        weights: by the names of the initialisers that they replace.
+    """
     graph = proto.graph
-    casts, tensors = [], []
+    nodes: list[onnx.NodeProto] = []
+    tensors: dict[str, onnx.TensorProto] = {}
+    made: set[str] = set()
     for tensor in graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        is_weight = values.dtype == np.float32 and values.ndim >= 2 and values.size > 1
-        if is_weight and np.array_equal(values.astype(np.float16).astype(np.float32), values):
-            half = f"{tensor.name}.fp16"
-            tensors.append(numpy_helper.from_array(values.astype(np.float16), half))
-            casts.append(helper.make_node("Cast", [half], [tensor.name], name=f"{half}/cast", to=TensorProto.FLOAT))
-        else:
-            tensors.append(copy.deepcopy(tensor))
-    replace_graph(proto, [*casts, *graph.node], tensors)
+        if tensor.name not in weights:
+            tensors[tensor.name] = tensor
+            continue
+        source, values, factors = weights[tensor.name]
+        half, scale = f"{source}/fp16", f"{tensor.name}/factors"
+        full = tensor.name if factors is None else f"{source}/fp32"
+        tensors.setdefault(half, numpy_helper.from_array(values, half))
+        if full not in made:
+            made.add(full)
+            nodes.append(helper.make_node("Cast", [half], [full], name=f"{full}/cast", to=TensorProto.FLOAT))
+        if factors is not None:
+            tensors[scale] = numpy_helper.from_array(factors.reshape(-1, *[1] * (values.ndim - 1)), scale)
+            nodes.append(helper.make_node("Mul", [full, scale], [tensor.name], name=f"{scale}/mul"))
+    replace_graph(proto, [*nodes, *graph.node], list(tensors.values()))
 
 
 def fold_weights(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -26,6 +26,7 @@ STAGES = {
 }
 BACKENDS = {"backends"}
 TORCH_ENGINES = {"backends.pytorch", "backends.pytorch_classify"}
+ONNX = {"onnx_fold", "onnx_graph", "onnx_half", "onnx_operators"}  # rewrites of graphs
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
@@ -35,10 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "backends.pytorch_classify": BASE | STAGES | BACKENDS | {"models"},
-    "onnx_graph": BASE,
-    "onnx_half": BASE | {"onnx_graph"},
-    "export": BASE | STAGES | BACKENDS | {"models", "onnx_graph", "onnx_half"},
-    "quantize": BASE | STAGES | BACKENDS | {"onnx_graph"},
+    **dict.fromkeys(ONNX, BASE | ONNX),
+    "export": BASE | STAGES | BACKENDS | ONNX | {"export_check", "export_tiles", "export_trace", "quantize"},
+    "export_check": BASE | BACKENDS,
+    "export_tiles": BASE | STAGES,
+    "export_trace": BASE | STAGES | BACKENDS | ONNX | {"models", "export_check"},
+    "quantize": BASE | STAGES | BACKENDS | ONNX,
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -54,13 +57,13 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Packages that only the named rooms may import, at any depth of the code.
 CONFINED: dict[str, set[str]] = {
-    "torch": {"models", "training", "export", "backends.pytorch"},
+    "torch": {"models", "training", "export_trace", "backends.pytorch"},
     "tensorboard": {"training"},
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": {"export", "onnx_graph", "onnx_half", "quantize"},
-    "onnxruntime": {"backends", "export", "quantize"},
+    "onnx": ONNX | {"export", "export_trace", "quantize"},
+    "onnxruntime": {"backends", "quantize"},
     "openvino": {"backends.openvino_rt"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -21,7 +21,7 @@ import rasterio
 from click.testing import CliRunner, Result
 from synthetic import GROUND, BlobBackend, draw_ships, make_spec, small_model, write_scene
 
-from rtmdet_geo import catalog, export
+from rtmdet_geo import catalog, export_check
 from rtmdet_geo import detect as pipeline
 from rtmdet_geo.cli import cli, group, options, report
 from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
@@ -464,10 +464,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_export_and_its_verdict(weights, tmp_path, monkeypatch):
     result = run("export", weights, "-o", tmp_path / "mine.onnx", "--half-weights", "--score", 0.4)
     assert result.exit_code == 0, result.stderr
-    assert "equals torch" in result.stdout
+    assert "compared with torch: boxes within" in result.stdout
     assert catalog.read_spec(tmp_path / "mine.onnx").score_threshold == 0.4
     assert "--overwrite" in error_line(run("export", weights, "-o", tmp_path / "mine.onnx"))
-    monkeypatch.setattr(export, "TOLERANCES", export.TOLERANCES._replace(scores=-1.0))
+    monkeypatch.setattr(export_check, "TOLERANCES", export_check.TOLERANCES._replace(scores=-1.0))
     assert "differs from torch" in error_line(run("export", weights, "-o", tmp_path / "bad.onnx"), code=3)
     assert not (tmp_path / "bad.onnx").exists()
     assert "nosuch" in error_line(run("export", tmp_path / "nosuch.safetensors", "-o", tmp_path / "b.onnx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from synthetic import SMALLEST, calibrate, make_spec, small_model, small_network
 
-from rtmdet_geo import export as exporting
+from rtmdet_geo import export_trace
 from rtmdet_geo.backends.contract import OUTPUTS
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, open_model_file
 from rtmdet_geo.catalog import read_metadata, read_spec
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, ModelFileError, OutputError, WeightsError
-from rtmdet_geo.export import TOLERANCES, Differences, export_model, make_check_tiles, verify_export
+from rtmdet_geo.export import export_model, make_check_tiles
+from rtmdet_geo.export_check import TOLERANCES, CheckBatch, Differences, FileReference, verify_export
+from rtmdet_geo.export_trace import TorchReference
 from rtmdet_geo.models import RTMDet, get_classifier, get_model
 from rtmdet_geo.models.classifier import ClassificationGraph
 from rtmdet_geo.models.decode import DetectionGraph
@@ -44,12 +47,12 @@ def exported(network: RTMDet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded(network: RTMDet) -> torch.nn.Module:
-    """The fused network with fp16-rounded weights, worked out here once more."""
-    fused = fuse_batch_norm(network)
-    for parameter in fused.parameters():
+    """The network with fp16-rounded weights, worked out here once more: rounded first, as in a weights file."""
+    copied = copy.deepcopy(network)
+    for parameter in copied.parameters():
         if parameter.ndim >= 2:
             parameter.data = parameter.data.half().float()
-    return fused
+    return copied.eval()
 
 
 def sorted_rows(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -60,7 +63,7 @@ def sorted_rows(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np
 
 @pytest.mark.parametrize("number,height,width", [(1, 256, 256), (3, 256, 256), (2, 64, 160), (1, 32, 32)])
 def test_file_gives_what_torch_gives(network, exported, number, height, width):
-    """Any batch and any side, though the graph was traced at batch 2 and 256 px."""
+    """Any batch and any side, though the graph was traced at batch 2 and 128 px."""
     backend = OnnxRuntimeBackend(exported, threads=1)
     tiles = make_check_tiles(number, 4, max(height, width), seed=5)[:, :, :height, :width]
     tiles = np.ascontiguousarray(tiles)
@@ -87,7 +90,7 @@ def test_file_gives_what_torch_gives(network, exported, number, height, width):
 @pytest.mark.parametrize("kind", SMALLEST)
 @pytest.mark.parametrize("number,height,width", [(1, 64, 160), (3, 192, 96)])
 def test_every_kind_takes_any_batch_and_any_side(kind, number, height, width):
-    """Traced at batch 2 and 256 x 256 px."""
+    """Traced at batch 2 and 128 x 128 px."""
     spec = read_spec(small_model(kind))
     graph_type = ClassificationGraph if kind == "classification" else DetectionGraph
     graph = graph_type(small_network(kind, num_classes=len(spec.classes)), spec.mean, spec.std).eval()
@@ -283,13 +286,12 @@ def test_weights_file_carries_its_spec(network, tmp_path):
 
 def test_mismatch_is_found_and_leaves_nothing(network, tmp_path, monkeypatch):
     """Negative control: a graph that normalises a little differently is not let through."""
-    trace = exporting._trace
+    trace = export_trace._trace
 
-    def trace_another(graph, path, spec, **options):
-        other = DetectionGraph(fuse_batch_norm(network), SPEC.mean, [value * 1.05 for value in SPEC.std])
-        trace(other, path, spec, **options)
+    def trace_another(graph, spec):
+        return trace(DetectionGraph(fuse_batch_norm(network), SPEC.mean, [value * 1.05 for value in SPEC.std]), spec)
 
-    monkeypatch.setattr(exporting, "_trace", trace_another)
+    monkeypatch.setattr(export_trace, "_trace", trace_another)
     with pytest.raises(ExportMismatchError, match="differs from torch"):
         export_model(network, tmp_path / "bad.onnx", spec=SPEC)
     assert list(tmp_path.iterdir()) == []
@@ -325,9 +327,11 @@ class Altered(torch.nn.Module):
 def test_a_change_of_one_output_is_found(kind, output, shift, words):
     spec = read_spec(small_model(kind))
     graph = DetectionGraph(small_network(kind), spec.mean, spec.std).eval()
-    assert max(verify_export(graph, small_model(kind), batches=[(1, 128, 96)])) < 2e-4
+    file = FileReference(small_model(kind))
+    batches = [CheckBatch(make_check_tiles(1, 3, 128, seed=1)[:, :, :, :96])]
+    assert max(verify_export(TorchReference(graph, spec), file, batches)) < 2e-4
     with pytest.raises(ExportMismatchError, match=words):
-        verify_export(Altered(graph, output, shift), small_model(kind), batches=[(1, 128, 96)])
+        verify_export(TorchReference(Altered(graph, output, shift), spec), file, batches)
 
 
 def test_tolerances_are_tight():

@@ -125,6 +125,12 @@ def fixed_side(port: Port) -> int | None:
     return height if isinstance(height, int) and height == width else None
 
 
+def fixed_batch(port: Port) -> int | None:
+    """Return the number of images that an input demands; None: any."""
+    number = port.sizes[0]
+    return number if isinstance(number, int) else None
+
+
 def rows_per_level(
     kind: Kind, num_classes: int, height: int, width: int, *, limit: int | None = None
 ) -> list[tuple[int, bool]]:
@@ -240,6 +246,7 @@ class RowsBackend(ABC):
         path: of the opened file, for messages.
         spec: what it says of itself.
         fixed_tile_size: side in px that it demands; None: any multiple of ``spec.stride_multiple``.
+        fixed_batch_size: number of images that its graph demands; batches are cut and filled to it. None: any.
     """
 
     name: str
@@ -247,12 +254,22 @@ class RowsBackend(ABC):
     precision: str = "fp32"
     best_batch_size: int = 1
 
-    def __init__(self, path: Path, spec: ModelSpec, *, fixed_tile_size: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        *,
+        fixed_tile_size: int | None = None,
+        fixed_batch_size: int | None = None,
+    ) -> None:
         """Remember what was opened."""
         self.path = path
         self.spec = spec
         self.fixed_tile_size = fixed_tile_size
         self.num_saturated = 0
+        self._fixed_batch_size = fixed_batch_size
+        if fixed_batch_size is not None:
+            self.best_batch_size = fixed_batch_size
         self._most_images: int | None = None  # a batch may have, once memory was too small for a larger one
 
     @abstractmethod
@@ -277,6 +294,8 @@ class RowsBackend(ABC):
             DeviceMemoryError: one image alone is too much.
         """
         self.check_batch(images)
+        if self._fixed_batch_size is not None:
+            return self._raw_filled(images, self._fixed_batch_size, multi_label)
         if self._most_images is not None and len(images) > self._most_images:
             return self._raw_in_parts(images, self._most_images, multi_label)
         try:
@@ -293,6 +312,15 @@ class RowsBackend(ABC):
                 )
         self._most_images = (len(images) + 1) // 2
         return self._raw_in_parts(images, self._most_images, multi_label)
+
+    def _raw_filled(self, images: NDArray[np.uint8], size: int, multi_label: bool) -> tuple[NDArray[Any], ...]:
+        """Return the outputs of a batch that is run ``size`` images at a time, the last of them filled up with black."""
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            filled = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+            parts.append([output[: len(part)] for output in self._forward(filled, multi_label)])
+        return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
     def _raw_in_parts(self, images: NDArray[np.uint8], size: int, multi_label: bool) -> tuple[NDArray[Any], ...]:
         """Return the outputs of a batch that is run ``size`` images at a time."""

@@ -18,6 +18,7 @@ from rtmdet_geo.backends.contract import (
     Port,
     RowsBackend,
     check_model_file,
+    fixed_batch,
     fixed_side,
     refuse_classifier,
 )
@@ -69,13 +70,14 @@ class OnnxRuntimeBackend(RowsBackend):
         index = _cuda_index(device)
         session, spec = open_model_file(path, threads=threads)
         refuse_classifier(spec, path)
-        super().__init__(Path(path), spec, fixed_tile_size=fixed_side(_ports(session.get_inputs())[0]))
+        (images,) = _ports(session.get_inputs())
+        super().__init__(Path(path), spec, fixed_tile_size=fixed_side(images), fixed_batch_size=fixed_batch(images))
         if index is not None:
             on_gpu = _open_cuda(Path(path), threads or usable_cores(), index, is_asked_for=device != "auto")
             if on_gpu is not None:
                 session = on_gpu
                 self.device_name = f"cuda:{index}"
-                self.best_batch_size = _CUDA_BATCH_SIZE
+                self.best_batch_size = fixed_batch(images) or _CUDA_BATCH_SIZE
         self.precision = spec.precision
         self._session = session
         self._names = list(OUTPUTS[spec.kind])

@@ -18,6 +18,7 @@ from rtmdet_geo.backends.contract import (
     Port,
     RowsBackend,
     check_model_file,
+    fixed_batch,
     fixed_side,
     refuse_classifier,
 )
@@ -48,7 +49,8 @@ class OpenVinoBackend(RowsBackend):
         self._graph = OpenVinoGraph(path, threads=threads)
         spec = self._graph.spec
         refuse_classifier(spec, path)
-        super().__init__(Path(path), spec, fixed_tile_size=fixed_side(self._graph.inputs[0]))
+        (images,) = self._graph.inputs
+        super().__init__(Path(path), spec, fixed_tile_size=fixed_side(images), fixed_batch_size=fixed_batch(images))
         self.precision = self._graph.precision
         self._names = list(OUTPUTS[spec.kind])
 

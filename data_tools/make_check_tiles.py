@@ -15,7 +15,7 @@ import numpy as np
 
 from rtmdet_geo.catalog import CATALOG, read_spec
 from rtmdet_geo.errors import RTMDetGeoWarning
-from rtmdet_geo.export_tiles import CHECK_TILES
+from rtmdet_geo.export.tiles import CHECK_TILES
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.raster import open_scene
 

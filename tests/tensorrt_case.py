@@ -15,7 +15,7 @@ from synthetic import SMALLEST, make_spec, small_network
 
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.export import export_model
-from rtmdet_geo.export_tiles import make_check_tiles
+from rtmdet_geo.export.tiles import make_check_tiles
 from rtmdet_geo.structures import Detections, Kind
 
 SIDE = 96

@@ -25,7 +25,7 @@ STAGES = {
     *("prefetch", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
-ONNX = {"onnx_fold", "onnx_graph", "onnx_half", "onnx_operators"}  # rewrites of graphs
+ONNX = {"export.fold", "export.graph", "export.half", "export.operators"}  # rewrites of graphs
 TORCH_ENGINES = {"backends.pytorch", "backends.pytorch_classify"}
 # What each room may import. Longest match wins: "backends.pytorch" has its own line.
 ALLOWED: dict[str, set[str]] = {
@@ -36,14 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "backends": BASE | STAGES | BACKENDS,
     "backends.pytorch": BASE | STAGES | BACKENDS | {"models"},
     "backends.trt_graph": BASE | STAGES | BACKENDS | ONNX,
-    "backends.trt_check": BASE | STAGES | BACKENDS | {"export_check", "export_tiles"},
+    "backends.trt_check": BASE | STAGES | BACKENDS | {"export.check", "export.tiles"},
     "backends.pytorch_classify": BASE | STAGES | BACKENDS | {"models"},
     **dict.fromkeys(ONNX, BASE | ONNX),
-    "export": BASE | STAGES | BACKENDS | ONNX | {"export_check", "export_tiles", "export_trace", "quantize"},
-    "export_check": BASE | BACKENDS,
-    "export_tiles": BASE | STAGES,
-    "export_trace": BASE | STAGES | BACKENDS | ONNX | {"models", "export_check"},
-    "quantize": BASE | STAGES | BACKENDS | ONNX,
+    "export": BASE | STAGES | BACKENDS | {"export"},
+    "export.check": BASE | BACKENDS,
+    "export.tiles": BASE | STAGES,
+    "export.trace": BASE | STAGES | BACKENDS | {"export", "models"},
     "tile_loop": BASE | STAGES | BACKENDS,
     "detect": BASE | STAGES | BACKENDS | {"tile_loop"},
     "images": BASE | STAGES | BACKENDS | {"tile_loop"},
@@ -59,13 +58,13 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Packages that only the named rooms may import, at any depth of the code.
 CONFINED: dict[str, set[str]] = {
-    "torch": {"models", "training", "export_trace", "backends.pytorch"},
+    "torch": {"models", "training", "export.trace", "backends.pytorch"},
     "tensorboard": {"training"},
     "matplotlib": {"charts", "evaluation", "training"},
     "faster_coco_eval": {"evaluation"},
     "rasterio": {"raster", "gis_labels", "vector", "preview"},
-    "onnx": ONNX | {"backends.trt_graph", "export", "export_trace", "quantize"},
-    "onnxruntime": {"backends", "quantize"},
+    "onnx": {"backends.trt_graph", "export"},
+    "onnxruntime": {"backends", "export.quantize"},
     "openvino": {"backends.openvino_rt"},
     "tensorrt": {"backends.trt_load"},
     "cuda": {"backends.cuda"},

@@ -22,7 +22,7 @@ from rtmdet_geo.backends import Backend, trt_run
 from rtmdet_geo.backends.trt import TensorRtBackend
 from rtmdet_geo.cache import CACHE_VARIABLE
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError
-from rtmdet_geo.onnx_graph import fix_size
+from rtmdet_geo.export.graph import fix_size
 
 NEWEST = "11.4.0.106"
 

@@ -39,9 +39,9 @@ from rtmdet_geo.errors import (
     ModelFileError,
     OutputError,
 )
+from rtmdet_geo.export.graph import fix_size
+from rtmdet_geo.export.half import to_half
 from rtmdet_geo.models.weights import save_weights
-from rtmdet_geo.onnx_graph import fix_size
-from rtmdet_geo.onnx_half import to_half
 from rtmdet_geo.structures import ModelSpec
 
 NEWEST = "11.4.0.106"

@@ -21,10 +21,11 @@ import rasterio
 from click.testing import CliRunner, Result
 from synthetic import GROUND, BlobBackend, draw_ships, make_spec, small_model, write_scene
 
-from rtmdet_geo import catalog, export_check
+from rtmdet_geo import catalog
 from rtmdet_geo import detect as pipeline
 from rtmdet_geo.cli import cli, group, options, report
 from rtmdet_geo.errors import Cancelled, ExportMismatchError, RTMDetGeoError
+from rtmdet_geo.export import check as export_check
 
 HELP_FOLDER = Path(__file__).parent / "golden" / "help"
 COMMANDS = [

@@ -12,14 +12,14 @@ import pytest
 import torch
 from synthetic import SMALLEST, calibrate, make_spec, small_model, small_network
 
-from rtmdet_geo import export_trace
 from rtmdet_geo.backends.contract import OUTPUTS
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend, open_model_file
 from rtmdet_geo.catalog import read_metadata, read_spec
 from rtmdet_geo.errors import ConfigError, ExportMismatchError, ModelFileError, OutputError, WeightsError
 from rtmdet_geo.export import export_model, make_check_tiles
-from rtmdet_geo.export_check import TOLERANCES, CheckBatch, Differences, FileReference, verify_export
-from rtmdet_geo.export_trace import TorchReference
+from rtmdet_geo.export import trace as export_trace
+from rtmdet_geo.export.check import TOLERANCES, CheckBatch, Differences, FileReference, verify_export
+from rtmdet_geo.export.trace import TorchReference
 from rtmdet_geo.models import RTMDet, get_classifier, get_model
 from rtmdet_geo.models.classifier import ClassificationGraph
 from rtmdet_geo.models.decode import DetectionGraph

@@ -16,16 +16,16 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 from synthetic import SMALLEST, make_spec, small_model, small_network, write_scene
 
-from rtmdet_geo import export_check, export_trace
 from rtmdet_geo.backends.onnxrt import open_model_file
 from rtmdet_geo.catalog import CATALOG, check_graph, read_spec
 from rtmdet_geo.cli import cli
 from rtmdet_geo.errors import BandError, ConfigError, ExportMismatchError, ModelFileError, OutputError, RasterError
-from rtmdet_geo.export import export_model, make_check_tiles
-from rtmdet_geo.export_check import CheckBatch, Differences, FileReference, verify_export
-from rtmdet_geo.export_tiles import CHECK_TILES, cut_tiles, shipped_tiles
+from rtmdet_geo.export import check, export_model, make_check_tiles
+from rtmdet_geo.export import trace as export_trace
+from rtmdet_geo.export.check import CheckBatch, Differences, FileReference, verify_export
+from rtmdet_geo.export.graph import write_metadata
+from rtmdet_geo.export.tiles import CHECK_TILES, cut_tiles, shipped_tiles
 from rtmdet_geo.models.weights import save_weights
-from rtmdet_geo.onnx_graph import write_metadata
 
 CHIPS = Path(__file__).parent / "data"
 
@@ -115,7 +115,7 @@ def test_half_weights_are_those_of_the_weights_file(kind, sources, tmp_path):
 
 def test_int8_is_calibrated_on_the_tiles_that_it_is_compared_on(tmp_path):
     """Of a trained model: what it finds is found again, a little elsewhere."""
-    pytest.importorskip("rtmdet_geo.quantize")
+    pytest.importorskip("rtmdet_geo.export.quantize")
     source, path = CATALOG["sen2ships_r"].path, tmp_path / "int8.onnx"
     scene = CHIPS / "casablanca.tif"
     stored = export_model(source, path, precision="int8", tile_size=256, batch_size=2, verify_on=[scene])
@@ -183,13 +183,13 @@ def rows(boxes: list[list[float]], scores: list[float]) -> dict[str, np.ndarray]
 
 def compare(expected, found, **changes) -> Differences:
     spec = make_spec(score_threshold=0.3, **changes)
-    batch = export_check._Run(expected, found, (1, 3, 64, 64))
-    return export_check._compare_detections([batch], spec, export_check.HALF_TOLERANCES)
+    batch = check._Run(expected, found, (1, 3, 64, 64))
+    return check._compare_detections([batch], spec, check.HALF_TOLERANCES)
 
 
 def test_detections_worked_by_hand(monkeypatch):
     """Threshold .3: rows from .32 on count; ranks do not; angles are the same half a turn apart."""
-    monkeypatch.setattr(export_check, "NUM_CHECK_DETECTIONS", 1)
+    monkeypatch.setattr(check, "NUM_CHECK_DETECTIONS", 1)
     one = rows([[10, 10, 8, 4, 1.5], [30, 10, 8, 4, 0], [50, 10, 8, 4, 0]], [0.9, 0.895, 0.31])
     other = rows([[30.25, 10, 8, 4, 0], [10, 10, 8, 4, 1.5 - np.pi], [90, 90, 8, 4, 0]], [0.9, 0.898, 0.31])
     found = compare(one, other)
@@ -221,12 +221,12 @@ def test_the_cut_of_a_level_is_no_loss():
     expected = {"boxes": boxes, "scores": scores, "labels": np.zeros_like(scores)}
     moved = boxes.copy()
     moved[0, 1950:2000, 0] += 10**6  # other pairs at the end, from .51 down
-    batch = export_check._Run(expected, expected | {"boxes": moved}, (1, 3, 640, 640))
+    batch = check._Run(expected, expected | {"boxes": moved}, (1, 3, 640, 640))
     spec = make_spec(score_threshold=0.3)
-    found = export_check._compare_detections([batch], spec, export_check.HALF_TOLERANCES)
+    found = check._compare_detections([batch], spec, check.HALF_TOLERANCES)
     assert found.unmatched == 0 and found.boxes == 0 and found.matched == int((scores[0, :2000] > 0.52).sum()) > 1800
     moved[0, 1890, 0] += 10**6
-    assert export_check._compare_detections([batch], spec, export_check.HALF_TOLERANCES).unmatched == 2
+    assert check._compare_detections([batch], spec, check.HALF_TOLERANCES).unmatched == 2
 
 
 # ---------------------------------------------------------------- tiles

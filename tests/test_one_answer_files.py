@@ -12,7 +12,7 @@ from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.catalog import CATALOG, read_spec
 from rtmdet_geo.export import export_model
-from rtmdet_geo.export_tiles import shipped_tiles
+from rtmdet_geo.export.tiles import shipped_tiles
 from rtmdet_geo.structures import Detections
 
 MODELS = ("sen2ships_r", "banepa_ins")

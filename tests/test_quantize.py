@@ -26,9 +26,9 @@ from rtmdet_geo.catalog import CATALOG, check_graph, read_spec
 from rtmdet_geo.detect import detect_scene
 from rtmdet_geo.errors import ConfigError, ModelFileError, OutputError
 from rtmdet_geo.export import export_model, make_check_tiles
-from rtmdet_geo.onnx_graph import write_metadata
-from rtmdet_geo.onnx_half import to_half
-from rtmdet_geo.quantize import OPERATORS, find_trunk, quantize_model
+from rtmdet_geo.export.graph import write_metadata
+from rtmdet_geo.export.half import to_half
+from rtmdet_geo.export.quantize import OPERATORS, find_trunk, quantize_model
 
 SCENE = Path(__file__).parent / "data" / "casablanca.tif"
 ENGINES = [

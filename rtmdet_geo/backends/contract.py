@@ -314,7 +314,7 @@ class RowsBackend(ABC):
         return self._raw_in_parts(images, self._most_images, multi_label)
 
     def _raw_filled(self, images: NDArray[np.uint8], size: int, multi_label: bool) -> tuple[NDArray[Any], ...]:
-        """Return the outputs of a batch that is run ``size`` images at a time, the last of them filled up with black."""
+        """Return the outputs of a batch that is run ``size`` images at a time, the last filled up with black ones."""
         parts = []
         for start in range(0, len(images), size):
             part = images[start : start + size]

@@ -1,6 +1,6 @@
 """ONNX -> TensorRT engine: one tile size, batches of 1 to the largest, precision as the graph's types say.
 
-The precision stands in the graph (:mod:`rtmdet_geo.onnx_half`). TensorRT 10 and 11 take it from there (strongly typed
+The precision stands in the graph (:mod:`rtmdet_geo.export.half`). TensorRT 10 and 11 take it from there (strongly typed
 networks); 8.6 is given leave to compute in fp16, and every layer is pinned to what the graph says. No TF32. A built
 engine is checked before it is kept (:mod:`rtmdet_geo.backends.trt_check`).
 """

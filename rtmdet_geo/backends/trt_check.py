@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from rtmdet_geo.backends.contract import OUTPUTS
 from rtmdet_geo.backends.trt_run import Lane
 from rtmdet_geo.errors import EngineError, ExportMismatchError
-from rtmdet_geo.export_check import CheckBatch, FileReference, Outputs, as_record, verify_export
-from rtmdet_geo.export_tiles import make_check_tiles, shipped_tiles
+from rtmdet_geo.export.check import CheckBatch, FileReference, Outputs, as_record, verify_export
+from rtmdet_geo.export.tiles import make_check_tiles, shipped_tiles
 from rtmdet_geo.structures import ModelSpec
 
 
@@ -120,7 +120,7 @@ def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec) -> dict[str, fl
         spec: of the engine: its precision says what is allowed.
 
     Returns:
-        The largest differences, see :func:`rtmdet_geo.export_check.as_record`.
+        The largest differences, see :func:`rtmdet_geo.export.check.as_record`.
 
     Raises:
         EngineError: they are too large, or a number is not finite.
@@ -140,7 +140,7 @@ def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec) -> dict[str, fl
 
 
 class _Built:
-    """An engine as a function of pixels, in the shape of :class:`rtmdet_geo.export_check.FileReference`."""
+    """An engine as a function of pixels, in the shape of :class:`rtmdet_geo.export.check.FileReference`."""
 
     def __init__(self, lane: Lane, spec: ModelSpec) -> None:
         self._lane = lane

@@ -38,8 +38,8 @@ def read_graph(path: Path, precision: str, tile_size: int) -> tuple[bytes, dict[
     proto = _load(path)
     from onnx import TensorProto, shape_inference
 
-    from rtmdet_geo.onnx_graph import fix_size, fold_weights, stored_spec
-    from rtmdet_geo.onnx_half import to_half
+    from rtmdet_geo.export.graph import fix_size, fold_weights, stored_spec
+    from rtmdet_geo.export.half import to_half
 
     spec = stored_spec(proto)
     proto = fix_size(proto, tile_size, tile_size)

@@ -1,6 +1,6 @@
 """int8 against fp32 on the CPU: ``python tests/benchmarks/bench_int8.py [--output FILE.csv]``.
 
-The bundled models are quantised (:mod:`rtmdet_geo.quantize`) and run in onnxruntime and OpenVINO.
+The bundled models are quantised (:mod:`rtmdet_geo.export.quantize`) and run in onnxruntime and OpenVINO.
 
 Speed: one tile of the model's size at a time, two threads, all engines in turns in one process; ``ratio`` is the median
 over the rounds of onnxruntime's fp32 seconds by the engine's in the same round.
@@ -55,7 +55,7 @@ def measure_cost(model, data, folder, threads):
     """Quantise by each half and score on the other; return the rows, and the path of an int8 file."""
     from rtmdet_geo.backends import open_backend
     from rtmdet_geo.catalog import CATALOG
-    from rtmdet_geo.quantize import quantize_model
+    from rtmdet_geo.export.quantize import quantize_model
 
     recipe, chips = load_scenes(model, data, folder)
     kind, engines = recipe.model.object_kind, list_engines()
@@ -101,7 +101,7 @@ def make_int8(model, folder):
     """Quantise without real scenes, for the speed alone; return the path and a tile."""
     from rtmdet_geo.catalog import CATALOG
     from rtmdet_geo.export import make_check_tiles
-    from rtmdet_geo.quantize import quantize_model
+    from rtmdet_geo.export.quantize import quantize_model
 
     spec = CATALOG[model].spec()
     tiles = [make_check_tiles(1, len(spec.bands), spec.tile_size, seed=seed) for seed in range(3)]

@@ -110,7 +110,7 @@ def make_file(case, kind, folder):
 
         export_model(bundled, target, precision="fp16", verify=False)
     else:
-        from rtmdet_geo.quantize import quantize_model
+        from rtmdet_geo.export.quantize import quantize_model
 
         scenes = [path for path in case.scenes if path.stem != "casablanca"]
         quantize_model(

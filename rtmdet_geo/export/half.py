@@ -18,8 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from rtmdet_geo.errors import ConfigError
-from rtmdet_geo.onnx_fold import replace_graph
-from rtmdet_geo.onnx_graph import fold_weights, stored_spec, write_metadata
+from rtmdet_geo.export.fold import replace_graph
+from rtmdet_geo.export.graph import fold_weights, stored_spec, write_metadata
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ A detector's file holds :class:`rtmdet_geo.models.decode.DetectionGraph`: uint8 
 ``boxes`` (N, K, 5), ``scores`` (N, K), ``labels`` (N, K) out, of instances also ``kernels`` (N, K, 169),
 ``mask_priors`` (N, K, 3) and ``mask_features`` (N, 8, H / 8, W / 8); normalisation, decoding and top-K inside, NMS and
 masks outside. A classifier's holds :class:`rtmdet_geo.models.classifier.ClassificationGraph`: ``scores`` (N, classes).
-Opset 17, standard operators only (:mod:`rtmdet_geo.onnx_operators`); batch, height and width dynamic unless they are
+Opset 17, standard operators only (:mod:`rtmdet_geo.export.operators`); batch, height and width dynamic unless they are
 fixed here. Batch norms are folded into the convolutions first.
 
-Weights are traced with torch (:mod:`rtmdet_geo.export_trace`); a model file is rewritten without it. What either gives
-on the same tiles is compared with what the new file gives (:mod:`rtmdet_geo.export_check`).
+Weights are traced with torch (:mod:`rtmdet_geo.export.trace`); a model file is rewritten without it. What either gives
+on the same tiles is compared with what the new file gives (:mod:`rtmdet_geo.export.check`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.catalog import read_spec
 from rtmdet_geo.errors import ConfigError, OutputError
-from rtmdet_geo.export_check import CheckBatch, FileReference, Reference, as_record, verify_export
-from rtmdet_geo.export_tiles import cut_tiles, make_check_tiles, shipped_tiles
+from rtmdet_geo.export.check import CheckBatch, FileReference, Reference, as_record, verify_export
+from rtmdet_geo.export.tiles import cut_tiles, make_check_tiles, shipped_tiles
 from rtmdet_geo.outputs import check_folder, check_not_input, staged_output
 from rtmdet_geo.structures import FilePrecision, ModelSpec
 
@@ -72,7 +72,7 @@ def export_model(
         spec: what the file says of itself; needed with a module, replaces the file's own with a path. ``K``, the
             weights' SHA-256, the exporter, precision and differences are filled in here.
         score_threshold: default of detect that the file names; None is the spec's.
-        precision: of the convolutions: "fp32"; "fp16", for engines on GPUs (see :mod:`rtmdet_geo.onnx_half`); "int8",
+        precision: of the convolutions: "fp32"; "fp16", for engines on GPUs (see :mod:`rtmdet_geo.export.half`); "int8",
             for CPUs, calibrated on the tiles of ``verify_on`` or on those of the package.
         half_weights: store weights as fp16 numbers that are made fp32 again when the file is loaded: half the size,
             the same arithmetic. Weights from half-precision files are stored as they are, others are rounded.
@@ -96,9 +96,9 @@ def export_model(
         MissingDependencyError: onnx or torch is not installed.
     """
     onnx = require_package("onnx", extra="export")
-    from rtmdet_geo.onnx_graph import fix_size, write_metadata
-    from rtmdet_geo.onnx_half import to_half
-    from rtmdet_geo.onnx_operators import check_operators
+    from rtmdet_geo.export.graph import fix_size, write_metadata
+    from rtmdet_geo.export.half import to_half
+    from rtmdet_geo.export.operators import check_operators
 
     target = Path(out)
     _check_target(target, overwrite)
@@ -196,7 +196,7 @@ def _check_arguments(score_threshold: float | None, precision: FilePrecision, ha
 
 def _trace(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None, *, half_weights: bool) -> _Source:
     require_package("torch", extra="export")
-    from rtmdet_geo.export_trace import trace_model
+    from rtmdet_geo.export.trace import trace_model
 
     return _Source(*trace_model(model, spec, half_weights=half_weights))
 
@@ -249,7 +249,7 @@ def _quantize(path: Path, spec: ModelSpec, side: int, paths: Sequence[str | os.P
     """Replace a fp32 model file by an int8 one, calibrated on real tiles of a side in px, and return its graph."""
     import onnx
 
-    from rtmdet_geo.quantize import quantize_model
+    from rtmdet_geo.export.quantize import quantize_model
 
     quantized = path.with_name(f"{path.stem}.int8{path.suffix}")
     tiles = (np.ascontiguousarray(tile[None]) for tile in _real_tiles(spec, side, paths))

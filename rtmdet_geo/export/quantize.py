@@ -66,7 +66,7 @@ def quantize_model(
     """
     onnx = require_package("onnx", extra="export")
     onnxruntime = require_package("onnxruntime")
-    from rtmdet_geo import onnx_graph
+    from rtmdet_geo.export import graph
 
     source, target = Path(model_file), Path(out)
     if target.suffix.lower() != ".onnx":
@@ -74,7 +74,7 @@ def quantize_model(
     check_not_input(target, source)
     check_folder(target, overwrite)
     session, spec = open_model_file(source)
-    proto = onnx_graph.fold_weights(onnx.load(source))
+    proto = graph.fold_weights(onnx.load(source))
     _check_is_fp32(proto, spec, source)
     tiles = _Tiles(calibration, spec, session.get_inputs()[0].shape[2:])
     spec = spec.model_copy(
@@ -87,7 +87,7 @@ def quantize_model(
     with staged_output(target) as staged:
         _quantize(proto, staged, tiles)
         proto = onnx.load(staged)
-        onnx_graph.write_metadata(proto, spec)
+        graph.write_metadata(proto, spec)
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, staged)
         open_model_file(staged)  # still by the contract, and onnxruntime has kernels for it

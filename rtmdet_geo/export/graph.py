@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtmdet_geo import __version__
 from rtmdet_geo.catalog import GRAPH_SHA256_KEY, SPEC_KEY
 from rtmdet_geo.errors import ConfigError
-from rtmdet_geo.onnx_fold import fold_shapes, replace_graph, tensor_shapes
+from rtmdet_geo.export.fold import fold_shapes, replace_graph, tensor_shapes
 from rtmdet_geo.structures import ModelSpec
 
 

@@ -16,12 +16,12 @@ from synthetic import SMALLEST, make_spec, small_model
 
 from rtmdet_geo.errors import ConfigError, ModelFileError
 from rtmdet_geo.export import export_model, make_check_tiles
+from rtmdet_geo.export.fold import fold_shapes
+from rtmdet_geo.export.graph import fix_size, stored_spec
+from rtmdet_geo.export.half import to_half
+from rtmdet_geo.export.operators import OPERATORS, check_operators
 from rtmdet_geo.models import get_classifier, get_model
 from rtmdet_geo.models.rtmdet import SIZES
-from rtmdet_geo.onnx_fold import fold_shapes
-from rtmdet_geo.onnx_graph import fix_size, stored_spec
-from rtmdet_geo.onnx_half import to_half
-from rtmdet_geo.onnx_operators import OPERATORS, check_operators
 from rtmdet_geo.variants import KINDS, VARIANTS
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT

@@ -1,7 +1,7 @@
 """torch -> ONNX: the network with its batch norms folded, traced once for any batch, height and width.
 
 The graph is :class:`rtmdet_geo.models.decode.DetectionGraph`, or :class:`rtmdet_geo.models.classifier.
-ClassificationGraph`. What is rewritten afterwards: :mod:`rtmdet_geo.onnx_graph`.
+ClassificationGraph`. What is rewritten afterwards: :mod:`rtmdet_geo.export.graph`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,8 @@ from torch import Tensor, nn
 from rtmdet_geo import __version__
 from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
 from rtmdet_geo.errors import ConfigError
-from rtmdet_geo.export_check import Outputs, Pixels
-from rtmdet_geo.models.blocks import ConvModule
-from rtmdet_geo.models.classifier import ClassificationGraph
-from rtmdet_geo.models.decode import DetectionGraph
-from rtmdet_geo.models.identify import load_network
-from rtmdet_geo.models.weights import fuse_batch_norm, weights_sha256
-from rtmdet_geo.onnx_graph import (
+from rtmdet_geo.export.check import Outputs, Pixels
+from rtmdet_geo.export.graph import (
     HalfWeight,
     declare_outputs,
     fix_size,
@@ -34,7 +29,12 @@ from rtmdet_geo.onnx_graph import (
     make_top_k_dynamic,
     store_half,
 )
-from rtmdet_geo.onnx_operators import OPSET
+from rtmdet_geo.export.operators import OPSET
+from rtmdet_geo.models.blocks import ConvModule
+from rtmdet_geo.models.classifier import ClassificationGraph
+from rtmdet_geo.models.decode import DetectionGraph
+from rtmdet_geo.models.identify import load_network
+from rtmdet_geo.models.weights import fuse_batch_norm, weights_sha256
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.variants import MAX_CANDIDATES
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from rtmdet_geo.errors import ModelFileError
-from rtmdet_geo.onnx_graph import fold_weights
+from rtmdet_geo.export.graph import fold_weights
 from rtmdet_geo.variants import MAX_TOP_K
 
 #: What the networks compute with; what the decoding of boxes and the choice of the best rows need; what copies shapes

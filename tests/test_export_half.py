@@ -16,8 +16,8 @@ from synthetic import SMALLEST, make_spec, small_model, small_network
 
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.export import export_model, make_check_tiles
-from rtmdet_geo.onnx_graph import fold_weights, stored_spec
-from rtmdet_geo.onnx_half import to_half
+from rtmdet_geo.export.graph import fold_weights, stored_spec
+from rtmdet_geo.export.half import to_half
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 #: Operators that must not compute in fp16: means over maps, decoding, ranking, probabilities.

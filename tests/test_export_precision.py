@@ -302,7 +302,7 @@ def test_command_line(sources, tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["compared_with"] == "model file" and answer["spec"]["precision"] == "fp16"
+    assert answer["compared_with"] == str(sources["mask"]) and answer["spec"]["precision"] == "fp16"
     assert answer["spec"]["differences"]["matched"] > 0
     session, spec = open_model_file(tmp_path / "half.onnx")
     assert session.get_inputs()[0].shape == [2, 3, 96, 96] and spec.tile_size == 96

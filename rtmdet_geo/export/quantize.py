@@ -87,6 +87,7 @@ def quantize_model(
     with staged_output(target) as staged:
         _quantize(proto, staged, tiles)
         proto = onnx.load(staged)
+        del proto.graph.value_info[:]
         graph.write_metadata(proto, spec)
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, staged)

@@ -5,6 +5,9 @@ installed, and the torch engine (batch norms folded), each over torch as the ref
 not folded, with the same decoding. All run in turns in one process; a ratio is the median over the rounds of torch's
 seconds by the engine's in the same round. Targets: onnxruntime 1.7, OpenVINO 2.2.
 
+Rows in other precisions than fp32 have no target: int8 model files in onnxruntime and OpenVINO (what they cost is in
+``bench_int8.py``), and torch in bf16 where the processor has it.
+
 Nothing else may run on the machine: torch's threads wait for each other after every layer, so where another program has
 one of two cores, torch alone becomes many times slower. The CSV says how busy the machine was at the start. Time
 between the turns lets the threads of the one before go to sleep.
@@ -36,12 +39,18 @@ MAX_LOAD = 1.0
 
 
 def open_engines(folder, variant, side, threads):
-    """Return by name what runs a batch (N, 3, side, side) uint8 to the graph's outputs; the reference first."""
+    """Return what runs a batch (N, 3, side, side) uint8 to the graph's outputs, by name and precision.
+
+    The reference comes first.
+    """
     from rtmdet_geo.backends import open_backend
-    from rtmdet_geo.export import export_model
+    from rtmdet_geo.backends.pytorch import TorchBackend
+    from rtmdet_geo.export import export_model, make_check_tiles
     from rtmdet_geo.models import get_model
     from rtmdet_geo.models.decode import DetectionGraph
+    from rtmdet_geo.models.devices import cpu_has_bf16
     from rtmdet_geo.models.weights import save_weights
+    from rtmdet_geo.quantize import quantize_model
     from rtmdet_geo.structures import ModelSpec
 
     torch.manual_seed(0)
@@ -64,12 +73,18 @@ def open_engines(folder, variant, side, threads):
         with torch.inference_mode():
             return tuple(output.numpy() for output in graph(torch.from_numpy(images)))
 
-    engines = {REFERENCE: reference}
-    for name in ("onnxruntime", "openvino", "torch"):
-        if name == "openvino" and importlib.util.find_spec("openvino") is None:
+    tiles = (make_check_tiles(1, 3, 512, seed=seed) for seed in range(3))
+    quantize_model(folder / "bench.onnx", folder / "bench_int8.onnx", calibration=tiles)
+    engines = {(REFERENCE, "fp32"): reference}
+    for name in ("onnxruntime", "openvino"):
+        if importlib.util.find_spec(name) is None:
             continue
-        file = folder / ("bench.safetensors" if name == "torch" else "bench.onnx")
-        engines[name] = open_backend(file, name=name, threads=threads, device="cpu").raw
+        for precision, file in (("fp32", "bench.onnx"), ("int8", "bench_int8.onnx")):
+            engines[name, precision] = open_backend(folder / file, name=name, threads=threads, device="cpu").raw
+    for precision in ("fp32", *(["bf16"] if cpu_has_bf16() else [])):
+        engines["torch", precision] = TorchBackend(
+            folder / "bench.safetensors", threads=threads, device="cpu", precision=precision
+        ).raw
     return engines
 
 
@@ -112,12 +127,13 @@ def main():
     machine = list_engines().machine
     case = {"network": options.network, "side": options.side, "batch": options.batch_size, "threads": options.threads}
     rows = []
-    for name, values in seconds.items():
-        ratios = seconds[REFERENCE] / values
+    for (name, precision), values in seconds.items():
+        ratios = seconds[REFERENCE, "fp32"] / values
         package = "torch" if name == REFERENCE else name
         rows.append(
             {
                 "engine": name,
+                "precision": precision,
                 "version": importlib.metadata.version(package),
                 **case,
                 "rounds": options.rounds,
@@ -134,18 +150,18 @@ def main():
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             }
         )
-    print(f"{'engine':28}{'seconds':>9}{'fastest':>9}{'ratio':>7}{'lowest':>8}{'highest':>9}")
+    print(f"{'engine':28}{'precision':>9}{'seconds':>9}{'fastest':>9}{'ratio':>7}{'lowest':>8}{'highest':>9}")
     for row in rows:
         print(
-            f"{row['engine']:28}{row['seconds']:>9}{row['fastest']:>9}{row['ratio']:>7}{row['lowest_ratio']:>8}"
-            f"{row['highest_ratio']:>9}"
+            f"{row['engine']:28}{row['precision']:>9}{row['seconds']:>9}{row['fastest']:>9}{row['ratio']:>7}"
+            f"{row['lowest_ratio']:>8}{row['highest_ratio']:>9}"
         )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    ratios = {row["engine"]: row["ratio"] for row in rows}
+    ratios = {row["engine"]: row["ratio"] for row in rows if row["precision"] == "fp32"}
     for name, target in TARGETS.items():
         state = "not installed" if name not in ratios else "PASS" if ratios[name] >= target else "BELOW"
         print(f"{name} >= {target} x torch as the reference runs it: {state}")

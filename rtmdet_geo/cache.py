@@ -103,12 +103,7 @@ def download(
         raise ValueError(f"sha256 must be up to 64 hexadecimal digits, got {sha256!r}")
     if _is_right(path, sha256):
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot make folder {str(path.parent)!r}: {error.strerror}; name another with {CACHE_VARIABLE}"
-        ) from error
+    _make_folder(path.parent)
     wait = _Patience(sleep, cancelled)
     with _locked(path.with_name(path.name + ".lock"), wait):
         if _is_right(path, sha256):  # another process fetched it meanwhile
@@ -386,12 +381,22 @@ def _writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; {hint}") from error
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make folder {str(folder)!r}: {error.strerror}; name another with {CACHE_VARIABLE}"
+        ) from error
+
+
 def hold_lock(path: Path) -> AbstractContextManager[None]:
-    """Hold ``path``, in a folder that is there, as a lock; wait while another process or thread does.
+    """Hold ``path``, whose folder is made if it is missing, as a lock; wait while another process or thread does.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the folder cannot be made, or (on entering) the file not be written.
     """
+    _make_folder(path.parent)
     return _locked(path, _Patience(time.sleep, None))
 
 
@@ -413,7 +418,7 @@ def _locked(path: Path, wait: _Patience) -> Iterator[None]:
         if is_held:  # its last holder removed it: there is a new one, or none
             continue
         if not said:
-            logger.info("another process makes %s; waiting", path.stem)
+            logger.warning("another process makes %s; waiting", path.stem)
             said = True
         wait.check("another process fetches the file")
         wait.pause(_LOCK_POLL_S)

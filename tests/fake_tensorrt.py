@@ -12,6 +12,7 @@ context's shape changed.
 from __future__ import annotations
 
 import base64
+import contextlib
 import enum
 import hashlib
 import json
@@ -88,6 +89,7 @@ class FakeTensorRT(types.ModuleType):
         contexts: living ones.
         log_build: called with the model's bytes at each build.
         build_errors: what a build logs; not empty: it fails.
+        lacks_kernels: layers cannot be computed as they are pinned (8.6).
         ignore_half: engines are fp32 whatever was asked for, said only by the inspector.
         hide_types: inspectors show no types of tensors ("N/A due to dynamic shapes").
         opaque: inspectors show one large layer instead of convolutions.
@@ -107,7 +109,7 @@ class FakeTensorRT(types.ModuleType):
         self.contexts = weakref.WeakSet()
         self.log_build: Callable[[bytes], None] = lambda graph: None
         self.build_errors: list[str] = []
-        self.ignore_half = self.hide_types = self.opaque = False
+        self.ignore_half = self.hide_types = self.opaque = self.lacks_kernels = False
         self.drift_px = 0.0
         self.spoil: tuple[str, ...] = ()
         self.context_bytes = 1 << 20
@@ -186,11 +188,19 @@ class _Builder:
         trt.builds += 1
         trt.log_build(net.model.SerializeToString())
         severity = trt.ILogger.Severity
-        self.logger.log(severity.INFO, "building")
+        with contextlib.suppress(KeyboardInterrupt):  # the binding swallows all that is raised in it
+            self.logger.log(severity.INFO, "building")
         if settings.progress_monitor is not None and not _tell(settings.progress_monitor, trt.steps):
             return None
         if trt.build_errors:
             for text in trt.build_errors:
+                self.logger.log(severity.ERROR, text)
+            return None
+        if trt.lacks_kernels and trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS in settings.flags:
+            for text in (
+                "Error Code 10: Internal Error (Could not find any implementation for node /Mul.)",
+                "no engine",
+            ):
                 self.logger.log(severity.ERROR, text)
             return None
         types_ = net.check_precision(settings)
@@ -320,7 +330,8 @@ class _Network:
         elif getattr(flag, "FP16", None) not in config.flags:
             named = dict.fromkeys((layer.name for layer in convolutions), "FLOAT")
         else:
-            assert flag.OBEY_PRECISION_CONSTRAINTS in config.flags, "precisions are wishes only"
+            pins = flag.PREFER_PRECISION_CONSTRAINTS if self.trt.lacks_kernels else flag.OBEY_PRECISION_CONSTRAINTS
+            assert pins in config.flags, "precisions are wishes only"
             for layer in self.layers:
                 single = [place for place, name in enumerate(layer.types) if name == "FLOAT"]
                 if single and layer.operator != "Cast":

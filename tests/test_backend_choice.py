@@ -81,6 +81,13 @@ def test_fall_back_to_onnxruntime(machine, caplog, torch, device):
     assert open_backend(small_model()).name == "onnxruntime"  # no weights beside it
 
 
+@pytest.mark.parametrize("gpus", [(), ("NVIDIA X",)])
+@pytest.mark.parametrize("wanted", [{"precision": "bf16"}, {"compiled": True}])
+def test_what_torch_alone_does_is_torchs(machine, caplog, gpus, wanted):
+    machine(gpus=gpus, onnxruntime="cpu", torch="cpu", tensorrt="cuda:0")
+    assert open_backend("sen2ships_r", **wanted).name == "torch" and said(caplog) == []
+
+
 def test_images_of_several_sizes_leave_tensorrt_out(machine, caplog):
     machine(onnxruntime="cpu", tensorrt="cuda:0")
     assert open_backend(small_model(), any_size=True).name == "onnxruntime"
@@ -110,7 +117,7 @@ def test_engines_files_are_tensorrts(machine):
         ("backend 'fast' is unknown; choose one of auto, tensorrt, torch, onnxruntime, openvino", {"name": "fast"}),
         ("precision 'int4' is unknown; choose one of auto, fp32, fp16, bf16", {"precision": "int4"}),
         ("onnxruntime runs .* in its own precision, fp32, not fp16; .*export --precision fp16", {"precision": "fp16"}),
-        ("openvino runs .* own precision, fp32, not bf16", {"name": "openvino", "precision": "bf16"}),
+        ("openvino runs .* own precision, fp32, not bf16; .*with torch", {"name": "openvino", "precision": "bf16"}),
         ("only torch compiles its kernels, not onnxruntime", {"compiled": True}),
         ("only torch compiles its kernels, not openvino", {"name": "openvino", "compiled": True}),
         ("device 'cuda' is not supported by the openvino backend", {"name": "openvino", "device": "cuda"}),

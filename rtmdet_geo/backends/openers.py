@@ -67,9 +67,12 @@ class Wish:
             return
         own = read_spec(self.path).precision
         if self.precision != own:
+            other = "run weights with torch"
+            if self.precision != "bf16":
+                other = f"make such a file with `rtmdet-geo export --precision {self.precision}`"
             raise ConfigError(
                 f"{engine} runs {os.fspath(self.path)!r} in its own precision, {own}, not {self.precision}; leave "
-                f"--precision out, or make such a file with `rtmdet-geo export --precision {self.precision}`"
+                f"--precision out, or {other}"
             )
 
 
@@ -88,6 +91,8 @@ def _open_model_file(wish: Wish, *, any_size: bool) -> Backend:
     """Open a model file with the best engine of this machine; a fall back from a GPU's best is said in one line."""
     from rtmdet_geo.backends.engines import find_gpus
 
+    if wish.weights is not None and (wish.compiled or wish.precision == "bf16"):
+        return _open_torch(wish)  # nothing else does that
     if wish.device == "cpu" or wish.candidates is not None or not find_gpus():
         return _open_onnxruntime(wish)
     reason = "TensorRT takes images of one size only"

@@ -39,7 +39,7 @@ class TensorRtBackend(RowsBackend):
     Args:
         path: ``.onnx`` file that follows the model-file contract, or ``.engine`` file with its ``.engine.json``.
         device: "auto", "cuda" (both the first) or "cuda:N".
-        precision: "fp16", "fp32", or "auto" (fp16; a fp16 or int8 model file's and an engine's own).
+        precision: "fp16", "fp32", or "auto" (fp16; of an engine its own).
         max_batch: most images at once; larger batches are run in parts. None: 8, or an engine's own.
         tile_size: side of the images in px that an engine is built for; None is the model file's.
         progress: called while an engine is built, see :func:`rtmdet_geo.backends.trt_build.build_engine`.
@@ -48,7 +48,8 @@ class TensorRtBackend(RowsBackend):
         MissingDependencyError: TensorRT, cuda-python or onnx is not installed, or of a version that is not supported.
         ConfigError: no such device or precision, or the model file has another precision.
         ModelFileError: missing, corrupt or foreign file, or a classifier.
-        EngineError: there is no driver or device, the engine cannot be built, or was built for another machine.
+        EngineError: there is no driver or device, the engine cannot be built, or was built for another machine; or the
+            model file is int8.
         DeviceMemoryError: the device's memory is too small.
     """
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ Progress = Callable[[str, int, int], None]
 MAX_BATCH = 8
 #: Device memory that one layer may use for itself, unless another number is asked for; half of a small device's.
 _WORKSPACE_BYTES = 4 << 30
+#: What TensorRT 8.6 says where a layer has no kernel, perhaps for the precision that it is pinned to.
+_NO_KERNEL = re.compile("could not find any implementation|precision constraint", re.IGNORECASE)
 #: Levels of hardware compatibility, the narrower first, by the name that TensorRT gives them.
 _COMPATIBLE = ("SAME_COMPUTE_CAPABILITY", "AMPERE_PLUS")
 
@@ -58,7 +62,7 @@ def build_engine(
     Args:
         model_file: ``.onnx`` that follows the model-file contract.
         out: ``.engine`` to write.
-        precision: "fp16", "fp32", or "auto" (fp16; a fp16 or int8 model file's own).
+        precision: "fp16", "fp32", or "auto" (fp16).
         max_batch: most images at once.
         tile_size: side of the images in px; None is the model file's.
         device: "auto", "cuda" or "cuda:N".
@@ -74,7 +78,8 @@ def build_engine(
         ConfigError: a number or name is wrong, or contradicts the model file.
         ModelFileError: the model file is missing, corrupt, foreign, or a classifier.
         OutputError: ``out`` exists or cannot be written.
-        EngineError: there is no device, or TensorRT cannot build the engine, or it does not compute what it should.
+        EngineError: there is no device, or TensorRT cannot build the engine, or it does not compute what it should; or
+            the model file is int8.
         DeviceMemoryError: the device's memory is too small.
         MissingDependencyError: TensorRT, cuda-python or onnx is not installed.
     """
@@ -135,35 +140,38 @@ def make_order(
 
 
 def check_precision(asked: str) -> None:
-    """Refuse a precision that cannot be asked for.
+    """Refuse a precision that TensorRT is not asked for.
 
     Raises:
-        ConfigError: there is no such precision.
+        ConfigError: it is such a one.
     """
     if asked not in ("auto", "fp16", "fp32"):
-        raise ConfigError(f"precision {asked!r} is unknown; choose auto, fp16 or fp32")
+        raise ConfigError(f"TensorRT computes in fp16 or fp32, not in {asked}; choose auto, fp16 or fp32")
 
 
 def choose_precision(spec: ModelSpec, asked: str) -> Precision:
     """Return an engine's precision.
 
     Raises:
-        ConfigError: there is no such precision, or the model file has another one already.
+        ConfigError: it is none of TensorRT's, or the model file is fp16 already and another one is asked for.
+        EngineError: the model file is int8.
     """
     check_precision(asked)
-    if spec.precision != "fp32" and asked not in ("auto", spec.precision):
-        raise ConfigError(
-            f"the model file is {spec.precision} and stays so; leave the precision out, or take the fp32 file"
+    if spec.precision == "int8":
+        raise EngineError(
+            "int8 model files are for CPUs, TensorRT does not read their asymmetric ranges; take the fp32 file, or the "
+            "backend onnxruntime"
         )
-    if spec.precision != "fp32":
-        return spec.precision
+    if spec.precision == "fp16" and asked == "fp32":
+        raise ConfigError("the model file is fp16 and stays so; leave the precision out, or take the fp32 file")
     return "fp32" if asked == "fp32" else "fp16"
 
 
 def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) -> tuple[Engine, Description]:
     """Return an opened engine from the user's cache, built now if it is not there or does not fit.
 
-    Processes that want the same engine build it once: the others wait, then open it.
+    Processes that want the same engine build it once: the others wait, then open it. Where the cache cannot be written
+    to, the engine serves all the same and is not kept.
 
     Raises:
         See :func:`build_engine`.
@@ -175,18 +183,21 @@ def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) 
     found = _open_cached(trt, path, order)
     if found is not None:
         return found
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from error
-    with hold_lock(path.with_name(path.name + ".lock")):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold_lock(path.with_name(path.name + ".lock")))
+        except OutputError as error:
+            logger.warning("the engine cannot be kept: %s", error)
         if trt_cache.stamp_of(path) != seen:  # another process built it meanwhile
             found = _open_cached(trt, path, order)
             if found is not None:
                 return found
-        logger.warning("an engine for %s is built, which takes minutes; it is kept in %s", order.spec.name, path)
+        logger.warning("an engine for %s is built, which takes minutes; it is to be kept in %s", order.spec.name, path)
         plan, description, engine = _build(trt, order, progress)
-        trt_cache.write_engine(path, plan, description)
+        try:
+            trt_cache.write_engine(path, plan, description)
+        except OutputError as error:
+            logger.warning("the engine is not kept: %s", error)
         return engine, description
 
 
@@ -268,15 +279,40 @@ def _build_plan(
     if config.add_optimization_profile(profile) < 0:
         raise log.failure("TensorRT refuses the range of batch sizes")
     timings = _attach_timings(trt, config, order)
-    monitor = _watch(trt, config, progress)
-    plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.error is not None:
-        raise monitor.error
-    if plan is None:
-        raise log.failure(f"TensorRT {trt.__version__} cannot build {order.model_file.name!r}")
+    monitor = _watch(trt, log, config, progress)
+
+    def build() -> Any:
+        plan = builder.build_serialized_network(network, config)
+        log.raise_interrupt()
+        if monitor is not None and monitor.error is not None:
+            raise monitor.error
+        return plan
+
+    plan = _serialize(trt, log, build, config, order)
     if timings is not None:
-        path = trt_cache.timing_cache_of(order.device, trt.__version__)
-        trt_cache.write_timings(path, bytes(memoryview(timings.serialize())))
+        _keep_timings(timings, trt_cache.timing_cache_of(order.device, trt.__version__))
+    return plan
+
+
+def _serialize(trt: Any, log: Messages, build: Callable[[], Any], config: Any, order: Order) -> bytes:
+    """Have the engine built; 8.6 is asked twice where it has no kernels for all layers as they are pinned.
+
+    What a second try gives is checked like any engine: a convolution in fp32 shows in its layers, what else is lost in
+    its numbers.
+    """
+    what = f"TensorRT {trt.__version__} cannot build {order.model_file.name!r}"
+    plan = build()
+    if plan is None:
+        failure = log.failure(what)
+        has_pins = order.precision == "fp16" and not _is_strongly_typed(trt)
+        if not has_pins or not _NO_KERNEL.search(str(failure)):
+            raise failure
+        logger.warning("%s; it is asked again, with the layers' precisions as wishes", failure)
+        config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+        plan = build()
+    if plan is None:
+        raise log.failure(what)
     return bytes(memoryview(plan))
 
 
@@ -305,10 +341,8 @@ def _pin_precision(trt: Any, network: Any, config: Any, precision: Precision, ha
     """Let TensorRT 8.6 compute in the graph's types, and in no others."""
     if precision == "fp32":
         return
-    config.set_flag(getattr(trt.BuilderFlag, {"fp16": "FP16", "int8": "INT8"}[precision]))
+    config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    if precision == "int8":  # quantised layers are pinned by the graph's own nodes
-        return
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if half_nodes.get(layer.name) == "Conv":
@@ -357,9 +391,18 @@ def _attach_timings(trt: Any, config: Any, order: Order) -> Any:
     return None
 
 
-def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
-    """Forward TensorRT's progress where it tells; return the monitor, None: there is none."""
-    if progress is None or not hasattr(trt, "IProgressMonitor"):
+def _keep_timings(timings: Any, path: Path) -> None:
+    """Keep what the builder has timed, for later builds."""
+    data = timings.serialize()
+    if data is None:
+        logger.info("TensorRT gives no timing cache away")
+        return
+    trt_cache.write_timings(path, bytes(memoryview(data)))
+
+
+def _watch(trt: Any, log: Messages, config: Any, progress: Progress | None) -> Any:
+    """Forward TensorRT's progress, and the wish to stop, where it listens; return the monitor, None: there is none."""
+    if not hasattr(trt, "IProgressMonitor"):
         return None
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -370,6 +413,7 @@ def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
+            logger.info("TensorRT: %s (%d steps)", phase_name, num_steps)
             self._tell(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
@@ -380,14 +424,13 @@ def _watch(trt: Any, config: Any, progress: Progress | None) -> Any:
 
         def _tell(self, phase: str, step: int) -> bool:
             """Call ``progress``; what it raises ends the build, and is raised after it."""
-            if self.error is None:
+            if self.error is None and progress is not None:
                 try:
-                    tell(phase, step, self.steps.get(phase, 0))
+                    progress(phase, step, self.steps.get(phase, 0))
                 except BaseException as error:
                     self.error = error
-            return self.error is None
+            return self.error is None and not log.is_interrupted
 
-    tell = progress
     monitor = Monitor()
     config.progress_monitor = monitor
     return monitor

@@ -53,7 +53,7 @@ _FREE = {
 _DIGEST_BYTES = 32
 
 Key = dict[str, Any]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,10 @@ def write_engine(path: Path, plan: bytes, description: Description) -> None:
     Raises:
         OutputError: the operating system refuses.
     """
-    description_of(path).unlink(missing_ok=True)
+    try:
+        description_of(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot replace {str(description_of(path))!r}: {error.strerror}") from error
     with staged_output(path) as staged:
         staged.write_bytes(plan)
     with staged_output(description_of(path)) as staged:
@@ -260,10 +263,14 @@ def timing_cache_of(device: Device, version: str) -> Path:
 
 
 def read_timings(path: Path) -> bytes:
-    """Return a timing cache; b"" if there is none, or a damaged one, which is logged."""
+    """Return a timing cache; b"" if there is none, or one that is damaged or cannot be read, which is logged."""
     if not path.is_file():
         return b""
-    data = _read(path)
+    try:
+        data = _read(path)
+    except ModelFileError as error:
+        logger.warning("%s; the timing cache is made anew", error)
+        return b""
     digest, timings = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if hashlib.sha256(timings).digest() != digest:
         logger.warning("timing cache %s is damaged; it is made anew", path)

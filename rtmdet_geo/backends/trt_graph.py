@@ -27,7 +27,7 @@ def read_graph(path: Path, precision: str, tile_size: int) -> tuple[bytes, dict[
 
     Args:
         path: that was checked against the contract.
-        precision: "fp16" makes the trunk of a fp32 file so; a fp16 or int8 file stays what it is.
+        precision: "fp16" makes the trunk of a fp32 file so; a fp16 file stays what it is.
         tile_size: side of the images in px.
 
     Raises:

@@ -47,6 +47,9 @@ def load_tensorrt() -> Any:
 class Messages:
     """What TensorRT says: forwarded to logging, the last errors kept for exceptions.
 
+    While TensorRT works, Python comes to its turn nowhere else, so that is where a signal interrupts; TensorRT swallows
+    the exception, so it is kept here.
+
     Attributes:
         native: the object that TensorRT calls.
     """
@@ -54,17 +57,21 @@ class Messages:
     def __init__(self, trt: Any) -> None:
         """Make TensorRT's logger; the process has one (:func:`messages`)."""
         self._errors: deque[str] = deque(maxlen=_NUM_MESSAGES)
-        errors = self._errors
+        self._interrupts: list[KeyboardInterrupt] = []
+        errors, interrupts = self._errors, self._interrupts
 
         class Forward(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, msg: str) -> None:
-                level = _LEVELS.get(severity.name, logging.DEBUG)
-                if level == logging.WARNING:
-                    errors.append(" ".join(msg.split()))
-                logger.log(level, "TensorRT: %s", msg)
+                try:
+                    level = _LEVELS.get(severity.name, logging.DEBUG)
+                    if level == logging.WARNING:
+                        errors.append(" ".join(msg.split()))
+                    logger.log(level, "TensorRT: %s", msg)
+                except KeyboardInterrupt as error:
+                    interrupts.append(error)
 
         self.native = Forward()
 
@@ -73,6 +80,22 @@ class Messages:
         text = "; ".join(self._errors)
         self._errors.clear()
         return text
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal came while TensorRT was at work."""
+        return bool(self._interrupts)
+
+    def raise_interrupt(self) -> None:
+        """Raise what TensorRT swallowed.
+
+        Raises:
+            KeyboardInterrupt: a signal came while it was at work.
+        """
+        if self._interrupts:
+            error = self._interrupts.pop()
+            self._interrupts.clear()
+            raise error
 
     def make(self, what: str, factory: Any, *arguments: Any) -> Any:
         """Return a new object of TensorRT.
@@ -146,6 +169,7 @@ def open_engine(trt: Any, plan: bytes, spec: ModelSpec) -> Engine:
     log.take_errors()
     runtime = log.make("Runtime", trt.Runtime, log.native)
     native = runtime.deserialize_cuda_engine(plan)
+    log.raise_interrupt()
     if native is None:
         raise log.failure("TensorRT cannot open the engine")
     return _describe(trt, runtime, native, spec)

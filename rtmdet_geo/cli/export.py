@@ -103,7 +103,16 @@ def export(
     reference = str(model) if is_model_file(model) else "torch"
     if output.suffix.lower() == ".engine":
         _refuse(ctx, "verify", "verify_on", "half_weights", why="not for a .engine, which is always compared;")
-        stored = export_engine(model, output, precision=precision, device=device, compatible=compatible, **common)
+        with report.progress(ctx, "auto", f"building {output.name}", {}) as advance:
+            stored = export_engine(
+                model,
+                output,
+                precision=precision,
+                device=device,
+                compatible=compatible,
+                progress=lambda _, step, steps: advance(step, steps),
+                **common,
+            )
         reference = f"{model} in fp32"
     else:
         _refuse(ctx, "device", "compatible", why="for a .engine only;")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,6 +140,7 @@ def export_engine(
     batch_size: int | None = None,
     device: str = "auto",
     compatible: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
     overwrite: bool = False,
 ) -> ModelSpec:
     """Build a TensorRT engine (.engine, its card beside it as .engine.json) for a GPU of this machine.
@@ -148,11 +149,12 @@ def export_engine(
         model: path or name that :func:`export_model` takes; weights become a model file first, compared with torch.
         out: file to write.
         score_threshold: default of detect that the card names; None is the model's.
-        precision: of the convolutions; None is fp16, or an fp16 or int8 model file's own.
+        precision: of the convolutions, "fp16" or "fp32"; None is fp16.
         tile_size: side of the tiles in px; None is the model's.
         batch_size: most tiles at once; None is 8.
         device: "auto", "cuda" or "cuda:N".
         compatible: build for all GPUs of one generation.
+        progress: called with phase, step and steps of the build, where TensorRT tells them (10 and later).
         overwrite: replace existing files.
 
     Returns:
@@ -165,7 +167,8 @@ def export_engine(
 
     find_builder(out, device=device, overwrite=overwrite)  # before the work on weights
     settings: dict[str, Any] = {"max_batch": batch_size or MAX_BATCH, "tile_size": tile_size, "device": device}
-    settings |= {"precision": precision or "auto", "compatible": compatible, "overwrite": overwrite}
+    settings |= {"precision": precision or "auto", "compatible": compatible}
+    settings |= {"progress": progress, "overwrite": overwrite}
     if is_model_file(model) and score_threshold is None:
         return build_engine(model, out, **settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -55,6 +55,12 @@ class Differences(NamedTuple):
     matched: int = 0
     unmatched: int = 0
 
+    def times(self, factor: float) -> Differences:
+        """Return the distances times a factor, as tolerances are widened."""
+        return Differences(
+            factor * self.boxes, factor * self.scores, factor * self.kernels, factor * self.mask_features
+        )
+
     def joined(self, other: Differences) -> Differences:
         """Return the larger of the distances, and all detections."""
         return Differences(
@@ -133,7 +139,9 @@ class FileReference:
         return dict(zip(names, joined, strict=True))
 
 
-def verify_export(reference: Reference, file: FileReference, batches: Iterable[CheckBatch]) -> Differences:
+def verify_export(
+    reference: Reference, file: FileReference, batches: Iterable[CheckBatch], *, slack: float = 1.0
+) -> Differences:
     """Compare a model file in onnxruntime with what it came from.
 
     fp32: scores are compared rank by rank, mask features number by number. The rest is compared for every row with a
@@ -148,6 +156,7 @@ def verify_export(reference: Reference, file: FileReference, batches: Iterable[C
         reference: gives the outputs that the file should give.
         file: model file.
         batches: tiles to run.
+        slack: how many times the tolerances are allowed.
 
     Returns:
         The largest differences; 0 for what the kind does not have.
@@ -170,6 +179,7 @@ def verify_export(reference: Reference, file: FileReference, batches: Iterable[C
             allowed = REAL_TOLERANCES if is_real else TOLERANCES
         else:
             allowed = HALF_TOLERANCES if precision == "fp16" else INT8_TOLERANCES
+        allowed = allowed.times(slack)
         if file.spec.kind == "classification":
             here = _compare_probabilities(runs)
         elif precision == "fp32":

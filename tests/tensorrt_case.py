@@ -88,11 +88,13 @@ def expected(path: Path) -> list[Detections]:
     return OnnxRuntimeBackend(path, threads=1).predict(tiles(), score_threshold=0.3)
 
 
-def assert_near(found: Detections, wanted: Detections, *, px: float = 0.5, score: float = 0.01) -> None:
-    """Every detection clearly above the threshold has a partner in the other, within px and score, one to one."""
+def assert_near(
+    found: Detections, wanted: Detections, *, px: float = 0.5, score: float = 0.01, above: float = 0.32
+) -> None:
+    """Every detection with a score above a limit has a partner in the other, within px and score, one to one."""
     for mine, theirs in ((found, wanted), (wanted, found)):
         for box, value, label in zip(mine.boxes, mine.scores, mine.labels, strict=True):
-            if value < 0.32:
+            if value < above:
                 continue
             apart = np.abs(theirs.boxes - box)
             apart[:, 4] = np.minimum(apart[:, 4] % np.pi, np.pi - apart[:, 4] % np.pi) * box[2:4].max() / 2

@@ -20,17 +20,19 @@ from fake_cuda import Gpu
 from fake_tensorrt import VERSIONS, install
 from onnx import helper
 from synthetic import make_spec, small_model, small_network
-from tensorrt_case import SIDE, assert_near, expected, model_file, tiles, tiny_file
+from tensorrt_case import SIDE, assert_near, model_file, tiles, tiny_file
 from tensorrt_manifest import describe_tensorrt
 from test_backends import write_model
 from test_cli import error_line, run
 
 from rtmdet_geo.backends import open_backend, trt_cache
 from rtmdet_geo.backends.cuda import describe_devices
+from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.backends.trt import TensorRtBackend
 from rtmdet_geo.backends.trt_build import build_engine
 from rtmdet_geo.backends.trt_check import check_layers
 from rtmdet_geo.cache import CACHE_VARIABLE
+from rtmdet_geo.catalog import CATALOG
 from rtmdet_geo.errors import (
     BatchHalvedWarning,
     Cancelled,
@@ -43,6 +45,7 @@ from rtmdet_geo.errors import (
 )
 from rtmdet_geo.export.graph import fix_size
 from rtmdet_geo.export.half import to_half
+from rtmdet_geo.export.tiles import shipped_tiles
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.structures import ModelSpec
 
@@ -691,21 +694,32 @@ def test_the_manifest_is_the_installed_version_s():
 
 @pytest.mark.gpu
 @pytest.mark.tensorrt
-def test_on_a_real_gpu(tmp_path, monkeypatch):
-    """Both precisions against onnxruntime, uneven batches, the same results from a second opening."""
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("precision", "px", "score"), [("fp32", 0.05, 1e-3), ("fp16", 0.5, 0.01)])
+@pytest.mark.parametrize("model", ["sen2ships_r", "banepa_ins"])
+def test_on_a_real_gpu(tmp_path, monkeypatch, model, precision, px, score):
+    """Bundled models on real tiles against onnxruntime; uneven batches, as graphs; the same from a second opening."""
     pytest.importorskip("tensorrt", exc_type=ImportError)
     report = describe_devices()
     if not report.devices:
         pytest.skip(report.problem)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    for precision, px, score in (("fp32", 0.05, 1e-3), ("fp16", 0.5, 0.01)):
-        for _ in range(2):
-            engine = TensorRtBackend(model_file(), precision=precision, max_batch=4)
-            for mine, wanted in zip(engine.predict(tiles(), score_threshold=0.3), expected(model_file()), strict=True):
-                assert_near(mine, wanted, px=px, score=score)
-        streamed = [outputs[1] for _, outputs in engine.stream([tiles()[:4], tiles()[4:], tiles()[:4]])]
-        np.testing.assert_allclose(streamed[0], streamed[2], atol=1e-6)
+    reference = OnnxRuntimeBackend(CATALOG[model].path, device="cpu")
+    threshold = reference.spec.score_threshold
+    real = shipped_tiles(reference.spec, reference.spec.tile_size)
+    many = np.stack([np.roll(tile, shift, axis=2) for shift in (0, 100, 200) for tile in real])[:5]
+    wanted = reference.predict(many, score_threshold=threshold)
+    assert max(map(len, wanted)) > 5
+    first: list[np.ndarray] = []
+    for _ in range(2):
+        engine = TensorRtBackend(CATALOG[model].path, precision=precision, max_batch=4)
+        for batches in ([many], [many[:4], many[4:]], [tile[None] for tile in many]):
+            found = [one for batch in engine.run(batches, score_threshold=threshold) for one in batch]
+            for mine, other in zip(found, wanted, strict=True):
+                assert_near(mine, other, px=px, score=score, above=threshold + 0.02)
+        first.append(engine.raw(many)[1])
         engine.close()
+    np.testing.assert_allclose(first[0], first[1], atol=1e-4)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

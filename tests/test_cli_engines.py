@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+from fake_tensorrt import install
 from synthetic import make_spec, small_model, small_network
 from test_cli import run
 from test_startup import loaded_modules
@@ -138,6 +139,22 @@ def test_load_asks_torch(installed, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert list_engines().engines[1].devices == ("cpu", "cuda:0", "cuda:1")
     assert list_engines(load=True).engines[1].devices == ("cpu", "cuda:0")
+
+
+def test_load_asks_cuda_for_tensorrt(installed, gpus, monkeypatch):
+    """What nvidia-smi names need not be what CUDA answers for."""
+    trt = install(monkeypatch, "8.6.1")
+    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.9.0"}
+    assert list_engines().engines[0].devices == ("cuda:0", "cuda:1")
+    found = list_engines(load=True)
+    assert found.engines[0].devices == ("cuda:0",) and found.choices[0].engine == "tensorrt"
+    assert (found.machine["cuda_of_driver"], found.machine["cuda_of_cuda_python"]) == ("12.4", "12.9")
+    trt.cuda.has_driver = False
+    found = list_engines(load=True)
+    assert "update the NVIDIA driver" in found.engines[0].problem and found.engines[0].devices == ()
+    assert found.choices[0].engine == "onnxruntime" and found.machine["cuda_of_driver"] is None
+    trt.cuda.has_driver, trt.__version__ = True, "10.2.0"
+    assert "10.2.0 is not supported" in list_engines(load=True).engines[0].problem
 
 
 def test_command(installed, no_gpu):

@@ -144,6 +144,6 @@ def require_package(module: str, *, extra: str | None = None) -> Any:
 
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing
         package = f"'rtmdet-geo[{extra}]'" if extra else module
         raise MissingDependencyError(f"{module} cannot be imported ({error}); run: pip install {package}") from error

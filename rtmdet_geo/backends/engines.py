@@ -89,8 +89,9 @@ def list_engines(*, load: bool = False) -> EngineReport:
     """Look for engines, and say what `auto` takes.
 
     Args:
-        load: import each installed engine, which shows whether it works and of torch which devices it has. torch takes
-            seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its CPU build.
+        load: import each installed engine, which shows whether it works, and ask TensorRT's CUDA and torch for their
+            devices; torch takes seconds. Without it, both are taken to have the GPUs that nvidia-smi names, unless
+            torch is its CPU build.
     """
     gpus = find_gpus()
     engines: tuple[Engine, ...] = (
@@ -99,9 +100,11 @@ def list_engines(*, load: bool = False) -> EngineReport:
         _find_engine("onnxruntime", _ONNXRUNTIME_PACKAGES, gpus=gpus),
         _find_engine("openvino", ("openvino",), extra="openvino"),
     )
+    machine = _describe_machine(engines, gpus)
     if load:
         engines = tuple(map(_loaded, engines))
-    return EngineReport(engines, _choices(engines, gpus), _describe_machine(engines, gpus))
+        machine |= _describe_cuda()
+    return EngineReport(engines, _choices(engines, gpus), machine)
 
 
 def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None, gpus: tuple[str, ...] = ()) -> Engine:
@@ -138,12 +141,12 @@ def _version_of(package: str) -> str | None:
 
 
 def _loaded(engine: Engine) -> Engine:
-    """Import an engine; a failure becomes its problem, and torch is asked for its devices."""
+    """Import an engine; a failure becomes its problem, and who knows devices is asked for them."""
     if engine.version is None:
         return engine
     try:
         require_package(engine.name)
-    except (MissingDependencyError, OSError) as error:  # OSError: a shared library of the package is missing
+    except MissingDependencyError as error:
         reason = error.__cause__ or error
         text = f"cannot be loaded ({' '.join(str(reason).split())}); install it again"
         return replace(engine, devices=(), problem=text)
@@ -151,7 +154,32 @@ def _loaded(engine: Engine) -> Engine:
         from rtmdet_geo.backends.pytorch import list_devices
 
         return replace(engine, devices=list_devices())
+    if engine.name == "tensorrt" and engine.problem is None:
+        return _asked_for_devices(engine)
     return engine
+
+
+def _asked_for_devices(engine: Engine) -> Engine:
+    """Return TensorRT with CUDA's devices, or with what keeps it from them."""
+    from rtmdet_geo.backends.cuda import describe_devices
+    from rtmdet_geo.backends.trt_load import load_tensorrt
+
+    try:
+        load_tensorrt()
+    except MissingDependencyError as error:  # a version that is not supported
+        return replace(engine, devices=(), problem=str(error))
+    report = describe_devices()
+    return replace(engine, devices=tuple(device.name for device in report.devices), problem=report.problem)
+
+
+def _describe_cuda() -> dict[str, Any]:
+    """Return the newest CUDA that the driver knows, and the one that cuda-python is of; nothing without cuda-python."""
+    if all(_version_of(package) is None for package in _CUDA_PACKAGES):
+        return {}
+    from rtmdet_geo.backends.cuda import describe_devices
+
+    report = describe_devices()
+    return {"cuda_of_driver": report.driver, "cuda_of_cuda_python": report.runtime}
 
 
 def _choices(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> tuple[Choice, ...]:

@@ -8,6 +8,8 @@ import sys
 import types
 
 import pytest
+from fake_cuda import FakeCuda
+from fake_tensorrt import VERSIONS, install
 from synthetic import make_spec, small_model, small_network
 from test_cli import run
 from test_startup import loaded_modules
@@ -153,3 +155,24 @@ def test_command(installed, no_gpu):
 def test_no_engine_is_loaded():
     command = [sys.executable, "-m", "rtmdet_geo.cli", "engines"]
     assert not loaded_modules(command) & {"torch", "onnxruntime", "openvino", "rasterio"}
+
+
+def test_load_asks_cuda_for_tensorrts_devices(installed, gpus, monkeypatch):
+    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.6.0"}
+    assert [choice.engine for choice in list_engines().choices] == ["tensorrt", "torch"]
+    install(monkeypatch, VERSIONS[0])
+    engine = list_engines(load=True).engines[0]
+    assert engine.problem is None and engine.devices[0].startswith("cuda:0 (") and "capability" in engine.devices[0]
+
+
+def test_a_driver_that_cuda_does_not_find(installed, gpus, monkeypatch):
+    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.6.0"}
+    install(monkeypatch, VERSIONS[0], FakeCuda(gpus=[]))
+    found = list_engines(load=True)
+    assert found.engines[0].problem and found.choices[0].engine == "onnxruntime"
+    assert "the GPU's best, tensorrt: " in found.choices[0].reason
+
+
+def test_tensorrt_without_the_bindings_of_cuda(installed, gpus):
+    installed["tensorrt"] = "11.4.0"
+    assert "cuda-python is not installed" in list_engines().engines[0].problem

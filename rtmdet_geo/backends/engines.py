@@ -89,8 +89,8 @@ def list_engines(*, load: bool = False) -> EngineReport:
     """Look for engines, and say what `auto` takes.
 
     Args:
-        load: import each installed engine, which shows whether it works and of torch which devices it has. torch takes
-            seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its CPU build.
+        load: import each installed engine, which shows whether it works and of torch and TensorRT which devices they
+            have. torch takes seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its CPU build.
     """
     gpus = find_gpus()
     engines: tuple[Engine, ...] = (
@@ -151,7 +151,19 @@ def _loaded(engine: Engine) -> Engine:
         from rtmdet_geo.backends.pytorch import list_devices
 
         return replace(engine, devices=list_devices())
-    return engine
+    return _asked_for_gpus(engine) if engine.name == "tensorrt" else engine
+
+
+def _asked_for_gpus(engine: Engine) -> Engine:
+    """Say which GPUs CUDA's runtime gives to TensorRT, and of which compute capability."""
+    from rtmdet_geo.backends.cuda import describe_devices
+
+    found = describe_devices()
+    names = tuple(
+        f"{one.name} ({one.label}, compute capability {'.'.join(map(str, one.compute_capability))})"
+        for one in found.devices
+    )
+    return replace(engine, devices=names, problem=engine.problem or found.problem)
 
 
 def _choices(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> tuple[Choice, ...]:

@@ -182,6 +182,11 @@ def ports_of(items: list[Any]) -> list[Port]:
 
 
 def open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
+    """Return a session on the CPU for an ONNX file of any sort.
+
+    Raises:
+        ModelFileError: there is no such file, or onnxruntime cannot open it.
+    """
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r} is not there")
     try:

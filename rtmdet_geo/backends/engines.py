@@ -90,8 +90,8 @@ def list_engines(*, load: bool = False) -> EngineReport:
 
     Args:
         load: import each installed engine, which shows whether it works and of torch and TensorRT which devices they
-            have. torch takes seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is its
-            CPU build.
+            have. torch takes seconds. Without it, torch is taken to have the GPUs that nvidia-smi names, unless it is
+            its CPU build.
     """
     gpus = find_gpus()
     engines: tuple[Engine, ...] = (

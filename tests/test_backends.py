@@ -329,7 +329,7 @@ def test_wrong_names(opened):
     with pytest.raises(ConfigError, match="onnxruntime"):
         open_backend(small_model(), name="tensorflow")
     with pytest.raises(ConfigError, match="device"):
-        opened(small_model(), device="cuda")
+        opened(small_model(), device="tpu")
     with pytest.raises(ConfigError, match="threads"):
         opened(small_model(), threads=0)
     with pytest.raises(ConfigError, match="candidates"):

@@ -8,7 +8,8 @@ import sys
 import types
 
 import pytest
-from fake_tensorrt import install
+from fake_cuda import FakeCuda
+from fake_tensorrt import VERSIONS, install
 from synthetic import make_spec, small_model, small_network
 from test_cli import run
 from test_startup import loaded_modules
@@ -16,6 +17,7 @@ from test_startup import loaded_modules
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import BACKEND_NAMES, engines, open_backend
 from rtmdet_geo.backends.engines import list_engines
+from rtmdet_geo.cli.engines import format_engines
 from rtmdet_geo.models.weights import save_weights
 
 CPUINFO = """processor\t: 0
@@ -141,22 +143,6 @@ def test_load_asks_torch(installed, gpus, monkeypatch):
     assert list_engines(load=True).engines[1].devices == ("cpu", "cuda:0")
 
 
-def test_load_asks_cuda_for_tensorrt(installed, gpus, monkeypatch):
-    """What nvidia-smi names need not be what CUDA answers for."""
-    trt = install(monkeypatch, "8.6.1")
-    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.9.0"}
-    assert list_engines().engines[0].devices == ("cuda:0", "cuda:1")
-    found = list_engines(load=True)
-    assert found.engines[0].devices == ("cuda:0",) and found.choices[0].engine == "tensorrt"
-    assert (found.machine["cuda_of_driver"], found.machine["cuda_of_cuda_python"]) == ("12.4", "12.9")
-    trt.cuda.has_driver = False
-    found = list_engines(load=True)
-    assert "update the NVIDIA driver" in found.engines[0].problem and found.engines[0].devices == ()
-    assert found.choices[0].engine == "onnxruntime" and found.machine["cuda_of_driver"] is None
-    trt.cuda.has_driver, trt.__version__ = True, "10.2.0"
-    assert "10.2.0 is not supported" in list_engines(load=True).engines[0].problem
-
-
 def test_command(installed, no_gpu):
     text = run("engines").stdout
     assert "for model files (.onnx): onnxruntime; " in text and "published names): torch; " in text
@@ -170,3 +156,37 @@ def test_command(installed, no_gpu):
 def test_no_engine_is_loaded():
     command = [sys.executable, "-m", "rtmdet_geo.cli", "engines"]
     assert not loaded_modules(command) & {"torch", "onnxruntime", "openvino", "rasterio"}
+
+
+def test_load_asks_cuda_for_tensorrts_devices(installed, gpus, monkeypatch):
+    """What nvidia-smi names need not be what CUDA answers for."""
+    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.6.0"}
+    found = list_engines()
+    assert [choice.engine for choice in found.choices] == ["tensorrt", "torch"]
+    assert found.engines[0].devices == ("cuda:0", "cuda:1")
+    install(monkeypatch, VERSIONS[0])
+    found = list_engines(load=True)
+    assert found.engines[0].problem is None and found.engines[0].devices == ("cuda:0",)
+    assert found.machine["cuda_devices"] == ("cuda:0 NVIDIA Fake 4000, compute capability 8.6",)
+    assert (found.machine["cuda_of_driver"], found.machine["cuda_of_cuda_python"]) == ("12.4", "12.9")
+
+
+def test_a_driver_that_cuda_does_not_find(installed, gpus, monkeypatch):
+    installed |= {"tensorrt": "8.6.1", "cuda-python": "12.6.0"}
+    install(monkeypatch, VERSIONS[0], FakeCuda(gpus=[]))
+    found = list_engines(load=True)
+    assert "update the NVIDIA driver" in found.engines[0].problem and found.choices[0].engine == "onnxruntime"
+    assert "the GPU's best, tensorrt: " in found.choices[0].reason
+    assert "cuda devices         none seen" in format_engines(found)
+
+
+def test_a_version_of_tensorrt_that_is_not_supported(installed, gpus, monkeypatch):
+    installed |= {"tensorrt": "10.2.0", "cuda-python": "12.6.0"}
+    install(monkeypatch, VERSIONS[0]).__version__ = "10.2.0"
+    engine = list_engines(load=True).engines[0]
+    assert "10.2.0 is not supported" in engine.problem and engine.devices == ()
+
+
+def test_tensorrt_without_the_bindings_of_cuda(installed, gpus):
+    installed["tensorrt"] = "11.4.0"
+    assert "cuda-python is not installed" in list_engines().engines[0].problem

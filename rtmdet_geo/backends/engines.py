@@ -89,8 +89,8 @@ def list_engines(*, load: bool = False) -> EngineReport:
     """Look for engines, and say what `auto` takes.
 
     Args:
-        load: import each installed engine, which shows whether it works, and ask TensorRT's CUDA and torch for their
-            devices; torch takes seconds. Without it, both are taken to have the GPUs that nvidia-smi names, unless
+        load: import each installed engine, which shows whether it works, and ask CUDA and torch for their devices.
+            torch takes seconds. Without it, TensorRT and torch are taken to have the GPUs that nvidia-smi names, unless
             torch is its CPU build.
     """
     gpus = find_gpus()
@@ -154,13 +154,11 @@ def _loaded(engine: Engine) -> Engine:
         from rtmdet_geo.backends.pytorch import list_devices
 
         return replace(engine, devices=list_devices())
-    if engine.name == "tensorrt" and engine.problem is None:
-        return _asked_for_devices(engine)
-    return engine
+    return _asked_for_gpus(engine) if engine.name == "tensorrt" else engine
 
 
-def _asked_for_devices(engine: Engine) -> Engine:
-    """Return TensorRT with CUDA's devices, or with what keeps it from them."""
+def _asked_for_gpus(engine: Engine) -> Engine:
+    """Return TensorRT with the GPUs that CUDA gives to it, or with what keeps it from them."""
     from rtmdet_geo.backends.cuda import describe_devices
     from rtmdet_geo.backends.trt_load import load_tensorrt
 
@@ -168,18 +166,23 @@ def _asked_for_devices(engine: Engine) -> Engine:
         load_tensorrt()
     except MissingDependencyError as error:  # a version that is not supported
         return replace(engine, devices=(), problem=str(error))
-    report = describe_devices()
-    return replace(engine, devices=tuple(device.name for device in report.devices), problem=report.problem)
+    found = describe_devices()
+    names = tuple(device.name for device in found.devices)
+    return replace(engine, devices=names, problem=engine.problem or found.problem)
 
 
 def _describe_cuda() -> dict[str, Any]:
-    """Return the newest CUDA that the driver knows, and the one that cuda-python is of; nothing without cuda-python."""
+    """Return the GPUs that CUDA gives to programs, and the CUDA that driver and cuda-python are of; nothing without."""
     if all(_version_of(package) is None for package in _CUDA_PACKAGES):
         return {}
     from rtmdet_geo.backends.cuda import describe_devices
 
-    report = describe_devices()
-    return {"cuda_of_driver": report.driver, "cuda_of_cuda_python": report.runtime}
+    found = describe_devices()
+    names = tuple(
+        f"{one.name} {one.label}, compute capability {'.'.join(map(str, one.compute_capability))}"
+        for one in found.devices
+    )
+    return {"cuda_devices": names, "cuda_of_driver": found.driver, "cuda_of_cuda_python": found.runtime}
 
 
 def _choices(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> tuple[Choice, ...]:

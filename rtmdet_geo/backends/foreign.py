@@ -8,7 +8,7 @@ from typing import Any
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.contract import missing_parts
-from rtmdet_geo.backends.onnxrt import _open_session, _ports
+from rtmdet_geo.backends.onnxrt import open_session, ports_of
 from rtmdet_geo.cores import usable_cores
 
 
@@ -28,9 +28,9 @@ def describe_foreign(path: str | os.PathLike[str]) -> dict[str, Any]:
         MissingDependencyError: onnxruntime is not installed.
     """
     file = Path(path)
-    session = _open_session(require_package("onnxruntime"), file, usable_cores())
+    session = open_session(require_package("onnxruntime"), file, usable_cores())
     about = session.get_modelmeta()
-    inputs, outputs = _ports(session.get_inputs()), _ports(session.get_outputs())
+    inputs, outputs = ports_of(session.get_inputs()), ports_of(session.get_outputs())
     metadata = dict(about.custom_metadata_map)
     return {
         "path": file,

@@ -78,7 +78,7 @@ def export(
     """Turn MODEL into a model file for `detect` or `classify`, or into a TensorRT engine.
 
     \b
-    Examples:
+    Example:
       rtmdet-geo export runs/mine/model.safetensors -o mine.onnx --half-weights
       rtmdet-geo export mine.onnx -o mine_fp16.onnx --precision fp16
 

@@ -6,9 +6,10 @@ DequantizeLinear pairs (QDQ), which onnxruntime and OpenVINO turn into int8 kern
 the first convolution to those before the last ones. fp32 stay normalisation, channel attention (a mean over a whole
 map, and the gate made of it), the last convolutions of each head, and all after them (exp, decoding, top-K).
 
-What was chosen by measuring, and what it costs, is in ``tests/benchmarks/results/int8.csv``: ranges from the lowest to
-the highest value seen (percentiles and entropy gain nothing), uint8 activations (int8 ones take onnxruntime more than
-three times as long on x86), 8 bits of weight instead of 7.
+What it gains and costs is in ``tests/benchmarks/results/int8.csv``. Chosen by measuring on the bundled models: ranges
+from the lowest to the highest value seen (percentiles and entropy gain nothing), uint8 activations (with int8 ones
+onnxruntime takes more than three times as long on x86), weights of 8 bits (7 cost .006 of AP50 more). On x86 processors
+without VNNI onnxruntime adds products in 16 bits, which may saturate; none of them was measured.
 """
 
 from __future__ import annotations

@@ -46,11 +46,11 @@ def open_engines(folder, variant, side, threads):
     from rtmdet_geo.backends import open_backend
     from rtmdet_geo.backends.pytorch import TorchBackend
     from rtmdet_geo.export import export_model, make_check_tiles
+    from rtmdet_geo.export.quantize import quantize_model
     from rtmdet_geo.models import get_model
     from rtmdet_geo.models.decode import DetectionGraph
     from rtmdet_geo.models.devices import cpu_has_bf16
     from rtmdet_geo.models.weights import save_weights
-    from rtmdet_geo.quantize import quantize_model
     from rtmdet_geo.structures import ModelSpec
 
     torch.manual_seed(0)

@@ -736,6 +736,12 @@ def test_export_to_an_engine(machine, tmp_path):
     assert engine.name == "tensorrt" and engine.best_batch_size == 2 and engine.fixed_tile_size == SIDE
     engine.close()
     assert "--overwrite" in error_line(run("export", weights, "-o", out))
+    for verb in (("info",), ("models", "show")):
+        card = run(*verb, out).stdout
+        assert "\nprecision" in card and "NVIDIA Fake 4000, compute capability 8.6, TensorRT 11.4.0.106" in card
+        assert "runs on  GPUs of that name" in card and "batches  up to 2" in card
+        facts = json.loads(run(*verb, out, "--json").stdout)
+        assert facts["precision"] == "fp16" and facts["engine"]["layers"]["fp16"] > 0
     done = run("export", tiny_file(), "-o", out, "--precision", "fp32", "--overwrite")
     assert "fp32" in done.stdout and f"compared with {tiny_file()} in fp32: boxes within" in done.stdout
 

@@ -111,7 +111,7 @@ def is_model(name_or_path: str) -> bool:
     """Say whether a model is meant: a name of the listing or nearly one, or a path that ends like a model file."""
     from rtmdet_geo.catalog import MODEL_SUFFIXES, WEIGHTS_SUFFIXES
 
-    endings = {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES} - {".bin"}  # rasters end so too
+    endings = {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES, ".engine"} - {".bin"}  # rasters end so too
     return name_or_path.lower().endswith(tuple(endings)) or bool(_near_names(name_or_path))
 
 
@@ -131,7 +131,7 @@ def show_model(model: str, as_json: bool) -> None:
     """Write what is known of a model to stdout: its card, or all of it as JSON.
 
     Args:
-        model: a name of the listing (bundled model, network, published weights) or a model file.
+        model: a name of the listing (bundled model, network, published weights), a model file or a TensorRT engine.
         as_json: a ModelSpec with path and hash; of a network what the listing says.
 
     Raises:
@@ -156,6 +156,9 @@ def show_model(model: str, as_json: bool) -> None:
         if near:
             raise UnknownModelError(f"no model is named {model!r}; did you mean {' or '.join(map(repr, near))}?")
         path = find_model(model)
+        if path.suffix.lower() == ".engine":
+            _show_engine(path, as_json)
+            return
         if path.suffix.lower() == ".onnx" and SPEC_KEY not in read_metadata(path):
             _show_foreign(path, as_json)
             return
@@ -172,6 +175,22 @@ def show_model(model: str, as_json: bool) -> None:
         report.echo_json(facts)
     else:
         click.echo(card)
+
+
+def _show_engine(path: Path, as_json: bool) -> None:
+    """Write what lies beside a TensorRT engine, whatever machine it is for."""
+    from rtmdet_geo.backends.trt_cache import read_description
+
+    found = read_description(path)
+    if as_json:
+        engine = found.model_dump(mode="json", exclude={"spec"})
+        report.echo_json({"path": path, **found.spec.model_dump(mode="json"), "engine": engine})
+        return
+    key = {name: ".".join(map(str, value)) if isinstance(value, list) else value for name, value in found.key.items()}
+    made = "{gpu}, compute capability {compute_capability}, TensorRT {tensorrt}, {system} {machine}".format_map(key)
+    rows = [("made on", made), ("runs on", _RUNS_ON[found.compatibility]), ("batches", f"up to {found.max_batch}")]
+    where = f"{path}, {path.stat().st_size / 1e6:.1f} MB"
+    click.echo(f"{format_card(found.spec, where)}\n\nTensorRT engine\n{_format_rows(rows)}")
 
 
 def _show_foreign(path: Path, as_json: bool) -> None:
@@ -363,6 +382,14 @@ _FINDS = {
     "horizontal": "horizontal boxes",
     "mask": "instance masks",
     "classification": "classes of whole images",
+}
+
+
+#: What else than the very GPU an engine runs on, by its level of compatibility.
+_RUNS_ON = {
+    "none": "GPUs of that name, with that TensorRT",
+    "same_compute_capability": "all GPUs of that compute capability, with that TensorRT",
+    "ampere_plus": "all GPUs of compute capability 8.0 and later, with that TensorRT",
 }
 
 

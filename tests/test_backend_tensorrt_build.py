@@ -680,6 +680,7 @@ def test_the_stand_in_has_no_more_than_the_real_one(machine, monkeypatch, versio
 
 
 @pytest.mark.tensorrt
+@pytest.mark.filterwarnings("default")  # bindings of older TensorRT warn of newer numpy, Python and themselves
 def test_the_manifest_is_the_installed_version_s():
     """What the backend uses must be in the real package, with the parameters that the stand-in has."""
     trt = pytest.importorskip("tensorrt", exc_type=ImportError)
@@ -694,6 +695,7 @@ def test_the_manifest_is_the_installed_version_s():
 
 @pytest.mark.gpu
 @pytest.mark.tensorrt
+@pytest.mark.filterwarnings("default")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("precision", "px", "score"), [("fp32", 0.05, 1e-3), ("fp16", 0.5, 0.01)])
 @pytest.mark.parametrize("model", ["sen2ships_r", "banepa_ins"])

@@ -76,6 +76,14 @@ def test_driver_without_a_device(monkeypatch):
         cuda.find_device("auto")
 
 
+def test_a_driver_of_an_older_cuda_than_cuda_pythons(machine, monkeypatch):
+    monkeypatch.setattr(machine, "_cudaRuntimeGetVersion", lambda: 13000)
+    machine.fail_next["cudaGetDeviceCount"] = "cudaErrorInsufficientDriver"
+    remedy = r"driver is of CUDA 12\.4, cuda-python of 13\.0: run: pip install 'cuda-python<13'"
+    with pytest.raises(EngineError, match=remedy):
+        cuda.list_devices()
+
+
 def test_older_cuda_python_without_a_driver_library(machine, monkeypatch):
     """Before 12.8 it raises instead of returning a status."""
 

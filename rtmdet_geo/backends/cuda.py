@@ -111,8 +111,19 @@ def call(name: str, *arguments: Any) -> Any:
     if status == codes.cudaErrorMemoryAllocation:
         raise DeviceMemoryError(f"{name} of CUDA finds too little memory ({reason}); lower the batch size")
     if status in (codes.cudaErrorInsufficientDriver, codes.cudaErrorNoDevice):
-        raise EngineError(f"no CUDA device answers ({reason}); {_DRIVER_HINT}")
+        raise EngineError(f"no CUDA device answers ({reason}); {_driver_hint(module)}")
     raise EngineError(f"{name} of CUDA fails ({reason}); run again, and report it if it stays")
+
+
+def _driver_hint(module: Any) -> str:
+    """Return what helps where the driver does not answer: another cuda-python, if that is of a newer CUDA."""
+    driver, own = module.cudaDriverGetVersion()[1], module.cudaRuntimeGetVersion()[1]
+    if not driver or not own or own // 1000 <= driver // 1000:
+        return _DRIVER_HINT
+    return (
+        f"the driver is of CUDA {_as_text(driver)}, cuda-python of {_as_text(own)}: run: pip install "
+        f"'cuda-python<{driver // 1000 + 1}', or update the driver"
+    )
 
 
 def _text(name: str, status: Any) -> str:
@@ -180,12 +191,17 @@ def describe_devices() -> DeviceReport:
 
 
 def _version(name: str) -> str | None:
-    """Return a version of CUDA (1000 major + 10 minor) as text; None: nobody answers, or 0, which is no driver."""
+    """Return a version of CUDA as text; None: nobody answers, or 0, which is no driver."""
     try:
         number = call(name)
     except (EngineError, MissingDependencyError):
         return None
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+    return _as_text(number) if number else None
+
+
+def _as_text(version: int) -> str:
+    """Return a version of CUDA, 1000 major + 10 minor, as text."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def use(device: Device) -> None:

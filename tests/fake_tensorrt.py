@@ -186,10 +186,10 @@ class _Builder:
     def build_serialized_network(self, network: Strict, config: Strict) -> HostMemory | None:
         trt, net, settings = self.trt, network._real, config._real
         trt.builds += 1
-        trt.log_build(net.model.SerializeToString())
+        with contextlib.suppress(KeyboardInterrupt):  # the binding swallows what a signal raises in it
+            trt.log_build(net.model.SerializeToString())
         severity = trt.ILogger.Severity
-        with contextlib.suppress(KeyboardInterrupt):  # the binding swallows all that is raised in it
-            self.logger.log(severity.INFO, "building")
+        self.logger.log(severity.INFO, "building")
         if settings.progress_monitor is not None and not _tell(settings.progress_monitor, trt.steps):
             return None
         if trt.build_errors:

@@ -185,9 +185,10 @@ def test_whole_scene(pair, tmp_path, other):
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_bundled_model(other):
-    """Not banepa_ins in torch: its file was rounded to fp16 after folding batch norms, its weights before."""
-    engines = [open_backend("sen2ships_r", name=name, threads=1) for name in ("auto", other)]
+@pytest.mark.parametrize("model", ["sen2ships_r", "banepa_ins"])
+def test_bundled_models(model, other):
+    """Every candidate, boxes and what masks are made of."""
+    engines = [open_backend(model, name=name, threads=1) for name in ("auto", other)]
     assert [engine.name for engine in engines] == ["onnxruntime", other]
     tiles = make_check_tiles(1, len(engines[0].spec.bands), 256, seed=0)
     assert_same(*(engine.predict(tiles, score_threshold=0.02)[0] for engine in engines))

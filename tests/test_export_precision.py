@@ -104,6 +104,15 @@ def test_weights_to_fp16_are_compared_with_torch(kind, sources, tmp_path):
     assert traced.precision == rewritten.precision == "fp16"
 
 
+def test_a_spec_of_ones_own_keeps_what_belongs_to_the_graph(sources, tmp_path):
+    """K of tiles of 96 px is 12 x 12 + 6 x 6 + 3 x 3."""
+    mine = make_spec(name="mine", tile_size=96, max_detections=7, licence="CC0-1.0")
+    stored = export_model(sources["rotated"], tmp_path / "out.onnx", spec=mine, verify=False)
+    assert (stored.name, stored.licence, stored.tile_size, stored.max_detections) == ("mine", "CC0-1.0", 96, 189)
+    was = read_spec(sources["rotated"])
+    assert (stored.weights_sha256, stored.exporter) == (was.weights_sha256, was.exporter) and was.weights_sha256
+
+
 @pytest.mark.parametrize("kind", ["horizontal", "mask"])
 def test_half_weights_are_those_of_the_weights_file(kind, sources, tmp_path):
     """Stored are the very numbers of a half-precision weights file, shared ones once."""
@@ -377,6 +386,7 @@ def test_without_torch(sources, tmp_path):
         (ConfigError, {"batch_size": 0}, "batch 0"),
         (ConfigError, {"score_threshold": 2}, "score_threshold"),
         (ConfigError, {"spec": make_spec(classes=("a", "b"))}, "the spec is not that of"),
+        (ConfigError, {"spec": make_spec(mean=(1.0, 1.0, 1.0))}, "mean or std differ"),
     ],
 )
 def test_refusals(error, arguments, words, sources, tmp_path):

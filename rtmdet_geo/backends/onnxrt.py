@@ -23,7 +23,7 @@ from rtmdet_geo.backends.contract import (
     refuse_classifier,
 )
 from rtmdet_geo.cores import usable_cores
-from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, ModelFileError
+from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ class OnnxRuntimeBackend(RowsBackend):
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             if not any(words in str(error) for words in _MEMORY_WORDS):
                 raise
-            number, _, height, width = images.shape
-            raise DeviceMemoryError(
-                f"the memory of {self.device_name} is too small for {number} tiles of {height} x {width} px at once; "
-                "lower batch_size or tile_size, or choose device 'cpu'"
-            ) from error
+            raise self._too_large(images.shape) from error
 
 
 def _cuda_index(device: str) -> int | None:

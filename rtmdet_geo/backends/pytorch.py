@@ -173,11 +173,7 @@ class TorchBackend(RowsBackend):
         except RuntimeError as error:
             failure: DeviceMemoryError | EngineError
             if is_out_of_memory(error):
-                number, _, height, width = shape
-                failure = DeviceMemoryError(
-                    f"the memory of {self.device} is too small for {number} tiles of {height} x {width} px at once; "
-                    "lower batch_size or tile_size, or choose device 'cpu'"
-                )
+                failure = self._too_large(shape)
             elif type(error).__module__.startswith(_COMPILER_MODULES):
                 failure = EngineError(
                     f"torch.compile failed on {self.device} ({first_line(error)}); it needs "

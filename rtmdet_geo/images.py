@@ -179,9 +179,10 @@ def predict(
         >>> print(predict(load_model(), sea, channels=("red", "green", "blue", "nir")))
         0 objects
     """
+    augmentation = find_augmentation(tta)
     if model is None or isinstance(model, str | os.PathLike):
-        model = load_model(model)
-    spec, augmentation = model.spec, find_augmentation(tta)
+        model = open_backend(find_model(model), any_size=augmentation.scales != (1.0,))
+    spec = model.spec
     is_letterboxed = _is_letterboxed(spec, resize, gsd)
     if max_detections is not None and max_detections < 1:
         raise ConfigError(f"max_detections={max_detections} must be at least 1")

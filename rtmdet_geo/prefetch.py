@@ -82,15 +82,16 @@ class Prefetch(Generic[Item]):
     def _work(self, source: Iterable[Item]) -> None:
         error: BaseException | None = None
         try:
-            for item in source:
-                if not self._put((item, None)):
-                    break
+            try:
+                for item in source:
+                    if not self._put((item, None)):
+                        break
+            finally:
+                close = getattr(source, "close", None)
+                if close is not None:
+                    close()
         except BaseException as problem:  # whatever it is, it belongs to the thread that asked
             error = problem
-        finally:
-            close = getattr(source, "close", None)
-            if close is not None:
-                close()
         self._put((_END, error))
 
     def _put(self, entry: tuple[object, BaseException | None]) -> bool:

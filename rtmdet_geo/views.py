@@ -246,6 +246,7 @@ class AugmentedBackend:
         self.path, self.device_name = engine.path, engine.device_name
         self.spec: ModelSpec = engine.spec
         self.fixed_tile_size: int | None = engine.fixed_tile_size
+        self.best_batch_size: int = getattr(engine, "best_batch_size", 1)
         self.num_saturated = 0
 
     def run(

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends.pytorch_classify": BASE | STAGES | BACKENDS | {"models"},
     **dict.fromkeys(ONNX, BASE | ONNX),
     "export": BASE | STAGES | BACKENDS | {"export"},
-    "export.check": BASE | BACKENDS,
+    "export.check": BASE | BACKENDS | ONNX,
     "export.tiles": BASE | STAGES,
     "export.trace": BASE | STAGES | BACKENDS | {"export", "models"},
     "tile_loop": BASE | STAGES | BACKENDS,

@@ -234,7 +234,6 @@ def test_what_is_no_classifier_is_refused(monkeypatch, tmp_path, name, error, pa
         ({"weights": [[0.1] * 3] * 3, "biases": [0.0] * 3}, r"'scores' has the shape .*wants \(N, 2\)"),
         ({"shape": ("N", 3, 64, 64)}, r"'images' has the shape .*wants \(N, 3, 32, 32\)"),
         ({"shape": ("N", 4, "H", "W"), "weights": [[0.1] * 4] * 2}, "4 channels.* 3 bands"),
-        ({"shape": (1, 3, "H", "W")}, "with any N"),
         ({"has_spec": False}, "model_spec"),
         ({"spec": classifier_spec(kind="rotated")}, "rtmdet-geo detect"),
     ],
@@ -258,13 +257,13 @@ def test_scores_that_are_no_probabilities(tmp_path, backend, changes):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", FILE_ENGINES)
-@pytest.mark.parametrize("tile_size", [None, SIDE])
-def test_exported_classifier(tmp_path, tile_size, backend):
+@pytest.mark.parametrize("sizes", [{}, {"tile_size": SIDE}, {"tile_size": SIDE, "batch_size": 3}])
+def test_exported_classifier(tmp_path, sizes, backend):
     """What export writes gives what the weights give, eight images at once what each gives alone."""
     from rtmdet_geo.export import export_model
 
     weights = write_network(tmp_path / "greys.safetensors")
-    export_model(weights, tmp_path / "greys.onnx", tile_size=tile_size, verify=False)
+    export_model(weights, tmp_path / "greys.onnx", verify=False, **sizes)
     images = np.random.default_rng(0).integers(0, 256, (8, 3, SIDE, SIDE), dtype=np.uint8)
     one = open_classifier(weights, backend="torch", threads=1).predict(images)
     by_file = open_classifier(tmp_path / "greys.onnx", backend=backend, threads=1)

@@ -12,12 +12,13 @@ import onnxruntime
 import pytest
 from classifiers import untrained_network, write_classifier
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from synthetic import SMALLEST, make_spec, small_model, small_network
 
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.export import export_model, make_check_tiles
 from rtmdet_geo.export.graph import fold_weights, stored_spec
-from rtmdet_geo.export.half import to_half
+from rtmdet_geo.export.half import to_half, with_roundings
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 #: Operators that must not compute in fp16: means over maps, decoding, ranking, probabilities.
@@ -98,7 +99,11 @@ def test_casts_are_few_and_nothing_is_left_over(kind):
 def test_numbers_hold(kind):
     full, half = halves(kind)
     tiles = make_check_tiles(2, 3, 128, seed=1)
-    expected, found = run(full, tiles), run(half, tiles)
+    rounded = with_roundings(half)
+    onnx.checker.check_model(rounded, full_check=True)
+    types = inferred(rounded)
+    assert {types[node.input[0]] for node in rounded.graph.node if node.op_type == "Conv"} == {FLOAT}
+    expected, found = run(full, tiles), run(rounded, tiles)
     assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(expected, np.dtype(np.float32))
     difference = np.abs(found["scores"] - expected["scores"])
     assert 0 < difference.max() < 0.02 and expected["scores"].std() > 0.05
@@ -164,6 +169,19 @@ def test_worked_by_hand():
     assert [tensor.name for tensor in half.graph.initializer] == ["weight/fp16"]
     assert run(half, np.full((1, 1, 1, 1), 2, np.float32))["out"].item() == 7.5
     assert stored_spec(half) is None
+
+
+def test_every_number_is_rounded_where_it_is_made():
+    """1 + 2^-10 times 3 ties between steps of 2^-9 and becomes 3.00390625; 3 times that, of 2^-7: 9.015625."""
+    full = small_graph(np.array(6.0))
+    half = to_half(full)
+    before, number = half.SerializeToString(), np.full((1, 1, 1, 1), 1 + 2**-10, np.float32)
+    rounded = with_roundings(half)
+    assert half.SerializeToString() == before, "the argument must stay what it was"
+    (reference,) = ReferenceEvaluator(half).run(None, {"images": number})
+    assert run(rounded, number)["out"].item() == reference.item() == 9.015625 + 3.00390625
+    large = np.full((1, 1, 1, 1), 30000, np.float32)
+    assert run(rounded, large)["out"].item() == np.inf > run(full, large)["out"].item() == 360000
 
 
 def test_refusals(tmp_path, caplog):

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from classifiers import untrained_network
+import torch
+from classifiers import SIDE, classifier_spec, untrained_network
 from click.testing import CliRunner, Result
-from onnx import TensorProto, numpy_helper
-from synthetic import SMALLEST, make_spec, small_model, small_network, write_scene
+from onnx import TensorProto, helper, numpy_helper
+from synthetic import SMALLEST, make_spec, small_network, write_scene
+from torch import nn
 
 from rtmdet_geo.backends.onnxrt import open_model_file
 from rtmdet_geo.catalog import CATALOG, check_graph, read_spec
@@ -30,13 +32,26 @@ from rtmdet_geo.models.weights import save_weights
 CHIPS = Path(__file__).parent / "data"
 
 
+def moderate_network(kind: str) -> nn.Module:
+    """A network whose logits differ a quarter as much as is usual in tests, so that half precision can follow."""
+    network = untrained_network(3) if kind == "classification" else small_network(kind)
+    mean = 0 if kind == "classification" else -1
+    with torch.no_grad():
+        for layer in [network.head.fc] if kind == "classification" else network.bbox_head.rtm_cls:
+            layer.weight *= 0.25
+            layer.bias.copy_(mean + 0.25 * (layer.bias - mean))
+    return network
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A fp32 model file of each kind; the classifier's logits are moderate, so that half precision can follow them."""
-    path = tmp_path_factory.mktemp("sources") / "classifier.onnx"
-    spec = make_spec(name="c", kind="classification", classes=("a", "b", "c"), architecture="cspnext_test")
-    export_model(untrained_network(3), path, spec=spec, verify=False)
-    return {kind: small_model(kind) for kind in SMALLEST if kind != "classification"} | {"classification": path}
+    """A fp32 model file of each kind."""
+    folder = tmp_path_factory.mktemp("sources")
+    for kind, architecture in SMALLEST.items():
+        classes = ("a", "b", "c") if kind == "classification" else ("ship",)
+        spec = make_spec(name=f"small_{kind}", kind=kind, classes=classes, architecture=architecture)
+        export_model(moderate_network(kind), folder / f"{kind}.onnx", spec=spec, verify=False)
+    return {kind: folder / f"{kind}.onnx" for kind in SMALLEST}
 
 
 def shape_of(path: Path) -> list[int | str]:
@@ -79,8 +94,7 @@ def test_every_kind_precision_and_size(kind, precision, sizes, sources, tmp_path
 def test_weights_to_fp16_are_compared_with_torch(kind, sources, tmp_path):
     """And the graph is that which the fp32 model file gives."""
     spec = read_spec(sources[kind])
-    network = untrained_network(3) if kind == "classification" else small_network(kind)
-    save_weights(network, tmp_path / "m.safetensors", spec, half=False)
+    save_weights(moderate_network(kind), tmp_path / "m.safetensors", spec, half=False)
     traced = export_model(tmp_path / "m.safetensors", tmp_path / "a.onnx", precision="fp16", tile_size=64)
     rewritten = export_model(sources[kind], tmp_path / "b.onnx", precision="fp16", tile_size=64)
     tiles = make_check_tiles(2, 3, 64, seed=1)
@@ -90,14 +104,22 @@ def test_weights_to_fp16_are_compared_with_torch(kind, sources, tmp_path):
     assert traced.precision == rewritten.precision == "fp16"
 
 
+def test_a_spec_of_ones_own_keeps_what_belongs_to_the_graph(sources, tmp_path):
+    """K of tiles of 96 px is 12 x 12 + 6 x 6 + 3 x 3."""
+    mine = make_spec(name="mine", tile_size=96, max_detections=7, licence="CC0-1.0")
+    stored = export_model(sources["rotated"], tmp_path / "out.onnx", spec=mine, verify=False)
+    assert (stored.name, stored.licence, stored.tile_size, stored.max_detections) == ("mine", "CC0-1.0", 96, 189)
+    was = read_spec(sources["rotated"])
+    assert (stored.weights_sha256, stored.exporter) == (was.weights_sha256, was.exporter) and was.weights_sha256
+
+
 @pytest.mark.parametrize("kind", ["horizontal", "mask"])
 def test_half_weights_are_those_of_the_weights_file(kind, sources, tmp_path):
     """Stored are the very numbers of a half-precision weights file, shared ones once."""
     from safetensors.numpy import load_file
 
     spec = read_spec(sources[kind])
-    network = untrained_network(3) if kind == "classification" else small_network(kind)
-    save_weights(network, tmp_path / "m.safetensors", spec, half=True)
+    save_weights(moderate_network(kind), tmp_path / "m.safetensors", spec, half=True)
     stored = export_model(tmp_path / "m.safetensors", tmp_path / "h.onnx", half_weights=True)
     weights = load_file(tmp_path / "m.safetensors")
     graph = onnx.load(tmp_path / "h.onnx").graph
@@ -115,7 +137,6 @@ def test_half_weights_are_those_of_the_weights_file(kind, sources, tmp_path):
 
 def test_int8_is_calibrated_on_the_tiles_that_it_is_compared_on(tmp_path):
     """Of a trained model: what it finds is found again, a little elsewhere."""
-    pytest.importorskip("rtmdet_geo.export.quantize")
     source, path = CATALOG["sen2ships_r"].path, tmp_path / "int8.onnx"
     scene = CHIPS / "casablanca.tif"
     stored = export_model(source, path, precision="int8", tile_size=256, batch_size=2, verify_on=[scene])
@@ -151,10 +172,42 @@ def test_one_wrong_weight_is_found(precision, sources, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(export_trace, "_trace", trace_another)
-    save_weights(small_network(), tmp_path / "m.safetensors", read_spec(sources["rotated"]), half=False)
+    save_weights(moderate_network("rotated"), tmp_path / "m.safetensors", read_spec(sources["rotated"]), half=False)
     result = run("export", tmp_path / "m.safetensors", "-o", tmp_path / "bad.onnx", "--precision", precision)
     assert result.exit_code == 3 and "differs from torch" in result.stderr
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("factor,is_beyond", [(2.0**8, False), (2.0**14, True)])
+def test_numbers_beyond_half_precision_are_found(factor, is_beyond, tmp_path):
+    """One layer multiplies pixels of up to 255 / 32, the next divides: fp32 does not mind, fp16 ends at 65504."""
+    weights = {"up": np.eye(3) * factor, "down": np.array([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]]) / factor}
+    stored = [
+        numpy_helper.from_array(value[..., None, None].astype(np.float32), name) for name, value in weights.items()
+    ]
+    stored.append(numpy_helper.from_array(np.float32(32), "scale"))
+    chain = [("Cast", []), ("Div", ["scale"]), ("Conv", ["up"]), ("Relu", []), ("Conv", ["down"])]
+    chain += [("GlobalAveragePool", []), ("Flatten", []), ("Softmax", [])]
+    tensors = ["images", *(f"{number}" for number in range(len(chain) - 1)), "scores"]
+    nodes = [
+        helper.make_node(operator, [tensors[number], *others], [tensors[number + 1]], name=f"{operator} {number}")
+        for number, (operator, others) in enumerate(chain)
+    ]
+    nodes[0].attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, SIDE, SIDE])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2])
+    graph = helper.make_graph(nodes, "chain", [images], [scores], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    write_metadata(model, classifier_spec())
+    onnx.save(model, tmp_path / "chain.onnx")
+    assert export_model(tmp_path / "chain.onnx", tmp_path / "full.onnx").differences == {"scores": 0}
+    if not is_beyond:
+        stored_spec = export_model(tmp_path / "chain.onnx", tmp_path / "half.onnx", precision="fp16")
+        assert stored_spec.differences["scores"] < 2e-3
+        return
+    with pytest.raises(ExportMismatchError, match="output 'scores' at batch 1 is not finite in the file"):
+        export_model(tmp_path / "chain.onnx", tmp_path / "half.onnx", precision="fp16")
+    assert not (tmp_path / "half.onnx").exists()
 
 
 @pytest.mark.parametrize("precision,by", [("fp16", 2), ("int8", 1000)])
@@ -333,6 +386,7 @@ def test_without_torch(sources, tmp_path):
         (ConfigError, {"batch_size": 0}, "batch 0"),
         (ConfigError, {"score_threshold": 2}, "score_threshold"),
         (ConfigError, {"spec": make_spec(classes=("a", "b"))}, "the spec is not that of"),
+        (ConfigError, {"spec": make_spec(mean=(1.0, 1.0, 1.0))}, "mean or std differ"),
     ],
 )
 def test_refusals(error, arguments, words, sources, tmp_path):

@@ -431,6 +431,19 @@ def test_wrong_models() -> None:
         load_model(backend="abacus")
 
 
+@pytest.mark.parametrize("tta,any_size", [(None, False), ("flips", False), ("scales", True)])
+def test_engines_of_one_size_are_left_out_where_views_have_several(
+    monkeypatch: pytest.MonkeyPatch, tta: str | None, any_size: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "rtmdet_geo.images.open_backend",
+        lambda path, **options: asked.append((path.name, options)) or RectangleEngine(),
+    )
+    predict("sen2ships_r", np.zeros((40, 40, 3), np.uint8), tta=tta)
+    assert asked == [("sen2ships_r.onnx", {"any_size": any_size})]
+
+
 def test_prediction_says_what_it_holds() -> None:
     boxes = np.array([[10, 10, 8, 4, np.pi / 2], [30, 20, 6, 6, 0], [50, 20, 6, 6, 0]])
     labels = np.array([1, 0, 1])

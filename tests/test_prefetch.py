@@ -76,6 +76,30 @@ def test_leaving_early_closes_the_source():
     assert closed.is_set() and not ahead._thread.is_alive()
 
 
+def test_a_source_that_fails_to_close_says_so():
+    """Nobody would wait for ever for an end that never comes."""
+
+    class Source:
+        def __iter__(self):
+            return iter([1])
+
+        def close(self):
+            raise ModelFileError("cannot be closed")
+
+    with pytest.raises(ModelFileError, match="cannot be closed"), Prefetch(Source(), waiting=tired()) as ahead:
+        list(ahead)
+
+
+def tired():
+    """Return what gives up waiting in the end."""
+    end = time.monotonic() + LONG
+
+    def waiting() -> None:
+        assert time.monotonic() < end, "nothing comes"
+
+    return waiting
+
+
 def test_waiting_is_called_in_the_callers_thread_and_may_raise():
     release = threading.Event()
     threads = []

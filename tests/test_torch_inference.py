@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -11,18 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from classifiers import SIDE, write_network
 from synthetic import SMALLEST, make_spec, small_network
 from torch import nn
 
 from rtmdet_geo.backends import pytorch
 from rtmdet_geo.backends.pytorch import TorchBackend
+from rtmdet_geo.backends.pytorch_classify import TorchClassifier
 from rtmdet_geo.catalog import CATALOG
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError
 from rtmdet_geo.export import make_check_tiles
 from rtmdet_geo.models import cuda_graphs, devices
 from rtmdet_geo.models.cuda_graphs import MOST_GRAPHS, CudaRunner
 from rtmdet_geo.models.decode import DetectionGraph
-from rtmdet_geo.models.devices import choose_precision, cpu_has_bf16, exact_convolutions, is_out_of_memory
+from rtmdet_geo.models.devices import (
+    choose_precision,
+    cpu_has_bf16,
+    exact_convolutions,
+    is_out_of_memory,
+    with_number,
+)
 from rtmdet_geo.models.inference import InferenceNetwork, _MeanInFloat32
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.structures import Detections
@@ -166,8 +176,14 @@ def test_how_bf16_is_found(tmp_path, monkeypatch, found, answer):
     assert cpu_has_bf16() is False
 
 
+def is_exact() -> bool:
+    """Whether cuDNN's fp32 convolutions are in fp32."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+
+
 def test_exact_convolutions_hold_until_the_last_thread_leaves():
-    assert torch.backends.cudnn.allow_tf32
+    assert not is_exact()
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -178,13 +194,52 @@ def test_exact_convolutions_hold_until_the_last_thread_leaves():
     thread = threading.Thread(target=other)
     with exact_convolutions():
         thread.start()
-        assert inside.wait(10) and not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32  # the other thread is still at it
+        assert inside.wait(10) and is_exact() and torch.backends.cudnn.benchmark
+    assert is_exact()  # the other thread is still at it
     leave.set()
     thread.join()
-    assert torch.backends.cudnn.allow_tf32
+    assert not is_exact() and not torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
     with exact_convolutions():
-        assert not torch.backends.cudnn.allow_tf32
+        assert is_exact()
+
+
+def test_exact_convolutions_before_torch_2_9(monkeypatch):
+    monkeypatch.delattr(type(torch.backends.cudnn), "conv", raising=False)
+    with exact_convolutions():
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has the old names alone")
+def test_programs_that_set_the_precision_by_its_new_names():
+    """A process of its own, because torch does not get back to where it began."""
+    program = """
+import torch
+from rtmdet_geo.models.devices import exact_convolutions
+cudnn = torch.backends.cudnn
+for module, value in [(torch.backends, "tf32"), (torch.backends, "ieee"), (cudnn, "tf32"), (cudnn.conv, "ieee")]:
+    module.fp32_precision = value
+    before = cudnn.conv.fp32_precision
+    with exact_convolutions():
+        inside = cudnn.conv.fp32_precision
+    print(inside, before == cudnn.conv.fp32_precision)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == 4 * "ieee True\n", done.stderr
+
+
+def test_classifiers_are_exact_too(tmp_path):
+    engine = TorchClassifier(write_network(tmp_path / "c.safetensors"), threads=1, device="cpu")
+    seen = []
+    engine._graph.register_forward_hook(lambda *_: seen.append(is_exact()))
+    engine.predict(np.zeros((1, 3, SIDE, SIDE), np.uint8))
+    assert seen == [True] and not is_exact()
+
+
+def test_cuda_without_a_number_is_the_one_that_this_thread_has_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert with_number(torch.device("cuda")) == torch.device("cuda:1")
+    assert with_number(CUDA) == CUDA and with_number(CPU) == CPU
 
 
 @pytest.mark.parametrize(
@@ -466,7 +521,7 @@ def test_compiled_gives_the_same(weights):
 def test_gpu_equals_cpu(weights, kind, cuda_graphs):
     cpu = TorchBackend(weights[kind], device="cpu", threads=1)
     gpu = TorchBackend(weights[kind], device="cuda", cuda_graphs=cuda_graphs)
-    assert gpu.precision == "fp32" and gpu.best_batch_size == 8 and gpu.device_name == "cuda"
+    assert gpu.precision == "fp32" and gpu.best_batch_size == 8 and gpu.device_name == "cuda:0"
     tiles = make_check_tiles(8, 3, 128, seed=1)
     assert_near(cpu, gpu, tiles, px=0.05, score=1e-3)
     assert gpu._runner is not None and gpu._runner.num_graphs == (1 if cuda_graphs else 0)

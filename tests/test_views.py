@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_spec
 
-from rtmdet_geo.backends import Backend
+from rtmdet_geo.backends import Backend, choose_batch_size
 from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.errors import ConfigError, SaturatedTileWarning
 from rtmdet_geo.masks import assemble_detections
@@ -193,6 +193,13 @@ def test_batches_come_one_at_a_time_and_in_order() -> None:
     assert [len(part) for part in (*first, *second)] == [12 * len(part) for part in boxes]
     sizes = {batch.shape[2:] for batch in engine.batches}
     assert sizes == {(96, 128), (96, 160), (128, 224)}  # 72 x 120, 96 x 160, 120 x 200 px and padding
+
+
+def test_batches_are_as_large_as_the_engine_likes_them() -> None:
+    engine = RectangleEngine()
+    assert choose_batch_size(AugmentedBackend(engine, ALL), None) == 1
+    engine.best_batch_size = 8
+    assert choose_batch_size(AugmentedBackend(engine, ALL), None) == 8
 
 
 class ScoredEngine(Engine):

@@ -144,12 +144,20 @@ class ModelFileClassifier:
             self._run = lambda images, names: session.run(names, {"images": images})
             sizes = {port.name: port.shape for port in (*session.get_inputs(), *session.get_outputs())}
         _check_sizes(sizes, self.spec, self.path)
+        number = sizes["images"][0]
+        self._fixed_number = number if isinstance(number, int) else None
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
         check_batch(images, self.spec)
-        (scores,) = self._run(np.ascontiguousarray(images), ["scores"])
-        return check_scores(scores, len(images), self.spec, self.path)
+        size = self._fixed_number or len(images)
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            filled = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+            (scores,) = self._run(filled, ["scores"])
+            parts.append(scores[: len(part)])
+        return check_scores(np.concatenate(parts), len(images), self.spec, self.path)
 
 
 def refuse_detector(spec: ModelSpec, path: str | os.PathLike[str]) -> None:
@@ -169,16 +177,15 @@ def _check_sizes(found: Mapping[str, Sequence[Any]], spec: ModelSpec, path: Path
     """Compare the sizes of a file's input and output, by name, with its own spec; the rest has been checked.
 
     Raises:
-        ModelFileError: they contradict each other, or the number of images is fixed.
+        ModelFileError: they contradict each other.
     """
     wanted = {"images": (len(spec.bands), spec.tile_size, spec.tile_size), "scores": (len(spec.classes),)}
     for name, shape in wanted.items():
-        number, *sizes = found[name]  # sizes that are open have a name, or none
-        is_same = all(not isinstance(size, int) or size == one for size, one in zip(sizes, shape, strict=True))
-        if isinstance(number, int) or not is_same:
+        sizes = found[name][1:]  # those that are open have a name, or none
+        if not all(not isinstance(size, int) or size == one for size, one in zip(sizes, shape, strict=True)):
             raise ModelFileError(
                 f"{str(path)!r} contradicts itself: {name!r} has the shape {list(found[name])}, its model_spec wants "
-                f"(N, {', '.join(map(str, shape))}) with any N; export it again"
+                f"(N, {', '.join(map(str, shape))}); export it again"
             )
 
 

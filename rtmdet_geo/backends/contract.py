@@ -313,6 +313,15 @@ class RowsBackend(ABC):
         self._most_images = (len(images) + 1) // 2
         return self._raw_in_parts(images, self._most_images, multi_label)
 
+    def _too_large(self, shape: tuple[int, ...]) -> DeviceMemoryError:
+        """Return the error of a batch (N, C, H, W) that the device's memory is too small for."""
+        number, _, height, width = shape
+        elsewhere = "" if self.device_name == "cpu" else ", or choose device 'cpu'"
+        return DeviceMemoryError(
+            f"the memory of {self.device_name} is too small for {number} tiles of {height} x {width} px at once; lower "
+            f"batch_size or tile_size{elsewhere}"
+        )
+
     def _raw_filled(self, images: NDArray[np.uint8], size: int, multi_label: bool) -> tuple[NDArray[Any], ...]:
         """Return the outputs of a batch that is run ``size`` images at a time, the last filled up with black ones."""
         parts = []

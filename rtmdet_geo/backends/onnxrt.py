@@ -23,7 +23,7 @@ from rtmdet_geo.backends.contract import (
     refuse_classifier,
 )
 from rtmdet_geo.cores import usable_cores
-from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, ModelFileError
+from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ _REMEDY = (
 class OnnxRuntimeBackend(RowsBackend):
     """A detector's model file in an onnxruntime session. See :class:`rtmdet_geo.backends.Backend` for the contract.
 
-    On a GPU it computes what the file holds in fp32 in fp32, never in TF32.
+    On a GPU it computes what the file holds in fp32 in fp32, never in TF32. On a CPU without fp16 arithmetic, which
+    most are, onnxruntime computes fp16 files in fp32, by weights that are rounded.
 
     Args:
         path: ``.onnx`` file that follows the model-file contract.
@@ -89,11 +90,7 @@ class OnnxRuntimeBackend(RowsBackend):
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             if not any(words in str(error) for words in _MEMORY_WORDS):
                 raise
-            number, _, height, width = images.shape
-            raise DeviceMemoryError(
-                f"the memory of {self.device_name} is too small for {number} tiles of {height} x {width} px at once; "
-                "lower batch_size or tile_size, or choose device 'cpu'"
-            ) from error
+            raise self._too_large(images.shape) from error
 
 
 def _cuda_index(device: str) -> int | None:
@@ -124,7 +121,7 @@ def _open_cuda(path: Path, threads: int, index: int, *, is_asked_for: bool) -> A
     missing = _preload(onnxruntime)
     onnxruntime.set_default_logger_severity(4)  # it writes red lines to stderr; the reason is told below
     try:
-        session = _new_session(onnxruntime, path, threads, [(_CUDA, {"device_id": index, "use_tf32": 0}), _CPU])
+        session = _new_session(onnxruntime, str(path), threads, [(_CUDA, {"device_id": index, "use_tf32": 0}), _CPU])
         # Without its libraries or a driver it opens all the same, on the CPU.
         reason = "" if _CUDA in session.get_providers() else missing
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
@@ -175,6 +172,11 @@ def open_model_file(path: str | os.PathLike[str], *, threads: int | None = None)
     return session, check_model_file(file, ports_of(session.get_inputs()), ports_of(session.get_outputs()))
 
 
+def open_graph(graph: bytes) -> Any:
+    """Return the onnxruntime ``InferenceSession`` of a serialised graph, on the CPU; nothing is checked."""
+    return _new_session(require_package("onnxruntime"), graph, usable_cores(), [_CPU])
+
+
 def ports_of(items: list[Any]) -> list[Port]:
     """Return onnxruntime's descriptions of inputs or outputs in the contract's words."""
     types = {"tensor(uint8)": "uint8", "tensor(float)": "fp32"}
@@ -190,7 +192,7 @@ def open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     if not path.is_file():
         raise ModelFileError(f"model file {str(path)!r} is not there")
     try:
-        return _new_session(onnxruntime, path, threads, [_CPU])
+        return _new_session(onnxruntime, str(path), threads, [_CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         logger.debug("onnxruntime cannot open %s", path, exc_info=True)
         raise ModelFileError(
@@ -199,14 +201,15 @@ def open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
         ) from error
 
 
-def _new_session(onnxruntime: Any, path: Path, threads: int, providers: list[Any]) -> Any:
+def _new_session(onnxruntime: Any, source: str | bytes, threads: int, providers: list[Any]) -> Any:
+    """Return the session of a file's path, or of a serialised graph."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: optimiser remarks are none of the user's business
     # Threads that wait sleep instead of spinning: no slower alone, a fifth quicker where tiles are read meanwhile.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without the fallback a GPU that fails is an error; with it onnxruntime prints and goes on, on the CPU.
-    return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    return onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from rtmdet_geo.backends.contract import RowsBackend, refuse_classifier, rows_pe
 from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError
 from rtmdet_geo.models.cuda_graphs import CudaRunner, Pending, first_line
 from rtmdet_geo.models.decode import DetectionGraph
-from rtmdet_geo.models.devices import DTYPES, choose_precision, find_device, is_out_of_memory
+from rtmdet_geo.models.devices import DTYPES, choose_precision, find_device, is_out_of_memory, with_number
 from rtmdet_geo.models.identify import load_network
 from rtmdet_geo.models.inference import InferenceNetwork
 
@@ -69,7 +69,7 @@ class TorchBackend(RowsBackend):
         for what, value in (("threads", threads), ("candidates", candidates)):
             if value is not None and value < 1:
                 raise ConfigError(f"{what} must be at least 1, not {value}")
-        self.device = find_device(device)
+        self.device = with_number(find_device(device))
         chosen = choose_precision(precision, self.device)
         network, spec = load_network(weights)
         refuse_classifier(spec, weights)
@@ -173,11 +173,7 @@ class TorchBackend(RowsBackend):
         except RuntimeError as error:
             failure: DeviceMemoryError | EngineError
             if is_out_of_memory(error):
-                number, _, height, width = shape
-                failure = DeviceMemoryError(
-                    f"the memory of {self.device} is too small for {number} tiles of {height} x {width} px at once; "
-                    "lower batch_size or tile_size, or choose device 'cpu'"
-                )
+                failure = self._too_large(shape)
             elif type(error).__module__.startswith(_COMPILER_MODULES):
                 failure = EngineError(
                     f"torch.compile failed on {self.device} ({first_line(error)}); it needs "

@@ -12,13 +12,13 @@ from rtmdet_geo.backends.classify import check_batch, check_scores, refuse_detec
 from rtmdet_geo.backends.pytorch import cpu_threads
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.models.classifier import ClassificationGraph
-from rtmdet_geo.models.devices import find_device
+from rtmdet_geo.models.devices import exact_convolutions, find_device
 from rtmdet_geo.models.identify import load_network
 from rtmdet_geo.models.weights import fuse_batch_norm
 
 
 class TorchClassifier:
-    """Weights in torch, in fp32, batch norms folded into their convolutions.
+    """Weights in torch, in fp32 (never TF32), batch norms folded into their convolutions.
 
     See :class:`rtmdet_geo.backends.classify.Classifier` for the contract.
 
@@ -46,7 +46,7 @@ class TorchClassifier:
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return probabilities (N, num_classes); see the protocol."""
         check_batch(images, self.spec)
-        with cpu_threads(self._threads):
+        with cpu_threads(self._threads), exact_convolutions():
             scores = self._graph.predict(images)
         return check_scores(scores, len(images), self.spec, self.path)
 

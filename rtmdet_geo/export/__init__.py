@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
+from rtmdet_geo.backends.contract import rows_per_level
 from rtmdet_geo.catalog import read_spec
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.export.check import CheckBatch, FileReference, Reference, as_record, verify_export
@@ -205,7 +206,7 @@ def _trace(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None, *,
 
 
 def _read(path: str | os.PathLike[str], spec: ModelSpec | None, *, half_weights: bool, target: Path) -> _Source:
-    """Return a fp32 model file's graph, its shapes folded."""
+    """Return a fp32 model file's graph, and what it says of itself."""
     import onnx
 
     if half_weights:
@@ -215,10 +216,11 @@ def _read(path: str | os.PathLike[str], spec: ModelSpec | None, *, half_weights:
     own = reference.spec
     if own.precision != "fp32":
         raise ConfigError(f"{os.fspath(path)!r} is {own.precision} already; export weights or a fp32 model file")
-    if spec is not None and (spec.kind, spec.classes, spec.bands) != (own.kind, own.classes, own.bands):
-        raise ConfigError(f"the spec is not that of {os.fspath(path)!r}: kind, classes or bands differ")
-    proto = onnx.load(os.fspath(path))
-    return _Source(proto, (spec or own).model_copy(update={"differences": {}, "precision": "fp32"}), reference)
+    graph = {"kind", "classes", "bands", "mean", "std"}
+    if spec is not None and spec.model_dump(include=graph) != own.model_dump(include=graph):
+        raise ConfigError(f"the spec is not that of {os.fspath(path)!r}: kind, classes, bands, mean or std differ")
+    kept = own.model_dump(include={"weights_sha256", "exporter"}) | {"differences": {}, "precision": "fp32"}
+    return _Source(onnx.load(os.fspath(path)), (spec or own).model_copy(update=kept), reference)
 
 
 def _complete(spec: ModelSpec, score_threshold: float | None, tile_size: int | None) -> ModelSpec:
@@ -228,7 +230,11 @@ def _complete(spec: ModelSpec, score_threshold: float | None, tile_size: int | N
     side = tile_size or spec.tile_size
     if spec.kind != "classification" and (side < spec.stride_multiple or side % spec.stride_multiple):
         raise ConfigError(f"tile size {side} px must be a multiple of {spec.stride_multiple}")
-    return spec.model_copy(update={"overlap": min(spec.overlap, side // 2)})
+    changes: dict[str, object] = {"overlap": min(spec.overlap, side // 2)}
+    if spec.kind != "classification":
+        levels = rows_per_level(spec.kind, len(spec.classes), side, side)
+        changes["max_detections"] = sum(rows for rows, _ in levels)
+    return spec.model_copy(update=changes)
 
 
 def _real_tiles(

@@ -1,7 +1,8 @@
 """Does an exported file give what it came from? The same tiles through both, row by row. No torch.
 
 fp32 files are held to the rounding of single precision, rank by rank. Half precision moves every number a little, so
-ranks change; there the detections count that a user would see, wherever they stand. int8 files are another model, whose
+ranks change; there the detections count that a user would see, wherever they stand. All its roundings are made, as a
+GPU would, which CPUs leave out (:func:`rtmdet_geo.export.half.with_roundings`). int8 files are another model, whose
 quality is its average precision; how far they are off is measured and not judged.
 """
 
@@ -10,13 +11,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
-from rtmdet_geo.backends.onnxrt import open_model_file
+from rtmdet_geo.backends.onnxrt import open_graph, open_model_file
 from rtmdet_geo.errors import ExportMismatchError
 from rtmdet_geo.structures import FilePrecision, ModelSpec
 
@@ -110,7 +111,9 @@ class Reference(Protocol):
 
 
 class FileReference:
-    """A model file in onnxruntime as a function of pixels; of a fixed batch, the last one is filled up.
+    """A model file in onnxruntime as a function of pixels, on the CPU; of a fixed batch, the last one is filled up.
+
+    What is fp16 in the file is rounded to fp16, whatever the CPU computes in.
 
     Raises:
         ModelFileError: missing, corrupt or foreign file.
@@ -119,6 +122,8 @@ class FileReference:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the file."""
         self._session, self.spec = open_model_file(path)
+        if self.spec.precision == "fp16":
+            self._session = _open_rounded(path)
         self.name = f"the {self.spec.precision} model file"
 
     @property
@@ -137,6 +142,15 @@ class FileReference:
             parts.append(self._session.run(names, {"images": batch}))
         joined = [np.concatenate(values)[: len(images)] for values in zip(*parts, strict=True)]
         return dict(zip(names, joined, strict=True))
+
+
+def _open_rounded(path: str | os.PathLike[str]) -> Any:
+    """Return onnxruntime's session of a fp16 file, which was opened before, with all its roundings."""
+    import onnx
+
+    from rtmdet_geo.export.half import with_roundings
+
+    return open_graph(with_roundings(onnx.load(os.fspath(path))).SerializeToString())
 
 
 def verify_export(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rtmdet_geo import __version__
-from rtmdet_geo.backends.contract import OUTPUTS, rows_per_level
+from rtmdet_geo.backends.contract import OUTPUTS
 from rtmdet_geo.errors import ConfigError
 from rtmdet_geo.export.check import Outputs, Pixels
 from rtmdet_geo.export.graph import (
@@ -29,6 +29,7 @@ from rtmdet_geo.export.graph import (
     make_top_k_dynamic,
     store_half,
 )
+from rtmdet_geo.export.half import FP16_MAX
 from rtmdet_geo.export.operators import OPSET
 from rtmdet_geo.models.blocks import ConvModule
 from rtmdet_geo.models.classifier import ClassificationGraph
@@ -42,7 +43,6 @@ from rtmdet_geo.variants import MAX_CANDIDATES
 _TRACED_SIDE = 128
 #: What the names of a network's parameters begin with in the graph.
 _PREFIX = "graph.model."
-_FP16_MAX = 65504.0
 
 
 class Traced(NamedTuple):
@@ -50,7 +50,7 @@ class Traced(NamedTuple):
 
     Attributes:
         proto: fp32 graph that takes any batch, height and width, without metadata.
-        spec: what it says of itself; max_detections and the weights' SHA-256 are filled in.
+        spec: what it says of itself; the weights' SHA-256 and the exporter are filled in.
         reference: torch's answer to the same images.
     """
 
@@ -93,16 +93,14 @@ def trace_model(
     """
     network, spec = _load(model, spec)
     check_spec(network, spec)
-    changes: dict[str, object] = {
-        "weights_sha256": weights_sha256(network.state_dict()),
-        "exporter": f"rtmdet-geo {__version__}, torch {torch.__version__}",
-        "precision": "fp32",
-        "differences": {},
-    }
-    if spec.kind != "classification":
-        levels = rows_per_level(spec.kind, len(spec.classes), spec.tile_size, spec.tile_size)
-        changes["max_detections"] = sum(rows for rows, _ in levels)
-    spec = spec.model_copy(update=changes)
+    spec = spec.model_copy(
+        update={
+            "weights_sha256": weights_sha256(network.state_dict()),
+            "exporter": f"rtmdet-geo {__version__}, torch {torch.__version__}",
+            "precision": "fp32",
+            "differences": {},
+        }
+    )
     network = copy.deepcopy(network).float().cpu().eval()
     weights = _round_to_half(network) if half_weights else {}
     graph = make_graph(fuse_batch_norm(network), spec)
@@ -166,7 +164,7 @@ def _round_to_half(network: nn.Module) -> dict[str, HalfWeight]:
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if parameter.ndim < 2:
             continue
-        if parameter.abs().max() > _FP16_MAX:
+        if parameter.abs().max() > FP16_MAX:
             raise ConfigError(f"weight {name!r} exceeds the range of fp16; export without half weights")
         parameter.data = parameter.data.half().float()
         source = sources.setdefault(id(parameter), f"{_PREFIX}{name}")

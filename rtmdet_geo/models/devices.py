@@ -42,6 +42,13 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def with_number(device: torch.device) -> torch.device:
+    """Return a device with its number: "cuda" alone is whichever the calling thread has chosen, and threads differ."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision to compute in: a key of :data:`DTYPES`.
 
@@ -95,7 +102,7 @@ def exact_convolutions() -> Iterator[None]:
     global _exact_holders
     with _exact_lock:
         if not _exact_holders:
-            _exact_settings.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+            _exact_settings.enter_context(_set_exact())
         _exact_holders += 1
     try:
         yield
@@ -104,3 +111,20 @@ def exact_convolutions() -> Iterator[None]:
             _exact_holders -= 1
             if not _exact_holders:
                 _exact_settings.close()
+
+
+@contextmanager
+def _set_exact() -> Iterator[None]:
+    """Make the settings of :func:`exact_convolutions`, and take them back."""
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):  # torch before 2.9
+        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+        return
+    # By the new names alone: in a program that uses them, torch refuses even to be asked for the old ones.
+    before = cudnn.benchmark, cudnn.conv.fp32_precision
+    cudnn.benchmark, cudnn.conv.fp32_precision = True, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.conv.fp32_precision = before

@@ -25,15 +25,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from labelled_scenes import HALVES, LEFT_OUT, average_precision, load_scenes, search, tiles_of
+from labelled_scenes import HALVES, LEFT_OUT, average_precision, calibration_tiles, load_scenes, search
 from machine import describe_machine, verdict
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "int8.csv"
 MAX_COST = 0.02
 PAUSE_SECONDS = 0.1
-#: Tiles that ranges are taken from, spread over a half's scenes.
-NUM_CALIBRATION = 24
 COLUMNS = (
     "model", "engine", "precision", "what", "scenes", "objects", "ap50", "cost", "calibration_tiles", "threads", "side",
     "rounds", "seconds", "fastest", "ratio", "lowest_ratio", "highest_ratio", "size_mb",
@@ -43,12 +41,6 @@ COLUMNS = (
 def list_engines():
     """Return the engines that are here, the reference first."""
     return ["onnxruntime", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
-
-
-def calibration_tiles(chips, recipe):
-    """Return the tiles that an int8 file is calibrated on, (1, C, H, W) each."""
-    tiles = [picture[None] for chip in chips for _, _, picture in tiles_of(chip, recipe)]
-    return tiles[:: max(len(tiles) // NUM_CALIBRATION, 1)][:NUM_CALIBRATION]
 
 
 def measure_cost(model, data, folder, threads):
@@ -93,8 +85,7 @@ def measure_cost(model, data, folder, threads):
                     }
                 )
     largest = max(chips.values(), key=lambda chip: chip.width * chip.height)
-    *_, picture = next(iter(tiles_of(largest, recipe)))
-    return rows, path, picture[None]
+    return rows, path, calibration_tiles([largest], recipe)[0]
 
 
 def make_int8(model, folder):

@@ -18,6 +18,8 @@ HALVES = {
     "banepa_ins": (("banepa_386690",), ("banepa_386691", "banepa_386692")),
 }
 LEFT_OUT = {"sen2ships_r": "casablanca", "banepa_ins": "banepa_386690"}
+#: Tiles that ranges of int8 files are taken from, spread over some scenes.
+NUM_CALIBRATION = 24
 
 
 def load_scenes(model, data, folder):
@@ -71,41 +73,57 @@ def make_mosaic(data, column, folder):
     return path
 
 
-def tiles_of(chip, recipe):
-    """Yield the grid, each tile of a chip, and its picture (C, H, W) uint8 as an engine gets it."""
-    from rtmdet_geo.structures import PAD_VALUE
+class ChipScene:
+    """A chip in the place of a scene that was opened for a model."""
+
+    def __init__(self, chip):
+        self.chip, self.path = chip, chip.scene
+        self.width, self.height = chip.width, chip.height
+
+    def read(self, x, y, width, height):
+        """Return pixels (C, height, width), and that all are valid."""
+        return np.ascontiguousarray(self.chip.pixels[:, y : y + height, x : x + width]), np.ones((height, width), bool)
+
+
+def grid_of(chip, recipe):
+    """Return the tiles of a chip."""
     from rtmdet_geo.tiles import TileGrid
 
-    grid = TileGrid(chip.width, chip.height, recipe.model.tile_size, recipe.model.overlap)
-    height, width = grid.padded_shape(32)
-    for tile in grid:
-        picture = np.full((len(recipe.model.bands), height, width), PAD_VALUE, np.uint8)
-        picture[:, : tile.height, : tile.width] = chip.pixels[
-            :, tile.y : tile.y + tile.height, tile.x : tile.x + tile.width
-        ]
-        yield grid, tile, picture
+    return TileGrid(chip.width, chip.height, recipe.model.tile_size, recipe.model.overlap)
 
 
-def search(engine, chip, recipe):
+def calibration_tiles(chips, recipe):
+    """Return the tiles that an int8 file is calibrated on, (1, C, H, W) each, as an engine gets them."""
+    from rtmdet_geo.views import pad
+
+    tiles = []
+    for chip in chips:
+        grid, scene = grid_of(chip, recipe), ChipScene(chip)
+        for tile in grid:
+            pixels, _ = scene.read(tile.x, tile.y, tile.width, tile.height)
+            tiles.append(pad(pixels, grid.padded_shape(32))[None])
+    return tiles[:: max(len(tiles) // NUM_CALIBRATION, 1)][:NUM_CALIBRATION]
+
+
+def search(engine, chip, recipe, batch_size=1):
     """Return what an engine finds in a chip: merged detections, best first."""
-    from rtmdet_geo.merge import merge_survivors, tile_survivors
+    from rtmdet_geo.merge import merge_survivors
+    from rtmdet_geo.tile_loop import TileSettings, run_tiles
 
-    section = recipe.validation
-    parts = []
-    for grid, tile, picture in tiles_of(chip, recipe):
-        ((found,),) = engine.run([picture[None]], score_threshold=section.score_threshold, multi_label=True)
-        parts.append(
-            tile_survivors(
-                found,
-                tile,
-                grid,
-                iou_threshold=section.nms_iou_threshold,
-                mask_threshold=section.mask_threshold,
-                input_shape=picture.shape[1:],
-            )
-        )
+    section, grid = recipe.validation, grid_of(chip, recipe)
+    settings = TileSettings.of(
+        engine,
+        score_threshold=section.score_threshold,
+        iou_threshold=section.nms_iou_threshold,
+        mask_threshold=section.mask_threshold,
+        tile_size=recipe.model.tile_size,
+        overlap=recipe.model.overlap,
+        batch_size=batch_size,
+        multi_label=True,
+    )
+    results = run_tiles(ChipScene(chip), grid, engine, settings)
     merged = merge_survivors(
-        parts, grid, iou_threshold=section.nms_iou_threshold, max_overlap=1, kind=engine.spec.object_kind
+        results.parts, grid, iou_threshold=section.nms_iou_threshold, max_overlap=1, kind=engine.spec.object_kind
     ).detections
     return merged.select(np.arange(min(len(merged), section.max_detections)))
 

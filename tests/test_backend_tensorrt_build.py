@@ -650,7 +650,7 @@ def test_the_graph_that_is_built(machine):
     """Weights in half, islands in fp32, one size, k a constant; batch norms are in the weights already."""
     graphs = []
     machine.log_build = graphs.append
-    TensorRtBackend(model_file(), max_batch=1)
+    TensorRtBackend(model_file(), max_batch=2)
     graph = onnx.load_from_string(graphs[0]).graph
     stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
@@ -658,6 +658,10 @@ def test_the_graph_that_is_built(machine):
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
     assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == [0, 3, SIDE, SIDE]
     assert {output.type.tensor_type.elem_type for output in graph.output} == {onnx.TensorProto.FLOAT}
+    TensorRtBackend(model_file(), max_batch=1)
+    graph = onnx.load_from_string(graphs[1]).graph
+    assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == [1, 3, SIDE, SIDE]
+    assert "Shape" not in {node.op_type for node in graph.node}  # with one batch size nothing is computed of shapes
 
 
 def test_messages_are_forwarded(machine, cache, caplog):

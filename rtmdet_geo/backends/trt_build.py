@@ -216,7 +216,9 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     """Build and check an engine."""
     started = time.perf_counter()
     cuda.use(order.device)
-    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size)
+    least, most = order.batches
+    batch = most if least == most else None
+    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size, batch)
     plan = _build_plan(trt, order, graph, half_nodes, progress)
     spec = _spec_of(order)
     engine = open_engine(trt, plan, spec)
@@ -271,12 +273,13 @@ def _build_plan(
         config.hardware_compatibility_level = level
     if not _is_strongly_typed(trt):
         _pin_precision(trt, network, config, order.precision, half_nodes)
-    image = (len(order.spec.bands), order.tile_size, order.tile_size)
-    profile = builder.create_optimization_profile()
-    least, most = ((number, *image) for number in order.batches)
-    profile.set_shape("images", least, most, most)
-    if config.add_optimization_profile(profile) < 0:
-        raise log.failure("TensorRT refuses the range of batch sizes")
+    least, most = order.batches
+    if least < most:
+        image = (len(order.spec.bands), order.tile_size, order.tile_size)
+        profile = builder.create_optimization_profile()
+        profile.set_shape("images", (least, *image), (most, *image), (most, *image))
+        if config.add_optimization_profile(profile) < 0:
+            raise log.failure("TensorRT refuses the range of batch sizes")
     timings = _attach_timings(trt, config, order)
 
     def build() -> Any:

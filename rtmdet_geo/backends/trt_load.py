@@ -166,8 +166,10 @@ def _describe(trt: Any, runtime: Any, native: Any, spec: ModelSpec) -> Engine:
             f"the engine's inputs and outputs are not those of kind {spec.kind!r} (it has {described}); build it again "
             "with `rtmdet-geo export`"
         )
-    channels, height, width = found["images"][2][1:]
-    least, _, most = (int(next(iter(shape))) for shape in native.get_tensor_profile_shape("images", 0))
+    number, channels, height, width = found["images"][2]
+    least = most = number
+    if number < 0:  # a range of batch sizes
+        least, _, most = (int(next(iter(shape))) for shape in native.get_tensor_profile_shape("images", 0))
     sizes = {name: found[name][2][1:] for name in OUTPUTS[spec.kind]}
     fits = all(_fits(shape, OUTPUTS[spec.kind][name], height, width) for name, shape in sizes.items())
     if channels != len(spec.bands) or not fits:

@@ -55,6 +55,10 @@ class Strict:
 
         return call
 
+    def __str__(self) -> str:
+        """Return what ``real`` says of itself, as errors of parsers do with node, code and description."""
+        return str(self._real)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a property."""
         assert self._trt.member(self._kind, name) is None, f"{self._kind}.{name} is a method"
@@ -375,8 +379,7 @@ class _Parser:
         return len(self.errors)
 
     def get_error(self, index: int) -> Strict:
-        text = self.errors[index]
-        return Strict(self.trt, "ParserError", types.SimpleNamespace(desc=lambda: text))
+        return Strict(self.trt, "ParserError", self.errors[index])
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         proto = onnx.load_from_string(model)

@@ -31,7 +31,7 @@ USED = {
     "ITensor": "dtype is_shape_tensor",
     "ITimingCache": "serialize",
     "OnnxParser": "__init__ parse num_errors get_error",
-    "ParserError": "desc",
+    "ParserError": "__str__",
     "Runtime": "__init__ deserialize_cuda_engine",
 }
 ENUMERATIONS = ["BuilderFlag", "DataType", "HardwareCompatibilityLevel", "LayerInformationFormat", "LayerType"]

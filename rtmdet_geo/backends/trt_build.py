@@ -330,7 +330,7 @@ def _parse(trt: Any, log: Messages, network: Any, graph: bytes, path: Path) -> N
     parser = trt.OnnxParser(network, log.native)
     if parser.parse(graph):
         return
-    faults = [" ".join(parser.get_error(index).desc().split()) for index in range(parser.num_errors)]
+    faults = [" ".join(str(parser.get_error(index)).split()) for index in range(parser.num_errors)]
     reasons = "; ".join(faults) or log.take_errors() or "it gives no reason"
     raise EngineError(f"TensorRT {trt.__version__} cannot read the graph of {str(path)!r}: {reasons}")
 

@@ -186,10 +186,10 @@ class _Builder:
     def build_serialized_network(self, network: Strict, config: Strict) -> HostMemory | None:
         trt, net, settings = self.trt, network._real, config._real
         trt.builds += 1
-        trt.log_build(net.model.SerializeToString())
+        with contextlib.suppress(KeyboardInterrupt):  # the binding swallows what a signal raises in it
+            trt.log_build(net.model.SerializeToString())
         severity = trt.ILogger.Severity
-        with contextlib.suppress(KeyboardInterrupt):  # the binding swallows all that is raised in it
-            self.logger.log(severity.INFO, "building")
+        self.logger.log(severity.INFO, "building")
         if settings.progress_monitor is not None and not _tell(settings.progress_monitor, trt.steps):
             return None
         if trt.build_errors:
@@ -204,7 +204,9 @@ class _Builder:
                 self.logger.log(severity.ERROR, text)
             return None
         types_ = net.check_precision(settings)
-        shapes = settings.profiles[0].shapes["images"]
+        stated = tuple(size.dim_value for size in net.model.graph.input[0].type.tensor_type.shape.dim)
+        assert (stated[0] == 0) == bool(settings.profiles), "a range of sizes for an input that has one, or none"
+        shapes = settings.profiles[0].shapes["images"] if settings.profiles else (stated,) * 3
         gpu = trt.cuda.gpus[trt.cuda.device]
         plan = {
             "version": trt.__version__,
@@ -440,7 +442,7 @@ class _Engine:
         return [size.dim_value if size.HasField("dim_value") else -1 for size in self.ports[name].shape.dim]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
-        assert profile_index == 0 and name in self.inputs
+        assert profile_index == 0 and name in self.inputs and -1 in self.get_tensor_shape(name)
         return self.plan["shapes"]
 
     def create_execution_context(self) -> Strict | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -569,29 +570,37 @@ def test_pins_that_no_kernel_obeys_become_wishes(monkeypatch, cache, caplog, dri
 
 
 @pytest.mark.parametrize("version", ["8.6.1", NEWEST])
-def test_ctrl_c_during_a_build(monkeypatch, cache, version):
-    """TensorRT swallows what a signal raises in its logger: it ends the build where that can be done, and is raised."""
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_signal_during_a_build(monkeypatch, cache, caplog, version, raises):
+    """It ends the build where that can be done, and then gets to its handler, which may raise or only remember."""
     trt = install(monkeypatch, version)
-    steps: list[tuple[str, int, int]] = []
+    steps, handled = [], []
 
-    class Interrupting(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "building" in record.getMessage():
-                raise KeyboardInterrupt
+    def handler(number: int, frame: object) -> None:
+        handled.append(number)
+        if raises:
+            raise KeyboardInterrupt
 
-    handler, log = Interrupting(), logging.getLogger("rtmdet_geo.backends.trt_load")
-    log.addHandler(handler)
-    level = log.level
-    log.setLevel(logging.DEBUG)
+    trt.log_build = lambda graph: os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        wanted = KeyboardInterrupt if raises else Cancelled
+        with pytest.raises(wanted) if raises or version == NEWEST else contextlib.nullcontext():
             TensorRtBackend(tiny_file(), max_batch=1, progress=lambda *step: steps.append(step))
+        assert signal.getsignal(signal.SIGINT) is handler
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-    assert engines(cache) == [] and trt.builds == 1
+        signal.signal(signal.SIGINT, before)
+    assert handled == [signal.SIGINT] and trt.builds == 1
+    assert "the same signal again ends the program" in caplog.text
     assert [step for phase, step, _ in steps if phase == "Timing"] == ([] if version == "8.6.1" else [0, 1, 3])
-    assert TensorRtBackend(tiny_file(), max_batch=1).precision == "fp16"  # it is not raised again
+    assert bool(engines(cache)) == (version == "8.6.1" and not raises)
+
+
+def test_builds_in_other_threads_leave_signals_alone(machine):
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(TensorRtBackend, tiny_file(), max_batch=1).result().precision == "fp16"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_int8_model_files_are_not_tensorrts(machine):
@@ -641,7 +650,7 @@ def test_the_graph_that_is_built(machine):
     """Weights in half, islands in fp32, one size, k a constant; batch norms are in the weights already."""
     graphs = []
     machine.log_build = graphs.append
-    TensorRtBackend(model_file(), max_batch=1)
+    TensorRtBackend(model_file(), max_batch=2)
     graph = onnx.load_from_string(graphs[0]).graph
     stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
@@ -649,6 +658,10 @@ def test_the_graph_that_is_built(machine):
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
     assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == [0, 3, SIDE, SIDE]
     assert {output.type.tensor_type.elem_type for output in graph.output} == {onnx.TensorProto.FLOAT}
+    TensorRtBackend(model_file(), max_batch=1)
+    graph = onnx.load_from_string(graphs[1]).graph
+    assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == [1, 3, SIDE, SIDE]
+    assert "Shape" not in {node.op_type for node in graph.node}  # with one batch size nothing is computed of shapes
 
 
 def test_messages_are_forwarded(machine, cache, caplog):

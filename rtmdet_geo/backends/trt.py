@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import cuda, trt_cache
 from rtmdet_geo.backends.contract import RowsBackend
-from rtmdet_geo.backends.trt_build import MAX_BATCH, Progress, check_precision, engine_from_cache, make_order
+from rtmdet_geo.backends.trt_build import MAX_BATCH, check_precision, engine_from_cache, make_order
 from rtmdet_geo.backends.trt_cache import Description, Order
 from rtmdet_geo.backends.trt_load import Engine, load_tensorrt, open_engine
 from rtmdet_geo.backends.trt_run import NUM_SLOTS, Lane, Ticket
+from rtmdet_geo.backends.trt_watch import Progress
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError, ModelFileError
 
 logger = logging.getLogger(__name__)

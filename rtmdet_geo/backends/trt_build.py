@@ -25,6 +25,7 @@ from rtmdet_geo.backends.trt_check import check_layers, check_numbers
 from rtmdet_geo.backends.trt_graph import read_graph, read_ports
 from rtmdet_geo.backends.trt_load import Engine, Messages, load_tensorrt, messages, open_engine
 from rtmdet_geo.backends.trt_run import Lane
+from rtmdet_geo.backends.trt_watch import Progress, watched
 from rtmdet_geo.cache import hold_lock
 from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError, OutputError
 from rtmdet_geo.outputs import check_folder
@@ -32,8 +33,6 @@ from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-#: Called with a phase of the build, the step that is done, and the steps of the phase.
-Progress = Callable[[str, int, int], None]
 #: Images at once, unless another number is asked for.
 MAX_BATCH = 8
 #: Device memory that one layer may use for itself, unless another number is asked for; half of a small device's.
@@ -217,7 +216,9 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     """Build and check an engine."""
     started = time.perf_counter()
     cuda.use(order.device)
-    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size)
+    least, most = order.batches
+    batch = most if least == most else None
+    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size, batch)
     plan = _build_plan(trt, order, graph, half_nodes, progress)
     spec = _spec_of(order)
     engine = open_engine(trt, plan, spec)
@@ -272,21 +273,18 @@ def _build_plan(
         config.hardware_compatibility_level = level
     if not _is_strongly_typed(trt):
         _pin_precision(trt, network, config, order.precision, half_nodes)
-    image = (len(order.spec.bands), order.tile_size, order.tile_size)
-    profile = builder.create_optimization_profile()
-    least, most = ((number, *image) for number in order.batches)
-    profile.set_shape("images", least, most, most)
-    if config.add_optimization_profile(profile) < 0:
-        raise log.failure("TensorRT refuses the range of batch sizes")
+    least, most = order.batches
+    if least < most:
+        image = (len(order.spec.bands), order.tile_size, order.tile_size)
+        profile = builder.create_optimization_profile()
+        profile.set_shape("images", (least, *image), (most, *image), (most, *image))
+        if config.add_optimization_profile(profile) < 0:
+            raise log.failure("TensorRT refuses the range of batch sizes")
     timings = _attach_timings(trt, config, order)
-    monitor = _watch(trt, log, config, progress)
 
     def build() -> Any:
-        plan = builder.build_serialized_network(network, config)
-        log.raise_interrupt()
-        if monitor is not None and monitor.error is not None:
-            raise monitor.error
-        return plan
+        with watched(trt, config, progress):
+            return builder.build_serialized_network(network, config)
 
     plan = _serialize(trt, log, build, config, order)
     if timings is not None:
@@ -398,39 +396,3 @@ def _keep_timings(timings: Any, path: Path) -> None:
         logger.info("TensorRT gives no timing cache away")
         return
     trt_cache.write_timings(path, bytes(memoryview(data)))
-
-
-def _watch(trt: Any, log: Messages, config: Any, progress: Progress | None) -> Any:
-    """Forward TensorRT's progress, and the wish to stop, where it listens; return the monitor, None: there is none."""
-    if not hasattr(trt, "IProgressMonitor"):
-        return None
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-            self.error: BaseException | None = None
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            logger.info("TensorRT: %s (%d steps)", phase_name, num_steps)
-            self._tell(phase_name, 0)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return self._tell(phase_name, step + 1)
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._tell(phase_name, self.steps.get(phase_name, 0))
-
-        def _tell(self, phase: str, step: int) -> bool:
-            """Call ``progress``; what it raises ends the build, and is raised after it."""
-            if self.error is None and progress is not None:
-                try:
-                    progress(phase, step, self.steps.get(phase, 0))
-                except BaseException as error:
-                    self.error = error
-            return self.error is None and not log.is_interrupted
-
-    monitor = Monitor()
-    config.progress_monitor = monitor
-    return monitor

@@ -54,9 +54,6 @@ def load_tensorrt() -> Any:
 class Messages:
     """What TensorRT says: forwarded to logging, the last errors kept for exceptions.
 
-    While TensorRT works, Python comes to its turn nowhere else, so that is where a signal interrupts; TensorRT swallows
-    the exception, so it is kept here.
-
     Attributes:
         native: the object that TensorRT calls.
     """
@@ -64,21 +61,17 @@ class Messages:
     def __init__(self, trt: Any) -> None:
         """Make TensorRT's logger; the process has one (:func:`messages`)."""
         self._errors: deque[str] = deque(maxlen=_NUM_MESSAGES)
-        self._interrupts: list[KeyboardInterrupt] = []
-        errors, interrupts = self._errors, self._interrupts
+        errors = self._errors
 
         class Forward(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, msg: str) -> None:
-                try:
-                    level = _LEVELS.get(severity.name, logging.DEBUG)
-                    if level == logging.WARNING:
-                        errors.append(" ".join(msg.split()))
-                    logger.log(level, "TensorRT: %s", msg)
-                except KeyboardInterrupt as error:
-                    interrupts.append(error)
+                level = _LEVELS.get(severity.name, logging.DEBUG)
+                if level == logging.WARNING:
+                    errors.append(" ".join(msg.split()))
+                logger.log(level, "TensorRT: %s", msg)
 
         self.native = Forward()
 
@@ -87,22 +80,6 @@ class Messages:
         text = "; ".join(self._errors)
         self._errors.clear()
         return text
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether a signal came while TensorRT was at work."""
-        return bool(self._interrupts)
-
-    def raise_interrupt(self) -> None:
-        """Raise what TensorRT swallowed.
-
-        Raises:
-            KeyboardInterrupt: a signal came while it was at work.
-        """
-        if self._interrupts:
-            error = self._interrupts.pop()
-            self._interrupts.clear()
-            raise error
 
     def make(self, what: str, factory: Any, *arguments: Any) -> Any:
         """Return a new object of TensorRT.
@@ -176,7 +153,6 @@ def open_engine(trt: Any, plan: bytes, spec: ModelSpec) -> Engine:
     log.take_errors()
     runtime = log.make("Runtime", trt.Runtime, log.native)
     native = runtime.deserialize_cuda_engine(plan)
-    log.raise_interrupt()
     if native is None:
         raise log.failure("TensorRT cannot open the engine")
     return _describe(trt, runtime, native, spec)
@@ -197,8 +173,10 @@ def _describe(trt: Any, runtime: Any, native: Any, spec: ModelSpec) -> Engine:
             f"the engine's inputs and outputs are not those of kind {spec.kind!r} (it has {described}); build it again "
             "with `rtmdet-geo export`"
         )
-    channels, height, width = found["images"][2][1:]
-    least, _, most = (int(next(iter(shape))) for shape in native.get_tensor_profile_shape("images", 0))
+    number, channels, height, width = found["images"][2]
+    least = most = number
+    if number < 0:  # a range of batch sizes
+        least, _, most = (int(next(iter(shape))) for shape in native.get_tensor_profile_shape("images", 0))
     sizes = {name: found[name][2][1:] for name in OUTPUTS[spec.kind]}
     fits = all(_fits(shape, OUTPUTS[spec.kind][name], height, width) for name, shape in sizes.items())
     if channels != len(spec.bands) or not fits:

@@ -157,7 +157,6 @@ class Lane:
     def _make_context(self) -> Any:
         self._log.take_errors()
         context = self.engine.native.create_execution_context()
-        self._log.raise_interrupt()
         if context is None:
             reasons = self._log.take_errors() or "it gives no reason"
             raise DeviceMemoryError(

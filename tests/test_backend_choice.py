@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from synthetic import make_spec, small_model, small_network
 
-from rtmdet_geo.backends import choose_batch_size, engines, open_backend, openers
+from rtmdet_geo.backends import choose_batch_size, gpus, open_backend, openers
 from rtmdet_geo.detect import detect_scene
 from rtmdet_geo.errors import ConfigError, EngineError, MissingDependencyError
 from rtmdet_geo.models.weights import save_weights
@@ -28,7 +29,7 @@ class Opened:
 def machine(monkeypatch):
     """Set which GPUs there are, and what each engine does when it is opened: a device, or an error."""
 
-    def build(gpus=("NVIDIA X",), **behaviour):
+    def build(named=("NVIDIA X",), **behaviour):
         def opener(name):
             def open_it(wish):
                 what = behaviour.get(name, MissingDependencyError(f"{name} is missing"))
@@ -38,7 +39,7 @@ def machine(monkeypatch):
 
             return open_it
 
-        monkeypatch.setattr(engines, "find_gpus", lambda: tuple(gpus))
+        monkeypatch.setattr(gpus, "find_gpus", lambda: tuple(named))
         for name in ("tensorrt", "torch", "onnxruntime"):
             monkeypatch.setattr(openers, f"_open_{name}", opener(name))
 
@@ -51,7 +52,7 @@ def said(caplog) -> list[str]:
 
 
 def test_a_laptop_does_not_notice_that_tensorrt_exists(machine, caplog):
-    machine(gpus=(), onnxruntime="cpu", torch="cpu", tensorrt="cuda:0")
+    machine(named=(), onnxruntime="cpu", torch="cpu", tensorrt="cuda:0")
     assert open_backend(small_model()).name == "onnxruntime" and said(caplog) == []
 
 
@@ -106,7 +107,7 @@ def test_what_fails_last_is_what_is_said(machine):
 
 
 def test_engines_files_are_tensorrts(machine):
-    machine(gpus=(), tensorrt=EngineError("no GPU"))
+    machine(named=(), tensorrt=EngineError("no GPU"))
     with pytest.raises(EngineError, match="no GPU"):
         open_backend("ships.engine")
 
@@ -145,6 +146,28 @@ def test_weights_are_torchs(tmp_path, name):
 def test_tensorrt_by_name_names_the_remedy():
     with pytest.raises(MissingDependencyError, match=r"pip install 'rtmdet-geo\[tensorrt\]'"):
         open_backend(small_model(), name="tensorrt")
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
+def test_engines_of_tensorrt_are_not_for_others(name, tmp_path):
+    with pytest.raises(ConfigError, match=rf"ships\.engine' is an engine of TensorRT, which {name} cannot read"):
+        open_backend(tmp_path / "ships.engine", name=name)
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ((), "nvidia-smi names none: leave the backend out"),
+        (("NVIDIA L4, 580.65.06, 23034 MiB",), r"^run: pip install 'rtmdet-geo\[tensorrt\]'$"),
+        (
+            ("NVIDIA L4, 550.54.15, 23034 MiB",),
+            "pip install tensorrt-cu12 'cuda-python<13' onnx .driver 550 knows CUDA 12",
+        ),
+        (("Tesla T4, 470.10, 15 MiB",), "470, is too old: update it to 525"),
+    ],
+)
+def test_what_to_install(line, words):
+    assert re.search(words, gpus.tensorrt_remedy(line))
 
 
 def test_batch_sizes(one_thread):

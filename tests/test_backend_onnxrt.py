@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from synthetic import small_model
 
+from rtmdet_geo.backends import onnxrt
 from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError
 from rtmdet_geo.export import make_check_tiles
@@ -99,6 +100,10 @@ def test_cuda_that_does_not_work(gpu_build, caplog, failure, words):
 
 def test_cpu_build(monkeypatch, caplog):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider", CPU])
+    monkeypatch.setattr(onnxrt, "find_gpus", tuple)
+    with pytest.raises(EngineError, match=r"no cuda:0 is here: nvidia-smi names no NVIDIA GPU"):
+        OnnxRuntimeBackend(small_model(), threads=1, device="cuda")
+    monkeypatch.setattr(onnxrt, "find_gpus", lambda: ("NVIDIA X, 580.1, 8 MiB",))
     with pytest.raises(
         EngineError, match=r"is its CPU build; run: pip uninstall onnxruntime; pip install 'onnxruntime-g"
     ):

@@ -33,7 +33,7 @@ from rtmdet_geo.models.devices import (
     is_out_of_memory,
     with_number,
 )
-from rtmdet_geo.models.inference import InferenceNetwork, _MeanInFloat32
+from rtmdet_geo.models.inference import InferenceNetwork, _MeanInFloat32, choose_layout
 from rtmdet_geo.models.weights import save_weights
 from rtmdet_geo.structures import Detections
 
@@ -128,6 +128,26 @@ def test_only_convolutions_are_in_half(kind):
         expected, found = network(images), InferenceNetwork(network)(images)
     for one, other in zip(expected.cls, found.cls, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_every_feature_map_is_in_the_layout(layout):
+    network, seen = InferenceNetwork(shared_network("mask"), layout=layout), []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Upsample | nn.SiLU):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: seen.append(
+                    (name, inputs[0].is_contiguous(memory_format=layout), output.is_contiguous(memory_format=layout))
+                )
+            )
+    network(torch.randn(2, 3, 96, 160))
+    assert len(seen) > 100 and not [name for name, before, after in seen if not (before and after)]
+
+
+def test_layouts_of_devices():
+    for device, dtype in ((CPU, torch.float32), (CPU, torch.bfloat16), (CUDA, torch.float16), (CUDA, torch.bfloat16)):
+        assert choose_layout(device, dtype) == torch.channels_last
+    assert choose_layout(CUDA, torch.float32) == torch.contiguous_format
 
 
 def test_mean_of_many_half_numbers():

@@ -78,7 +78,7 @@ def check_model_file(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]
     if missing or spec is None:
         raise ModelFileError(
             f"{str(path)!r} does not follow the model-file contract; it lacks {'; '.join(missing)}; "
-            "export the model with `rtmdet-geo export`"
+            "if it is an RTMDet of another program, export the weights that it was made from with `rtmdet-geo export`"
         )
     check_graph(path)
     channels = inputs[0].sizes[1]
@@ -400,6 +400,8 @@ class RowsBackend(ABC):
             raise ConfigError(
                 f"a batch must be uint8 (N, {len(self.spec.bands)}, H, W), not {images.dtype} {images.shape}"
             )
+        if not len(images):
+            raise ConfigError("a batch must hold one image at least")
         height, width = images.shape[2:]
         if self.fixed_tile_size is not None and (height, width) != (self.fixed_tile_size, self.fixed_tile_size):
             raise ConfigError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from rtmdet_geo import __version__
 from rtmdet_geo.backends import require_package
+from rtmdet_geo.backends.gpus import find_gpus, tensorrt_remedy
 from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import MissingDependencyError
 
@@ -30,8 +30,6 @@ _ONNXRUNTIME_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-openvino
 #: Any of them brings the bindings of CUDA's runtime.
 _CUDA_PACKAGES = ("cuda-python", "cuda-bindings")
 _WEIGHTS = "weights (.safetensors, .pth, published names)"
-#: Seconds that nvidia-smi may take; it waits for a driver that hangs.
-_GPU_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,8 @@ def _find_engine(name: str, packages: Iterable[str], *, extra: str | None = None
     found = {package: version for package in packages if (version := _version_of(package)) is not None}
     if not found:
         wanted = f"'rtmdet-geo[{extra}]'" if extra else name
-        return Engine(name, runs, None, (), f"not installed; run: pip install {wanted}")
+        remedy = tensorrt_remedy(gpus) if name == "tensorrt" else f"run: pip install {wanted}"
+        return Engine(name, runs, None, (), f"not installed; {remedy}")
     package, version = next(iter(found.items()))
     has_gpus = name == "tensorrt" or package == "onnxruntime-gpu" or (name == "torch" and not version.endswith("+cpu"))
     cuda = (f"cuda:{index}" for index in range(len(gpus) if has_gpus else 0))
@@ -128,7 +127,7 @@ def _needing_gpu(engine: Engine, gpus: tuple[str, ...]) -> Engine:
     if engine.problem is not None:
         return engine
     if all(_version_of(package) is None for package in _CUDA_PACKAGES):
-        return replace(engine, problem="cuda-python is not installed; run: pip install 'rtmdet-geo[tensorrt]'")
+        return replace(engine, problem=f"cuda-python is not installed; {tensorrt_remedy(gpus)}")
     return engine
 
 
@@ -197,7 +196,9 @@ def _choices(engines: tuple[Engine, ...], gpus: tuple[str, ...]) -> tuple[Choice
         missing = f"the GPU's best, tensorrt: {by_name['tensorrt'].problem}"
         reason = f"{missing}; without it, the GPU runs bundled models by torch" if _has_cuda(torch) else missing
         reason += (
-            "" if _has_cuda(by_name["onnxruntime"]) else "; for other files on the GPU: pip install onnxruntime-gpu"
+            ""
+            if _has_cuda(by_name["onnxruntime"])
+            else "; for other files on the GPU: pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return (Choice("model files (.onnx)", name, reason, by_name[name].problem), weights)
 
@@ -234,13 +235,3 @@ def _describe_cpu(source: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str,
     facts = {key.strip().lower(): value.strip() for key, colon, value in lines if colon}
     flags = set(facts.get("flags", facts.get("features", "")).split())
     return facts.get("model name", name), tuple(feature for feature in _CPU_FEATURES if feature in flags)
-
-
-def find_gpus() -> tuple[str, ...]:
-    """Return name, driver and memory of the GPUs that nvidia-smi names; none without it or its driver."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GPU_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())

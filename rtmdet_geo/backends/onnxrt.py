@@ -22,6 +22,7 @@ from rtmdet_geo.backends.contract import (
     fixed_side,
     refuse_classifier,
 )
+from rtmdet_geo.backends.gpus import find_gpus
 from rtmdet_geo.cores import usable_cores
 from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
@@ -115,6 +116,8 @@ def _open_cuda(path: Path, threads: int, index: int, *, is_asked_for: bool) -> A
     """
     onnxruntime = require_package("onnxruntime")
     if _CUDA not in onnxruntime.get_available_providers():
+        if is_asked_for and not find_gpus():
+            raise EngineError(f"no cuda:{index} is here: nvidia-smi names no NVIDIA GPU; choose device 'auto' or 'cpu'")
         if is_asked_for:
             raise EngineError(f"this onnxruntime ({onnxruntime.__version__}) is its CPU build; {_REMEDY}")
         return None

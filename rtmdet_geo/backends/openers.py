@@ -44,6 +44,8 @@ class Wish:
         Raises:
             ConfigError: the file is weights, or a setting is torch's alone.
         """
+        if engine != "tensorrt":
+            refuse_plan(self.path, engine)
         if self.is_weights:
             raise ConfigError(f"{self.weights!r} holds weights, which torch runs, not {engine}; leave the backend out")
         if not devices and self.device not in ("auto", "cpu"):
@@ -76,6 +78,18 @@ class Wish:
             )
 
 
+def refuse_plan(path: str | os.PathLike[str], engine: str) -> None:
+    """Refuse an engine of TensorRT.
+
+    Raises:
+        ConfigError: the path ends so.
+    """
+    if Path(path).suffix.lower() == PLAN_SUFFIX:
+        raise ConfigError(
+            f"{os.fspath(path)!r} is an engine of TensorRT, which {engine} cannot read; give its model file"
+        )
+
+
 def open_engine(name: str, wish: Wish, *, any_size: bool) -> Backend:
     """Open what was wished for, with the engine of that name or the one that ``auto`` takes."""
     if name != "auto":
@@ -89,7 +103,7 @@ def open_engine(name: str, wish: Wish, *, any_size: bool) -> Backend:
 
 def _open_model_file(wish: Wish, *, any_size: bool) -> Backend:
     """Open a model file with the best engine of this machine; a fall back from a GPU's best is said in one line."""
-    from rtmdet_geo.backends.engines import find_gpus
+    from rtmdet_geo.backends.gpus import find_gpus
 
     if wish.weights is not None and (wish.compiled or wish.precision == "bf16"):
         return _open_torch(wish)  # nothing else does that
@@ -148,6 +162,7 @@ def _open_openvino(wish: Wish) -> Backend:
 
 
 def _open_torch(wish: Wish) -> Backend:
+    refuse_plan(wish.path, "torch")
     if wish.weights is None:
         raise ConfigError(
             f"{os.fspath(wish.path)!r} is a model file, which tensorrt, onnxruntime and openvino run; torch runs "

@@ -18,7 +18,7 @@ from rtmdet_geo.models.cuda_graphs import CudaRunner, Pending, first_line
 from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.models.devices import DTYPES, choose_precision, find_device, is_out_of_memory, with_number
 from rtmdet_geo.models.identify import load_network
-from rtmdet_geo.models.inference import InferenceNetwork
+from rtmdet_geo.models.inference import InferenceNetwork, choose_layout
 
 #: Images in a batch from which on a GPU is hardly quicker.
 _CUDA_BATCH_SIZE = 8
@@ -77,7 +77,8 @@ class TorchBackend(RowsBackend):
         self.device_name = str(self.device)
         self.precision = chosen
         self._threads = threads
-        running = InferenceNetwork(network, DTYPES[chosen])
+        dtype = DTYPES[chosen]
+        running = InferenceNetwork(network, dtype, choose_layout(self.device, dtype))
         self._limits: dict[bool, int] = {}
         self._graphs: dict[bool, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {}
         for multi_label in (False, True):

@@ -15,6 +15,7 @@ from typing import Any
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.contract import OUTPUTS, Sizes
+from rtmdet_geo.backends.gpus import find_gpus, tensorrt_remedy
 from rtmdet_geo.errors import DeviceMemoryError, EngineError, MissingDependencyError, ModelFileError
 from rtmdet_geo.structures import ModelSpec
 
@@ -34,12 +35,18 @@ def load_tensorrt() -> Any:
     Raises:
         MissingDependencyError: it is not installed, or of a version that is not supported.
     """
-    trt = require_package("tensorrt", extra="tensorrt")
+    try:
+        trt = require_package("tensorrt", extra="tensorrt")
+    except MissingDependencyError as error:
+        reason = " ".join(str(error.__cause__).split())
+        raise MissingDependencyError(
+            f"tensorrt cannot be imported ({reason}); {tensorrt_remedy(find_gpus())}"
+        ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])
     if not OLDEST <= version < TOO_NEW or version in BROKEN:
         raise MissingDependencyError(
-            f"TensorRT {trt.__version__} is not supported (8.6 to 11 are, without 10.2.0); run: "
-            "pip install 'rtmdet-geo[tensorrt]'"
+            f"TensorRT {trt.__version__} is not supported (8.6 to 11 are, without 10.2.0); "
+            + tensorrt_remedy(find_gpus())
         )
     return trt
 

@@ -91,6 +91,7 @@ def export(
     A .engine is built on the machine that is to run it, which takes minutes, and is always compared; its card lies
     beside it (.engine.json). `detect` builds and keeps one by itself where TensorRT and a GPU are.
     """
+    from rtmdet_geo.catalog import CATALOG
     from rtmdet_geo.cli.models import describe_differences
     from rtmdet_geo.export import export_engine, export_model, is_model_file
 
@@ -100,7 +101,8 @@ def export(
         "batch_size": batch_size,
         "overwrite": overwrite,
     }
-    reference = str(model) if is_model_file(model) else "torch"
+    is_file = is_model_file(model) or (str(model) in CATALOG and not half_weights)
+    reference = str(model) if is_file else "torch"
     if output.suffix.lower() == ".engine":
         _refuse(ctx, "verify", "verify_on", "half_weights", why="not for a .engine, which is always compared;")
         with report.progress(ctx, "auto", f"building {output.name}", {}) as advance:
@@ -116,6 +118,8 @@ def export(
         reference = f"{model} in fp32"
     else:
         _refuse(ctx, "device", "compatible", why="for a .engine only;")
+        if not verify:
+            _refuse(ctx, "verify_on", why="--no-verify compares nothing;")
         stored = export_model(
             model,
             output,

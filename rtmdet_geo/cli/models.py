@@ -434,7 +434,9 @@ def describe_differences(spec: ModelSpec) -> str:
     found = spec.differences
     words = [f"boxes within {found['boxes_px']:g} px"] if "boxes_px" in found else []
     words += [f"scores within {found['scores']:g}"] if "scores" in found else []
-    if "matched" in found:
+    if found.get("matched") == found.get("unmatched") == 0:
+        words.append("no detections above the threshold to match")
+    elif "matched" in found:
         words.append(f"{found['matched']:.0f} detections matched, {found['unmatched']:.0f} not")
     return ", ".join(words)
 

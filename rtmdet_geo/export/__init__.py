@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.contract import rows_per_level
-from rtmdet_geo.catalog import read_spec
+from rtmdet_geo.catalog import CATALOG, read_spec
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.export.check import CheckBatch, FileReference, Reference, as_record, verify_export
-from rtmdet_geo.export.tiles import cut_tiles, make_check_tiles, shipped_tiles
+from rtmdet_geo.export.tiles import check_files, cut_tiles, make_check_tiles, shipped_tiles
 from rtmdet_geo.outputs import check_folder, check_not_input, staged_output
 from rtmdet_geo.structures import FilePrecision, ModelSpec
 
@@ -104,6 +104,8 @@ def export_model(
     target = Path(out)
     _check_target(target, overwrite)
     _check_arguments(score_threshold, precision, half_weights)
+    check_files(verify_on if verify else ())
+    model = _stored_file(model, half_weights=half_weights)
     if not isinstance(model, str | os.PathLike) or not is_model_file(model):
         source = _trace(model, spec, half_weights=half_weights)
     else:
@@ -166,6 +168,9 @@ def export_engine(
     """
     from rtmdet_geo.backends.trt_build import MAX_BATCH, build_engine, find_builder
 
+    model = str(_stored_file(model, half_weights=False))
+    if is_model_file(model):
+        read_spec(model)
     find_builder(out, device=device, overwrite=overwrite)  # before the work on weights
     settings: dict[str, Any] = {"max_batch": batch_size or MAX_BATCH, "tile_size": tile_size, "device": device}
     settings |= {"precision": precision or "auto", "compatible": compatible}
@@ -176,6 +181,15 @@ def export_engine(
         file = Path(folder) / f"{Path(out).stem}.onnx"
         export_model(model, file, score_threshold=score_threshold)
         return build_engine(file, out, **settings)
+
+
+def _stored_file(
+    model: nn.Module | str | os.PathLike[str], *, half_weights: bool
+) -> nn.Module | str | os.PathLike[str]:
+    """Return the model file of a bundled model's name, which needs no torch; everything else as it is."""
+    if half_weights or not isinstance(model, str | os.PathLike) or os.fspath(model) not in CATALOG:
+        return model
+    return CATALOG[os.fspath(model)].path
 
 
 def is_model_file(model: str | os.PathLike[str]) -> bool:

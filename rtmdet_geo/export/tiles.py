@@ -103,11 +103,21 @@ def cut_tiles(paths: Sequence[str | os.PathLike[str]], spec: ModelSpec, side: in
                     yield pad(pixels, (side, side))
 
 
+def check_files(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Look whether files and folders that tiles are to be cut from are there.
+
+    Raises:
+        RasterError: one is not.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise RasterError(f"{os.fspath(path)!r} is not there; give a scene, a picture or a folder of them")
+
+
 def _files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    check_files(paths)
     for given in map(Path, paths):
         if not given.is_dir():
-            if not given.exists():
-                raise RasterError(f"{str(given)!r} is not there; give a scene, a picture or a folder of them")
             yield given
             continue
         inside = sorted(item for item in given.iterdir() if item.suffix.lower() in IMAGE_SUFFIXES and item.is_file())

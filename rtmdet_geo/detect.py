@@ -29,6 +29,7 @@ from rtmdet_geo.errors import (
     ConfigError,
     NodataWarning,
     OutputError,
+    PaddedTileWarning,
     SaturatedTileWarning,
 )
 from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
@@ -191,7 +192,7 @@ def detect_scene(
         saturated_before = engine.num_saturated
         results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
-        _warn(source, results, num_saturated, settings)
+        _warn(source, results, num_saturated, settings, engine.fixed_tile_size)
         merged = merge_survivors(
             results.parts,
             grid,
@@ -282,9 +283,18 @@ def _check_outputs(
         check_preview(preview, overwrite)
 
 
-def _warn(source: Scene, results: TileResults, num_saturated: int, settings: TileSettings) -> None:
+def _warn(
+    source: Scene, results: TileResults, num_saturated: int, settings: TileSettings, fixed_tile_size: int | None
+) -> None:
     if results.num_empty_tiles == results.num_tiles:
         warnings.warn(f"scene {source.path!r} holds no valid pixel", NodataWarning, stacklevel=3)
+    if fixed_tile_size is not None and min(source.width, source.height) < fixed_tile_size:
+        warnings.warn(
+            f"scene {source.path!r} is smaller than the tiles of {fixed_tile_size} px that the model file takes only; "
+            "grey fills them up, which moves scores a little: a file for any size does without",
+            PaddedTileWarning,
+            stacklevel=3,
+        )
     if num_saturated:
         warnings.warn(
             f"{num_saturated} of {results.num_tiles} tiles hold more candidates above score "

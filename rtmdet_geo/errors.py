@@ -111,5 +111,9 @@ class BatchHalvedWarning(RTMDetGeoWarning):
     """A device's memory was too small for a batch; smaller ones are run from there on."""
 
 
+class PaddedTileWarning(RTMDetGeoWarning):
+    """A scene is smaller than the only tile size that a model file takes."""
+
+
 class SaturatedTileWarning(RTMDetGeoWarning):
     """A tile held more candidates above the score threshold than the model file can return."""

@@ -18,10 +18,12 @@ from fake_cuda import FakeCuda, Gpu
 from fake_tensorrt import VERSIONS, install
 from tensorrt_case import SIDE, assert_near, expected, model_file, tiles, tiny_file
 
-from rtmdet_geo.backends import Backend, trt_run
+from rtmdet_geo.backends import Backend, open_backend, trt_run
+from rtmdet_geo.backends.onnxrt import OnnxRuntimeBackend
 from rtmdet_geo.backends.trt import TensorRtBackend
 from rtmdet_geo.cache import CACHE_VARIABLE
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError
+from rtmdet_geo.export import export_model
 from rtmdet_geo.export.graph import fix_size
 
 NEWEST = "11.4.0.106"
@@ -79,7 +81,7 @@ def test_a_result_does_not_depend_on_its_batch(machine):
 def test_uneven_batches_come_in_order(machine):
     engine = TensorRtBackend(tiny_file(), max_batch=4)
     many = tiles(19)
-    sizes = [4, 4, 1, 3, 0, 7]
+    sizes = [4, 4, 1, 3, 7]
     starts = np.cumsum([0, *sizes])
     batches = [many[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     streamed = list(engine.stream(iter(batches)))
@@ -88,6 +90,37 @@ def test_uneven_batches_come_in_order(machine):
         assert shape == batch.shape
         for mine, wanted in zip(outputs, engine.raw(batch), strict=True):
             assert_same(mine, wanted)
+
+
+def test_images_of_any_size(monkeypatch, tmp_path):
+    """An engine for each size, built once, whose answers are those of onnxruntime; batches keep their order."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    install(monkeypatch, NEWEST)
+    opened = open_backend(model_file(), name="tensorrt", batch_size=2)
+    assert opened.fixed_tile_size is None and opened.best_batch_size == 2 and opened.precision == "fp16"
+    wide, high = (np.ascontiguousarray(tiles()[:3, :, :height, :width]) for height, width in ((32, 96), (96, 64)))
+    batches = [wide[:2], wide[2:], tiles()[:2], high, wide[:1]]
+    streamed = list(opened.stream(iter(batches)))
+    assert [shape for shape, _ in streamed] == [batch.shape for batch in batches]
+    judge = OnnxRuntimeBackend(model_file(), threads=1)
+    for batch, (_, outputs) in zip(batches, streamed, strict=True):
+        for mine, again in zip(outputs, opened.raw(batch), strict=True):
+            assert_same(mine, again)
+        wanted = judge.predict(batch, score_threshold=0.3)
+        for mine, other in zip(opened.predict(batch, score_threshold=0.3), wanted, strict=True):
+            assert_near(mine, other)
+    opened.close()
+    again = open_backend(model_file(), name="tensorrt", batch_size=2)
+    again.raw(wide)
+    again.close()
+    assert len(list(tmp_path.rglob("*.engine"))) == 3
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        next(opened.stream([tiles()[:1, :, :40]]))
+
+
+def test_files_of_one_size_stay_so(machine, tmp_path):
+    export_model(model_file(), tmp_path / "fixed.onnx", tile_size=SIDE, verify=False)
+    assert open_backend(tmp_path / "fixed.onnx", name="tensorrt").fixed_tile_size == SIDE
 
 
 def test_three_batches_are_under_way(machine):

@@ -134,9 +134,9 @@ def _open_torch_on_gpu(wish: Wish) -> Backend | None:
 
 def _open_tensorrt(wish: Wish) -> Backend:
     wish.refuse("tensorrt", devices=True)
-    from rtmdet_geo.backends.trt import TensorRtBackend
+    from rtmdet_geo.backends.trt_any_size import open_tensorrt
 
-    return TensorRtBackend(
+    return open_tensorrt(
         wish.path,
         device=wish.device,
         precision=wish.precision,

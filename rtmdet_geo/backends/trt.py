@@ -35,7 +35,7 @@ _Outputs = tuple[NDArray[Any], ...]
 
 
 class TensorRtBackend(RowsBackend):
-    """A detector in TensorRT. See :class:`rtmdet_geo.backends.Backend` for the contract.
+    """A detector in TensorRT, for images of one size. See :class:`rtmdet_geo.backends.Backend` for the contract.
 
     Args:
         path: ``.onnx`` file that follows the model-file contract, or ``.engine`` file with its ``.engine.json``.
@@ -43,6 +43,7 @@ class TensorRtBackend(RowsBackend):
         precision: "fp16", "fp32", or "auto" (fp16; of an engine its own).
         max_batch: most images at once; larger batches are run in parts. None: 8, or an engine's own.
         tile_size: side of the images in px that an engine is built for; None is the model file's.
+        image_size: height and width instead, of images that are no squares.
         progress: called while an engine is built, see :func:`rtmdet_geo.backends.trt_build.build_engine`.
 
     Raises:
@@ -64,6 +65,7 @@ class TensorRtBackend(RowsBackend):
         precision: str = "auto",
         max_batch: int | None = None,
         tile_size: int | None = None,
+        image_size: tuple[int, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Open the engine, which is built before if it has to be."""
@@ -82,13 +84,21 @@ class TensorRtBackend(RowsBackend):
             opened = self._open_named(file, precision)
         else:
             self._order = make_order(
-                file, self._device, precision=precision, max_batch=max_batch or MAX_BATCH, tile_size=tile_size
+                file,
+                self._device,
+                precision=precision,
+                max_batch=max_batch or MAX_BATCH,
+                tile_size=tile_size,
+                image_size=image_size,
             )
             opened = self._open_cached(self._order)
         self._engine: Engine | None = opened[0]
         description = opened[1]
         self.max_batch = min(max_batch or opened[0].max_batch, opened[0].max_batch)
-        super().__init__(file, description.spec, fixed_tile_size=description.spec.tile_size)
+        self.image_size = opened[0].image_shape[1:]
+        is_square = self.image_size[0] == self.image_size[1]
+        super().__init__(file, description.spec, fixed_tile_size=self.image_size[0] if is_square else None)
+        self.takes_any_size = self._order is not None and self._order.takes_any_size
         self.precision = description.spec.precision
         self.device_name = self._device.name
         self.best_batch_size = self.max_batch

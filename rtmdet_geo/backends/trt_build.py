@@ -113,10 +113,11 @@ def make_order(
     precision: str,
     max_batch: int,
     tile_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Order:
     """Return what is to be built, checked against what the model file says of itself.
 
-    See :func:`build_engine` for arguments and errors.
+    See :func:`build_engine` for arguments and errors; ``image_size`` is height and width of images that are no squares.
     """
     path = Path(model_file)
     if not path.is_file():
@@ -128,14 +129,25 @@ def make_order(
         raise ConfigError(f"max_batch must be at least 1, not {max_batch}")
     fixed = fixed_side(inputs[0])
     side = tile_size or fixed or spec.tile_size
-    if side < spec.stride_multiple or side % spec.stride_multiple:
+    height, width = image_size or (side, side)
+    if any(size < spec.stride_multiple or size % spec.stride_multiple for size in (height, width)):
         raise ConfigError(f"tile size {side} px must be a multiple of {spec.stride_multiple}")
-    if fixed not in (None, side):
+    if fixed is not None and (height, width) != (fixed, fixed):
         raise ConfigError(f"{path.name!r} takes tiles of {fixed} px only, not {side}; leave the tile size out")
     batch = inputs[0].sizes[0]
     batches = (batch, batch) if isinstance(batch, int) else (1, max_batch)
     workspace = min(_WORKSPACE_BYTES, device.memory_bytes // 2)
-    return Order(path, spec, choose_precision(spec, precision), side, batches, workspace, "none", device)
+    return Order(
+        path,
+        spec,
+        choose_precision(spec, precision),
+        (height, width),
+        fixed is None,
+        batches,
+        workspace,
+        "none",
+        device,
+    )
 
 
 def check_precision(asked: str) -> None:
@@ -191,7 +203,10 @@ def engine_from_cache(trt: Any, order: Order, progress: Progress | None = None) 
             found = _open_cached(trt, path, order)
             if found is not None:
                 return found
-        logger.warning("an engine for %s is built, which takes minutes; it is to be kept in %s", order.spec.name, path)
+        logger.warning(
+            "an engine for %s and tiles of %d x %d px is built, which takes minutes; it is to be kept in %s",
+            *(order.spec.name, *order.image_size, path),
+        )
         plan, description, engine = _build(trt, order, progress)
         try:
             trt_cache.write_engine(path, plan, description)
@@ -218,14 +233,14 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
     cuda.use(order.device)
     least, most = order.batches
     batch = most if least == most else None
-    graph, half_nodes = read_graph(order.model_file, order.precision, order.tile_size, batch)
+    graph, half_nodes = read_graph(order.model_file, order.precision, order.image_size, batch)
     plan = _build_plan(trt, order, graph, half_nodes, progress)
     spec = _spec_of(order)
     engine = open_engine(trt, plan, spec)
     lane = Lane(engine, order.device, order.batches[1])
     try:
         layers = check_layers(lane.describe(), order.precision, half_nodes)
-        differences = check_numbers(lane, order.model_file, spec)
+        differences = check_numbers(lane, order.model_file, spec, order.image_size)
     finally:
         lane.close()
     logger.info("%s: engine built and checked in %.0f s", order.spec.name, time.perf_counter() - started)
@@ -241,9 +256,9 @@ def _build(trt: Any, order: Order, progress: Progress | None) -> tuple[bytes, De
 
 
 def _spec_of(order: Order) -> ModelSpec:
-    """Return what the engine says of itself."""
-    spec, side = order.spec, order.tile_size
-    rows = rows_per_level(spec.object_kind, len(spec.classes), side, side)
+    """Return what the engine says of itself; of one for oblong images, the tile size is the longer side."""
+    spec, side = order.spec, max(order.image_size)
+    rows = rows_per_level(spec.object_kind, len(spec.classes), *order.image_size)
     return spec.model_copy(
         update={
             "precision": order.precision,
@@ -275,7 +290,7 @@ def _build_plan(
         _pin_precision(trt, network, config, order.precision, half_nodes)
     least, most = order.batches
     if least < most:
-        image = (len(order.spec.bands), order.tile_size, order.tile_size)
+        image = (len(order.spec.bands), *order.image_size)
         profile = builder.create_optimization_profile()
         profile.set_shape("images", (least, *image), (most, *image), (most, *image))
         if config.add_optimization_profile(profile) < 0:

@@ -64,7 +64,8 @@ class Order:
         model_file: ``.onnx``.
         spec: what it says of itself.
         precision: of the engine's convolutions.
-        tile_size: side of the images in px.
+        image_size: height and width of the images in px.
+        takes_any_size: whether the model file takes other sizes as well.
         batches: fewest and most images at once.
         workspace_bytes: device memory that a layer may use for itself.
         compatibility: key of what else it runs on, see ``HardwareCompatibilityLevel`` of TensorRT.
@@ -74,7 +75,8 @@ class Order:
     model_file: Path
     spec: ModelSpec
     precision: Precision
-    tile_size: int
+    image_size: tuple[int, int]
+    takes_any_size: bool
     batches: tuple[int, int]
     workspace_bytes: int
     compatibility: str
@@ -86,7 +88,7 @@ class Order:
         Args:
             version: of TensorRT.
         """
-        image = [len(self.spec.bands), self.tile_size, self.tile_size]
+        image = [len(self.spec.bands), *self.image_size]
         least, most = ([number, *image] for number in self.batches)
         return {
             "model_sha256": file_sha256(self.model_file),

@@ -132,13 +132,14 @@ def _names_in(layer: dict[str, Any]) -> set[str]:
     return {text, *re.split(r"[\s+,()]+", text), *nodes}
 
 
-def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec) -> dict[str, float]:
+def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec, image_size: tuple[int, int]) -> dict[str, float]:
     """Compare an engine with onnxruntime on real tiles and a drawn one, each alone and as many at once as it takes.
 
     Args:
         lane: that runs the engine.
         model_file: that it was built from.
         spec: of the engine: its precision says what is allowed.
+        image_size: height and width of its images in px.
 
     Returns:
         The largest differences, see :func:`rtmdet_geo.export.check.as_record`. Of a fp16 engine they may be larger than
@@ -147,8 +148,9 @@ def check_numbers(lane: Lane, model_file: Path, spec: ModelSpec) -> dict[str, fl
     Raises:
         EngineError: they are too large, or a number is not finite.
     """
-    drawn = make_check_tiles(1, len(spec.bands), spec.tile_size, seed=0)
-    tiles = np.stack([*shipped_tiles(spec, spec.tile_size), *drawn])
+    height, width = image_size
+    drawn = make_check_tiles(1, len(spec.bands), max(image_size), seed=0)
+    tiles = np.ascontiguousarray(np.stack([*shipped_tiles(spec, max(image_size)), *drawn])[:, :, :height, :width])
     together = [tiles[start : start + lane.capacity] for start in range(0, len(tiles), lane.capacity)]
     batches = [CheckBatch(images, is_real=True) for images in (*together, *(tile[None] for tile in tiles))]
     built: Any = _Built(lane, spec)

@@ -22,13 +22,15 @@ def read_ports(path: Path) -> tuple[list[Port], list[Port]]:
     return [_port(value) for value in graph.input], [_port(value) for value in graph.output]
 
 
-def read_graph(path: Path, precision: str, tile_size: int, batch: int | None = None) -> tuple[bytes, dict[str, str]]:
+def read_graph(
+    path: Path, precision: str, image_size: tuple[int, int], batch: int | None = None
+) -> tuple[bytes, dict[str, str]]:
     """Return a model file's graph for a build, and the operators of its nodes in fp16, by their names.
 
     Args:
         path: that was checked against the contract.
         precision: "fp16" makes the trunk of a fp32 file so; a fp16 file stays what it is.
-        tile_size: side of the images in px.
+        image_size: height and width of the images in px.
         batch: images at once, where there is one number only; with it all shapes are constants.
 
     Raises:
@@ -43,7 +45,7 @@ def read_graph(path: Path, precision: str, tile_size: int, batch: int | None = N
     from rtmdet_geo.export.half import to_half
 
     spec = stored_spec(proto)
-    proto = fix_size(proto, tile_size, tile_size, batch=batch)
+    proto = fix_size(proto, *image_size, batch=batch)
     if spec is None or spec.precision == "fp32":
         proto = to_half(proto) if precision == "fp16" else fold_weights(proto)
     inferred = shape_inference.infer_shapes(proto).graph

@@ -192,7 +192,7 @@ def detect_scene(
         saturated_before = engine.num_saturated
         results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
-        _warn(source, results, num_saturated, settings, engine.fixed_tile_size)
+        _warn(source, grid, engine, results, num_saturated, settings)
         merged = merge_survivors(
             results.parts,
             grid,
@@ -284,13 +284,14 @@ def _check_outputs(
 
 
 def _warn(
-    source: Scene, results: TileResults, num_saturated: int, settings: TileSettings, fixed_tile_size: int | None
+    source: Scene, grid: TileGrid, engine: Backend, results: TileResults, num_saturated: int, settings: TileSettings
 ) -> None:
     if results.num_empty_tiles == results.num_tiles:
         warnings.warn(f"scene {source.path!r} holds no valid pixel", NodataWarning, stacklevel=3)
-    if fixed_tile_size is not None and min(source.width, source.height) < fixed_tile_size:
+    fixed = engine.fixed_tile_size
+    if fixed is not None and grid.padded_shape(engine.spec.stride_multiple) != (fixed, fixed):
         warnings.warn(
-            f"scene {source.path!r} is smaller than the tiles of {fixed_tile_size} px that the model file takes only; "
+            f"scene {source.path!r} is smaller than the tiles of {fixed} px that the model file takes only; "
             "grey fills them up, which moves scores a little: a file for any size does without",
             PaddedTileWarning,
             stacklevel=3,

@@ -24,6 +24,7 @@ from rtmdet_geo.errors import (
     NodataWarning,
     NotGeoreferencedWarning,
     OutputError,
+    PaddedTileWarning,
     RasterError,
     SaturatedTileWarning,
     UnknownClassError,
@@ -184,6 +185,12 @@ def test_fixed_tile_size_is_respected(engine, scene):
     with pytest.raises(ConfigError, match="256 px only"):
         detect_scene(scene, tile_size=512)
     assert len(detect_scene(scene)) == 5
+
+
+def test_scenes_that_a_fixed_tile_size_pads_are_named(engine, scene):
+    engine.fixed_tile_size = 512
+    with pytest.warns(PaddedTileWarning, match=r"port\.tif' is smaller than the tiles of 512 px"):
+        detect_scene(scene)
 
 
 def test_existing_output_is_refused_untouched(engine, scene, tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -29,6 +32,7 @@ from rtmdet_geo.export import export_model, make_check_tiles
 from rtmdet_geo.export.graph import write_metadata
 from rtmdet_geo.export.half import to_half
 from rtmdet_geo.export.quantize import OPERATORS, find_trunk, quantize_model
+from rtmdet_geo.export.tiles import shipped_tiles
 
 SCENE = Path(__file__).parent / "data" / "casablanca.tif"
 ENGINES = [
@@ -120,20 +124,16 @@ def test_trunk_by_hand(tmp_path):
 
 
 def test_weights_and_ranges_by_hand(tmp_path):
-    """A weight becomes the nearest of 255 steps of its output channel; uint8 steps span what the tiles fill."""
+    """A weight becomes the nearest of 129 steps of its output channel; uint8 steps span what the tiles fill."""
     source = write_tiny(tmp_path / "tiny.onnx")
     quantize_model(source, tmp_path / "int8.onnx", calibration=tiles(side=SIDE))
     original, rounded = initialisers(source), initialisers(tmp_path / "int8.onnx")
     for name in ("weight 1", "weight 2"):
         largest = np.abs(original[name]).max(axis=(1, 2, 3))
-        np.testing.assert_allclose(rounded[f"{name}_scale"], largest / 127, rtol=1e-5)
-        expected = np.rint(original[name] / (largest / 127)[:, None, None, None])
+        np.testing.assert_allclose(rounded[f"{name}_scale"], largest / 64, rtol=1e-5)
+        steps = original[name] / (largest / 64)[:, None, None, None]
         assert rounded[f"{name}_quantized"].dtype == np.int8
-        assert (
-            np.abs(rounded[f"{name}_quantized"] - expected).max()
-            <= 1
-            > np.mean(rounded[f"{name}_quantized"] != expected)
-        )
+        assert np.abs(rounded[f"{name}_quantized"] - steps).max() < 0.501
     pixels = np.concatenate(list(tiles(side=SIDE)))
     np.testing.assert_allclose(rounded["div_scale"], pixels.max() / 64 / 255, rtol=1e-5)  # ranges hold 0
     assert rounded["div_zero_point"] == 0 and rounded["div_zero_point"].dtype == np.uint8
@@ -222,7 +222,7 @@ def test_engines_run_detectors(engine, kind):
     backend, full = (open_backend(path, name=engine, threads=1) for path in (small_int8(kind), small_model(kind)))
     images = make_check_tiles(3, 3, 128, seed=7)
     found, expected = backend.raw(images), full.raw(images)
-    assert np.corrcoef(found[1].ravel(), expected[1].ravel())[0, 1] > 0.99
+    assert np.corrcoef(found[1].ravel(), expected[1].ravel())[0, 1] > 0.98
     assert 1e-3 < np.abs(found[1] - expected[1]).max() < 0.25
     for index in range(len(images)):
         for together, alone in zip(found, backend.raw(images[index : index + 1]), strict=True):
@@ -240,6 +240,25 @@ def test_openvino_rounds_for_convolutions_only():
     makers = [node.input_value(0).get_node() for node in kept if "Convolution" in node.get_type_name()]
     read = {maker.get_friendly_name() for maker in makers if maker.get_type_name() == "Multiply"}
     assert rest == len(read) > 40 and rest < 0.4 * number
+
+
+def test_older_processors_give_the_same(tmp_path):
+    """Without VNNI, oneDNN adds two products in 16 bits: 2 x 255 x 64 fits, 2 x 255 x 127 would not."""
+    pytest.importorskip("openvino")
+    real = shipped_tiles(read_spec(CATALOG["banepa_ins"].path), 192)
+    quantize_model(CATALOG["banepa_ins"].path, tmp_path / "int8.onnx", calibration=[tile[None] for tile in real])
+    np.save(tmp_path / "tiles.npy", np.stack(real))
+    program = (
+        "import sys, numpy as np\nfrom rtmdet_geo.backends import open_backend\n"
+        "engine = open_backend(sys.argv[1], name='openvino', threads=1)\n"
+        "np.save(sys.argv[3], engine.raw(np.load(sys.argv[2]))[1])"
+    )
+    for name, isa in (("this", "ALL"), ("older", "AVX2")):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+        files = (tmp_path / file for file in ("int8.onnx", "tiles.npy", f"{name}.npy"))
+        subprocess.run([sys.executable, "-c", program, *files], env=environment, check=True, capture_output=True)
+    this, older = (np.load(tmp_path / f"{name}.npy") for name in ("this", "older"))
+    assert np.abs(this - older).max() < 0.02
 
 
 class Recorder:

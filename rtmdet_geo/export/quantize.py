@@ -6,10 +6,10 @@ DequantizeLinear pairs (QDQ), which onnxruntime and OpenVINO turn into int8 kern
 the first convolution to those before the last ones. fp32 stay normalisation, channel attention (a mean over a whole
 map, and the gate made of it), the last convolutions of each head, and all after them (exp, decoding, top-K).
 
-What it gains and costs is in ``tests/benchmarks/results/int8.csv``. Chosen by measuring on the bundled models: ranges
-from the lowest to the highest value seen (percentiles and entropy gain nothing), uint8 activations (with int8 ones
-onnxruntime takes more than three times as long on x86), weights of 8 bits (7 cost .006 of AP50 more). On x86 processors
-without VNNI onnxruntime adds products in 16 bits, which may saturate; none of them was measured.
+Ranges go from the lowest to the highest value seen (percentiles and entropy gained nothing), activations are uint8
+(int8 ones took onnxruntime more than three times as long on x86). Weights have 7 bits of the 8: x86 processors without
+VNNI add two products in 16 bits, which 8 would overflow, so that a file's answer would depend on the processor. What
+int8 gains and costs is in ``tests/benchmarks/results/int8.csv``.
 """
 
 from __future__ import annotations
@@ -113,9 +113,8 @@ def _quantize(proto: onnx.ModelProto, out: Path, tiles: _Tiles) -> None:
     from onnx import helper
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    helper.set_model_props(
-        proto, {"onnx.quant.pre_process": "onnxruntime.quant"}
-    )  # or it advises to fold, which is done
+    # Or it advises to fold, which is done.
+    helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})
     quantize_static(
         proto,
         out,
@@ -124,6 +123,7 @@ def _quantize(proto: onnx.ModelProto, out: Path, tiles: _Tiles) -> None:
         op_types_to_quantize=list(OPERATORS),
         nodes_to_quantize=find_trunk(proto.graph),
         per_channel=True,
+        reduce_range=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,

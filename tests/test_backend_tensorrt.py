@@ -79,7 +79,7 @@ def test_a_result_does_not_depend_on_its_batch(machine):
 def test_uneven_batches_come_in_order(machine):
     engine = TensorRtBackend(tiny_file(), max_batch=4)
     many = tiles(19)
-    sizes = [4, 4, 1, 3, 0, 7]
+    sizes = [4, 4, 1, 3, 7]
     starts = np.cumsum([0, *sizes])
     batches = [many[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     streamed = list(engine.stream(iter(batches)))

@@ -144,12 +144,12 @@ class TensorRtBackend(RowsBackend):
 
     def _part_size(self, images: NDArray[np.uint8]) -> int:
         """Return how many of a batch's images go at once."""
-        return max(1, min(self.max_batch, self._most_images or self.max_batch, len(images)))
+        return min(self.max_batch, self._most_images or self.max_batch, len(images))
 
     def _submit(self, lane: Lane, images: NDArray[np.uint8]) -> list[Ticket]:
         """Start a batch, in parts where it is larger than the lane takes."""
         size = min(self._part_size(images), lane.capacity)
-        return [lane.submit(images[start : start + size]) for start in range(0, max(1, len(images)), size)]
+        return [lane.submit(images[start : start + size]) for start in range(0, len(images), size)]
 
     def _take_lane(self, size: int) -> Lane:
         """Return a way through the engine that nobody else uses, for batches of that size at least.

@@ -27,7 +27,7 @@ from rtmdet_geo.backends.trt_load import Engine, Messages, load_tensorrt, messag
 from rtmdet_geo.backends.trt_run import Lane
 from rtmdet_geo.backends.trt_watch import Progress, watched
 from rtmdet_geo.cache import hold_lock
-from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError, OutputError
+from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, ModelFileError, OutputError
 from rtmdet_geo.outputs import check_folder
 from rtmdet_geo.structures import ModelSpec
 
@@ -318,7 +318,7 @@ def _serialize(trt: Any, log: Messages, build: Callable[[], Any], config: Any, o
     if plan is None:
         failure = log.failure(what)
         has_pins = order.precision == "fp16" and not _is_strongly_typed(trt)
-        if not has_pins or not _NO_KERNEL.search(str(failure)):
+        if not has_pins or isinstance(failure, DeviceMemoryError) or not _NO_KERNEL.search(str(failure)):
             raise failure
         logger.warning("%s; it is asked again, with the layers' precisions as wishes", failure)
         config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)

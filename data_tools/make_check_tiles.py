@@ -7,17 +7,14 @@ Each is what the bundled model for such scenes sees: bands chosen, stretched, at
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import click
 import numpy as np
 
 from rtmdet_geo.catalog import CATALOG, read_spec
-from rtmdet_geo.errors import RTMDetGeoWarning
-from rtmdet_geo.export.tiles import CHECK_TILES
+from rtmdet_geo.export.tiles import CHECK_TILES, open_for_model
 from rtmdet_geo.outputs import staged_output
-from rtmdet_geo.raster import open_scene
 
 #: Scene, model whose eyes it is seen through, and where the tile lies, in px of the model's resolution: many objects.
 TILES = (("casablanca", "sen2ships_r", 192, 384), ("banepa_west", "banepa_ins", 96, 384))
@@ -30,17 +27,7 @@ def main() -> None:
     arrays: dict[str, np.ndarray] = {}
     for name, model, x, y in TILES:
         spec = read_spec(CATALOG[model].path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RTMDetGeoWarning)
-            scene = open_scene(
-                Path("tests/data") / f"{name}.tif",
-                model_bands=spec.bands,
-                optional_bands=spec.optional_bands,
-                stretch=spec.stretch,
-                model_gsd_m=spec.gsd_m,
-                trained_gsd_m=spec.trained_gsd_m,
-            )
-        with scene:
+        with open_for_model(Path("tests/data") / f"{name}.tif", spec) as scene:
             arrays[name] = scene.read(x, y, SIDE, SIDE)[0][None]
         arrays[f"{name}_bands"] = np.array(spec.bands)
     with staged_output(CHECK_TILES) as staged:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from rtmdet_geo.pictures import IMAGE_SUFFIXES
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.views import pad
+
+if TYPE_CHECKING:
+    from rtmdet_geo.scene import Scene
 
 #: uint8 (N, bands, h, w) of each scene, and the names of its bands under ``NAME_bands``.
 CHECK_TILES = ASSETS / "check_tiles.npz"
@@ -80,27 +84,35 @@ def cut_tiles(paths: Sequence[str | os.PathLike[str]], spec: ModelSpec, side: in
         RasterError, BandError, ResolutionError: a file cannot be read as the model needs it.
         ConfigError: a folder holds no picture.
     """
-    from rtmdet_geo.raster import open_scene
-
     for path in _files(paths):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            warnings.simplefilter("ignore", ResolutionWarning)
-            scene = open_scene(
-                path,
-                model_bands=spec.bands,
-                optional_bands=spec.optional_bands,
-                stretch=spec.stretch,
-                model_gsd_m=spec.gsd_m,
-                trained_gsd_m=spec.trained_gsd_m,
-            )
-        with scene:
+        with open_for_model(path, spec) as scene:
             grid = TileGrid(scene.width, scene.height, side, 0)
             for index in np.unique(np.linspace(0, len(grid) - 1, TILES_PER_FILE).round().astype(int)):
                 tile = grid[int(index)]
                 pixels, valid = scene.read(tile.x, tile.y, tile.width, tile.height)
                 if valid.any():
                     yield pad(pixels, (side, side))
+
+
+def open_for_model(path: str | os.PathLike[str], spec: ModelSpec) -> Scene:
+    """Open a scene or picture as a model sees it; that it has no place on the ground, or another resolution, is no news.
+
+    Raises:
+        RasterError, BandError, ResolutionError: it cannot be read as the model needs it.
+    """
+    from rtmdet_geo.raster import open_scene
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        warnings.simplefilter("ignore", ResolutionWarning)
+        return open_scene(
+            Path(path),
+            model_bands=spec.bands,
+            optional_bands=spec.optional_bands,
+            stretch=spec.stretch,
+            model_gsd_m=spec.gsd_m,
+            trained_gsd_m=spec.trained_gsd_m,
+        )
 
 
 def check_files(paths: Sequence[str | os.PathLike[str]]) -> None:

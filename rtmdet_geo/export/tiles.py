@@ -95,7 +95,7 @@ def cut_tiles(paths: Sequence[str | os.PathLike[str]], spec: ModelSpec, side: in
 
 
 def open_for_model(path: str | os.PathLike[str], spec: ModelSpec) -> Scene:
-    """Open a scene or picture as a model sees it; that it has no place on the ground, or another resolution, is no news.
+    """Open a scene or picture as a model sees it; that it lies nowhere on the ground, or is coarser, is no news.
 
     Raises:
         RasterError, BandError, ResolutionError: it cannot be read as the model needs it.

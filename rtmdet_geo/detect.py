@@ -1,8 +1,8 @@
 """The pipeline on one page: scene -> tiles -> backend -> merge -> features -> files.
 
 The only module that knows every stage. Tiles are read, run and forgotten one batch at a time, so memory holds pixels
-and raw candidates of one batch, and of each tile what NMS left. Tiles without a valid pixel are not run. Nothing
-appears under an output's final name before it is whole.
+and raw candidates of one batch, and of each tile what NMS left. Tiles without a valid pixel are not run, those beside
+the area that is asked for not even read. Nothing appears under an output's final name before it is whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import numpy as np
 from affine import Affine
 from shapely.affinity import affine_transform
 
+from rtmdet_geo.area import find_area
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import (
@@ -57,12 +58,17 @@ def detect_scene(
     *,
     model: str | os.PathLike[str] | Backend | None = None,
     bands: Sequence[int | str] | None = None,
-    score_threshold: float | None = None,
+    score_threshold: float | Mapping[str, float] | None = None,
     iou_threshold: float | None = None,
     tile_size: int | None = None,
     overlap: int | None = None,
     batch_size: int | None = None,
     classes: Sequence[str] | None = None,
+    bounds: Sequence[float] | None = None,
+    geographic: bool = False,
+    aoi: str | os.PathLike[str] | None = None,
+    min_length_m: float | None = None,
+    max_length_m: float | None = None,
     gsd: float | None = None,
     nodata: float | None = None,
     dst_crs: Any = None,
@@ -89,12 +95,19 @@ def detect_scene(
         model: catalogue name, model file, or weights (a file, or published ones by name), or what
             :func:`rtmdet_geo.load_model` opened; None is the bundled model of ships.
         bands: 1-based numbers or names of the scene's bands, in the order of the model's; None chooses by name.
-        score_threshold: keep detections with at least this score, in [0, 1]; None is the model's.
+        score_threshold: keep detections with at least this score, in [0, 1]; None is the model's. By class, such as
+            ``{"ship": 0.5, "*": 0.3}``: "*" is all that are not named, the model's if it is left out.
         iou_threshold: detections of a class that overlap by this much are one, in [0, 1]; None is the model's.
         tile_size: side of a tile in px of the model's ground sample distance; None is the model's.
         overlap: px that neighbouring tiles share; objects longer than it may be cut; None is the model's.
         batch_size: tiles per call of the engine; None is the engine's own: 1 on a CPU, 8 on a GPU.
         classes: names of the classes to keep; None keeps all.
+        bounds: west, south, east, north in the scene's CRS (px without one): only tiles that touch them are read, and
+            objects are kept whose centre lies inside. The stretch is that of the whole scene all the same.
+        geographic: the bounds are in degrees of longitude and latitude.
+        aoi: file of polygons in any CRS, holes respected, that bound the search likewise; with bounds: both do.
+        min_length_m: keep objects that are so long at least, in metres on the ground.
+        max_length_m: likewise, at most.
         gsd: metres per pixel on the ground of the scene, if the file does not say or says it wrongly.
         nodata: value of pixels without data, if the file does not say.
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
@@ -126,9 +139,10 @@ def detect_scene(
     Raises:
         RasterError, BandError, ResolutionError: the scene cannot be read, lacks a band, or is too coarse or fine.
         UnknownModelError, ModelFileError: no such model, or its file is corrupt or foreign.
-        UnknownClassError: ``classes`` names what the model does not know.
+        UnknownClassError: ``classes`` or ``score_threshold`` names what the model does not know.
+        AnnotationError: ``aoi`` cannot be read, or holds no polygons.
         OutputError: an output exists, or cannot be written.
-        ConfigError: a value is outside its range.
+        ConfigError: a value is outside its range, or the area outside the scene.
         Cancelled: ``cancelled`` answered True; no output was touched.
 
     Example:
@@ -142,6 +156,7 @@ def detect_scene(
     target_crs = check_target_crs(dst_crs, output, driver)
     if not (math.isfinite(simplify_px) and simplify_px >= 0):
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
+    _check_lengths(min_length_m, max_length_m)
     augmentation = find_augmentation(tta)
     if isinstance(model, Backend):
         if (backend, device, precision, compiled, threads) != ("auto", "auto", "auto", False, None):
@@ -188,9 +203,16 @@ def detect_scene(
     ) as source:
         if target_crs is not None and not source.is_georeferenced:
             raise ConfigError(f"scene {source.path!r} has no CRS, so it cannot be projected; leave --dst-crs out")
+        if (min_length_m, max_length_m) != (None, None) and source.gsd_x_m is None:
+            raise ConfigError(
+                f"scene {source.path!r} has no CRS that leads to metres on the ground; leave the least and greatest "
+                "length out"
+            )
         grid = TileGrid(source.width, source.height, settings.tile_size, settings.overlap)
+        area = find_area(source, bounds=bounds, geographic=geographic, aoi=aoi)
+        tiles = area.tiles(grid) if area is not None else None
         saturated_before = engine.num_saturated
-        results = run_tiles(source, grid, engine, settings, progress=progress, cancelled=cancelled)
+        results = run_tiles(source, grid, engine, settings, tiles=tiles, progress=progress, cancelled=cancelled)
         num_saturated = engine.num_saturated - saturated_before
         _warn(source, grid, engine, results, num_saturated, settings)
         merged = merge_survivors(
@@ -200,7 +222,11 @@ def detect_scene(
             max_overlap=settings.max_overlap,
             kind=spec.object_kind,
         )
+        if area is not None:
+            merged = merged.select(area.holds(merged.detections.boxes[:, :2]))
         features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
+        if (min_length_m, max_length_m) != (None, None):
+            merged, features = _of_length(merged, features, min_length_m, max_length_m)
         num_by_class = features["class_name"].value_counts()
         summary: dict[str, Any] = {
             "scene": source.path,
@@ -215,12 +241,17 @@ def detect_scene(
             **scene_record(source),
             "model": model_record(spec, engine.path),
             "parameters": {
-                "score_threshold": settings.score_threshold,
+                "score_threshold": settings.score_record(spec),
                 "iou_threshold": settings.iou_threshold,
                 "tile_size": settings.tile_size,
                 "overlap": settings.overlap,
                 "batch_size": settings.batch_size,
                 "classes": settings.class_names(spec),
+                "bounds": [float(value) for value in bounds] if bounds is not None else None,
+                "geographic": geographic,
+                "aoi": os.fspath(aoi) if aoi is not None else None,
+                "min_length_m": min_length_m,
+                "max_length_m": max_length_m,
                 "multi_label": multi_label,
                 "max_overlap": max_overlap,
                 "simplify_px": simplify_px,
@@ -235,7 +266,7 @@ def detect_scene(
             "versions": library_versions(engine.name, "numba"),
         }
         if cancelled is not None and cancelled():
-            raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
+            raise Cancelled(f"stopped after all {results.num_tiles} tiles; nothing was written")
         if preview is not None:
             draw_preview(source, merged.detections, preview, classes=spec.classes, overwrite=overwrite)
         if output is not None:
@@ -283,11 +314,20 @@ def _check_outputs(
         check_preview(preview, overwrite)
 
 
+def _check_lengths(min_length_m: float | None, max_length_m: float | None) -> None:
+    for name, value in (("min_length_m", min_length_m), ("max_length_m", max_length_m)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name}={value!r} must be at least 0 m")
+    if min_length_m is not None and max_length_m is not None and min_length_m > max_length_m:
+        raise ConfigError(f"min_length_m={min_length_m!r} must not exceed max_length_m={max_length_m!r}")
+
+
 def _warn(
     source: Scene, grid: TileGrid, engine: Backend, results: TileResults, num_saturated: int, settings: TileSettings
 ) -> None:
     if results.num_empty_tiles == results.num_tiles:
-        warnings.warn(f"scene {source.path!r} holds no valid pixel", NodataWarning, stacklevel=3)
+        where = "" if results.num_tiles == len(grid) else " in the area asked for"
+        warnings.warn(f"scene {source.path!r} holds no valid pixel{where}", NodataWarning, stacklevel=3)
     fixed = engine.fixed_tile_size
     if fixed is not None and grid.padded_shape(engine.spec.stride_multiple) != (fixed, fixed):
         warnings.warn(
@@ -349,3 +389,12 @@ def _make_features(
         kind=spec.object_kind,
         polygons=polygons,
     )
+
+
+def _of_length(
+    merged: Merged, features: geopandas.GeoDataFrame, least: float | None, most: float | None
+) -> tuple[Merged, geopandas.GeoDataFrame]:
+    """Keep what is so long on the ground, in both: rows agree, for both go by score, label and box."""
+    keep = features["length_m"].between(0 if least is None else least, math.inf if most is None else most).to_numpy()
+    kept = features[keep].reset_index(drop=True)
+    return merged.select(keep), kept.assign(id=np.arange(1, len(kept) + 1, dtype=np.int64))

@@ -103,6 +103,10 @@ class BandWarning(RTMDetGeoWarning):
     """Bands were repeated, guessed or filled in because the scene lacks what the model wants."""
 
 
+class GeometryWarning(RTMDetGeoWarning):
+    """Polygons that were given are not valid and were repaired."""
+
+
 class NodataWarning(RTMDetGeoWarning):
     """The scene holds no valid pixel."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -21,6 +21,9 @@ from rtmdet_geo.structures import Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.views import pad
 
+#: In least scores by class: all classes that are not named.
+OTHER_CLASSES = "*"
+
 
 @dataclass(frozen=True, slots=True)
 class TileSettings:
@@ -30,12 +33,13 @@ class TileSettings:
         tile_size: side in px of the model's resolution.
         overlap: px that neighbours share.
         batch_size: tiles per call of the engine.
-        score_threshold: least score, in [0, 1].
+        score_threshold: least score of any class, in [0, 1].
         iou_threshold: of NMS, in [0, 1].
         mask_threshold: probability in (0, 1) above which a pixel belongs to a mask.
         max_overlap: share of the smaller of two masks of a class from which on they are one object, in (0, 1].
         class_ids: labels to keep; None: all.
         multi_label: several classes for one place are several detections.
+        class_scores: least score of each class of the model, in the order of labels; None: one for all.
     """
 
     tile_size: int
@@ -47,13 +51,14 @@ class TileSettings:
     max_overlap: float
     class_ids: tuple[int, ...] | None
     multi_label: bool
+    class_scores: tuple[float, ...] | None = None
 
     @classmethod
     def of(
         cls,
         engine: Backend,
         *,
-        score_threshold: float | None = None,
+        score_threshold: float | Mapping[str, float] | None = None,
         iou_threshold: float | None = None,
         mask_threshold: float = MASK_THRESHOLD,
         max_overlap: float = MAX_OVERLAP,
@@ -67,14 +72,14 @@ class TileSettings:
 
         Raises:
             ConfigError: a value is outside its range, or the engine cannot do it.
-            UnknownClassError: ``classes`` names what the model does not know.
+            UnknownClassError: ``classes`` or ``score_threshold`` names what the model does not know.
         """
         spec = engine.spec
-        score = spec.score_threshold if score_threshold is None else score_threshold
+        labels = _labels(spec, classes)
+        score, class_scores = _scores(spec, score_threshold, labels)
         iou = spec.iou_threshold if iou_threshold is None else iou_threshold
-        for name, value in (("score_threshold", score), ("iou_threshold", iou)):
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ConfigError(f"{name}={value!r} must be in [0, 1]")
+        if not (math.isfinite(iou) and 0 <= iou <= 1):
+            raise ConfigError(f"iou_threshold={iou!r} must be in [0, 1]")
         if not 0 < mask_threshold < 1:
             raise ConfigError(f"mask_threshold={mask_threshold!r} must be in (0, 1)")
         if not 0 < max_overlap <= 1:
@@ -90,12 +95,36 @@ class TileSettings:
         if not 0 <= shared < size:
             raise ConfigError(f"overlap={shared} px must be at least 0 and below tile_size={size} px")
         images = choose_batch_size(engine, batch_size)
-        labels = _labels(spec, classes)
-        return cls(size, shared, images, score, iou, mask_threshold, max_overlap, labels, multi_label)
+        return cls(size, shared, images, score, iou, mask_threshold, max_overlap, labels, multi_label, class_scores)
 
     def class_names(self, spec: ModelSpec) -> list[str]:
         """Return the names of the classes that are kept."""
         return [spec.classes[label] for label in self.class_ids] if self.class_ids is not None else list(spec.classes)
+
+    def score_record(self, spec: ModelSpec) -> float | dict[str, float]:
+        """Return the least score of every class that is kept, ready for JSON: one number, or one for each name."""
+        if self.class_scores is None:
+            return self.score_threshold
+        return {name: self.class_scores[spec.classes.index(name)] for name in self.class_names(spec)}
+
+
+def _scores(
+    spec: ModelSpec, score_threshold: float | Mapping[str, float] | None, labels: tuple[int, ...] | None
+) -> tuple[float, tuple[float, ...] | None]:
+    """Return the least score of any class that is kept, and that of each class where they differ."""
+    single = (
+        spec.score_threshold if score_threshold is None or isinstance(score_threshold, Mapping) else score_threshold
+    )
+    by_class = {OTHER_CLASSES: single, **(score_threshold if isinstance(score_threshold, Mapping) else {})}
+    for name, value in by_class.items():
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            where = "" if name == OTHER_CLASSES else f" of class {name!r}"
+            raise ConfigError(f"score_threshold={value!r}{where} must be in [0, 1]")
+    others = by_class.pop(OTHER_CLASSES)
+    _labels(spec, list(by_class))
+    scores = [by_class.get(name, others) for name in spec.classes]
+    kept = [scores[label] for label in (range(len(scores)) if labels is None else labels)]
+    return min(kept, default=others), tuple(scores) if by_class else None
 
 
 def _labels(spec: ModelSpec, classes: Sequence[str] | None) -> tuple[int, ...] | None:
@@ -131,10 +160,11 @@ def run_tiles(
     engine: Backend,
     settings: TileSettings,
     *,
+    tiles: Sequence[Tile] | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TileResults:
-    """Read, run and reduce every tile; pixels and raw candidates of a few batches are in memory at a time.
+    """Read, run and reduce tiles; pixels and raw candidates of a few batches are in memory at a time.
 
     Reading and the engine have a thread each, so that neither waits for the other nor for the NMS of what was found.
     ``progress`` and ``cancelled`` are called in the caller's thread.
@@ -142,6 +172,7 @@ def run_tiles(
     Args:
         source: open scene.
         grid: tiles over it.
+        tiles: those of the grid to look at; None: all. No other one is read, or counts.
         engine: what runs them.
         settings: checked by :meth:`TileSettings.of`.
         progress: called with (tiles done, tiles in all).
@@ -151,6 +182,7 @@ def run_tiles(
         Cancelled: the caller's wish.
     """
     results = TileResults()
+    wanted: Sequence[Tile] = list(grid) if tiles is None else tiles
     # As little padding as the engine takes: channel attention averages over the whole input, grey included.
     fixed = engine.fixed_tile_size
     shape = (fixed, fixed) if fixed is not None else grid.padded_shape(engine.spec.stride_multiple)
@@ -159,18 +191,18 @@ def run_tiles(
     def done(number: int = 1) -> None:
         results.num_tiles += number
         if progress is not None:
-            progress(results.num_tiles, len(grid))
+            progress(results.num_tiles, len(wanted))
 
     def skip_empty() -> None:
         if cancelled is not None and cancelled():
-            raise Cancelled(f"stopped after {results.num_tiles} of {len(grid)} tiles; nothing was written")
+            raise Cancelled(f"stopped after {results.num_tiles} of {len(wanted)} tiles; nothing was written")
         while in_flight and not in_flight[0][1].any():
             in_flight.popleft()
             results.num_empty_tiles += 1
             done()
 
     def reduce(tile: Tile, valid: NDArray[np.bool_], detections: Detections) -> None:
-        detections = _filter(detections, valid, settings.class_ids)
+        detections = _filter(detections, valid, settings)
         if len(detections):
             survivors = tile_survivors(
                 detections,
@@ -185,8 +217,8 @@ def run_tiles(
         done()
 
     done(0)
-    tiles = _read_batches(source, grid, shape, settings.batch_size, in_flight)
-    with Prefetch(tiles, size=2, name="tiles") as batches:
+    read = _read_batches(source, wanted, shape, settings.batch_size, in_flight)
+    with Prefetch(read, size=2, name="tiles") as batches:
         run = engine.run(batches, score_threshold=settings.score_threshold, multi_label=settings.multi_label)
         with Prefetch(run, size=2, waiting=skip_empty, name="engine") as found:
             try:
@@ -201,14 +233,14 @@ def run_tiles(
 
 def _read_batches(
     source: Scene,
-    grid: TileGrid,
+    tiles: Sequence[Tile],
     shape: tuple[int, int],
     batch_size: int,
     in_flight: deque[tuple[Tile, NDArray[np.bool_]]],
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield uint8 (N, C, *shape) of tiles with valid pixels, and note every tile and its valid pixels in order."""
     images: list[NDArray[np.uint8]] = []
-    for tile in grid:
+    for tile in tiles:
         pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
         in_flight.append((tile, valid))
         if not valid.any():  # costs nothing more
@@ -221,12 +253,15 @@ def _read_batches(
         yield np.stack(images)
 
 
-def _filter(detections: Detections, valid: NDArray[np.bool_], class_ids: tuple[int, ...] | None) -> Detections:
-    """Keep detections of the wanted classes whose centre lies on a valid pixel (valid: (h, w), tile px)."""
+def _filter(detections: Detections, valid: NDArray[np.bool_], settings: TileSettings) -> Detections:
+    """Keep what is of a wanted class, scores enough and has its centre on a valid pixel (valid: (h, w), tile px)."""
     height, width = valid.shape
     columns, rows = np.floor(detections.boxes[:, 0]), np.floor(detections.boxes[:, 1])
     keep = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     keep[keep] = valid[rows[keep].astype(np.intp), columns[keep].astype(np.intp)]
-    if class_ids is not None:
-        keep &= np.isin(detections.labels, class_ids)
+    if settings.class_ids is not None:
+        keep &= np.isin(detections.labels, settings.class_ids)
+    if settings.class_scores is not None:
+        least = np.asarray(settings.class_scores, np.float32)  # as engines compare: scores are float32
+        keep &= detections.scores >= least[detections.labels]
     return detections.select(keep)

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rtmdet_geo.cli import options, report
+
+
+def _parse_scores(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> float | dict[str, float] | None:
+    """Turn 0.3 and ship=0.5 into one score, or scores by class of which "*" is all others."""
+    scores: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.rpartition("=")
+        name = name or "*"
+        try:
+            score = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is no score; give 0.4, or ship=0.4 for one class.") from None
+        if not 0 <= score <= 1:
+            raise click.BadParameter(f"{value!r} is not in the range 0<=x<=1.")
+        if name in scores:
+            raise click.BadParameter(f"{value!r} is a second score for {'all classes' if name == '*' else name}.")
+        scores[name] = score
+    return scores["*"] if list(scores) == ["*"] else scores or None
+
+
+def _parse_bounds(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, float, float, float] | None:
+    """Read four numbers as rio does: with commas or spaces between them, in brackets or not."""
+    if value is None:
+        return None
+    try:
+        west, south, east, north = (float(word) for word in re.split(r"[,\s]+", value.strip(" []")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not four numbers: west,south,east,north.") from None
+    return west, south, east, north
 
 
 @click.command()
@@ -28,8 +62,10 @@ from rtmdet_geo.cli import options, report
 @click.option(
     "--score",
     "score_threshold",
-    type=click.FloatRange(0, 1),
-    help="Keep detections with at least this score.  [default: the model's]",
+    multiple=True,
+    metavar="[CLASS=]SCORE",
+    callback=_parse_scores,
+    help="Keep detections with at least this score, 0 to 1: of all classes, or of one; repeat.  [default: the model's]",
 )
 @click.option(
     "--iou",
@@ -38,6 +74,26 @@ from rtmdet_geo.cli import options, report
     help="Detections of one class that overlap this much are one object.  [default: the model's]",
 )
 @click.option("--class", "classes", multiple=True, metavar="NAME", help="Keep this class; repeat.  [default: all]")
+@click.option(
+    "--bounds",
+    metavar="W,S,E,N",
+    callback=_parse_bounds,
+    help="Look here only, in the scene's CRS: objects with their centre inside are kept.  [default: the whole scene]",
+)
+@click.option(
+    "--geographic/--projected", help="Bounds are longitudes and latitudes, or in the scene's CRS.  [default: projected]"
+)
+@click.option(
+    "--aoi",
+    type=click.Path(path_type=Path),
+    help="Look inside the polygons of this file only, in any CRS: objects with their centre inside are kept.",
+)
+@click.option(
+    "--min-length", "min_length_m", type=click.FloatRange(min=0), help="Keep objects of so many metres or more."
+)
+@click.option(
+    "--max-length", "max_length_m", type=click.FloatRange(min=0), help="Keep objects of so many metres or less."
+)
 @click.option(
     "--gsd",
     type=click.FloatRange(min=0, min_open=True),

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyproj
 import shapely
-from affine import Affine
 from numpy.typing import NDArray
 
 from rtmdet_geo.errors import AnnotationError, ConfigError, GeometryWarning
@@ -160,8 +159,8 @@ def _in_scene(source: Scene, polygons: NDArray[Any], crs: pyproj.CRS | None, nam
             raise ConfigError(
                 f"{name} reaches where the CRS of scene {source.path!r} is not defined; give a smaller one"
             )
-    inverse = ~(source.transform * Affine.scale(source.scale_x, source.scale_y))
-    pixels = shapely.make_valid(shapely.transform(near, lambda points: pixel_to_world(points, inverse)))
+    inverse, scales = ~source.transform, np.array([source.scale_x, source.scale_y])
+    pixels = shapely.make_valid(shapely.transform(near, lambda points: pixel_to_world(points, inverse) / scales))
     inside = keep_polygons(shapely.intersection(pixels, shapely.box(0, 0, source.width, source.height)))
     if inside.is_empty:
         raise ConfigError(

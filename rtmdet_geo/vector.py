@@ -43,6 +43,7 @@ from rtmdet_geo.vector_formats import (
     write_parquet,
     write_sequence,
     write_with_gdal,
+    write_zipped_shapefile,
 )
 
 logger = logging.getLogger(__name__)
@@ -392,6 +393,8 @@ def write_features(
             write_csv(frame, _lonlat_shapes(frame, driver), staged)
         elif driver == "Parquet":
             write_parquet(frame, staged, metadata)
+        elif ending_of(path) == ".shp.zip" and driver == "ESRI Shapefile":
+            write_zipped_shapefile(frame, staged, path)
         else:
             write_with_gdal(frame, staged, path, driver, layer=layer, metadata=metadata, geometry_type=geometry_type)
     logger.info("wrote %d features to %s", len(frame), path)

@@ -21,7 +21,9 @@ import json
 import logging
 import os
 import sqlite3
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -168,8 +170,42 @@ def _count_rows(staged: Path, layer: str) -> int:
 
 
 def _count_features(staged: Path) -> int:
-    """Return the number of features that GDAL finds in a file."""
-    return int(pyogrio.read_info(staged, force_feature_count=True)["features"])
+    """Return the number of features in a FlatGeobuf or Shapefile, whose headers count also what never arrived.
+
+    Raises:
+        RuntimeError, ValueError: the file ends early.
+    """
+    number = int(pyogrio.read_info(staged, force_feature_count=True)["features"])
+    if number:  # features lie one after the other: if the last is there, all are
+        pyogrio.raw.read(staged, fids=[number - 1])
+    if staged.suffix == ".shp":  # GDAL reads what is missing in a .dbf as nulls
+        table = staged.with_suffix(".dbf")
+        with table.open("rb") as stream:
+            head = stream.read(12)
+        rows, header_bytes, row_bytes = (int.from_bytes(head[i:j], "little") for i, j in ((4, 8), (8, 10), (10, 12)))
+        if rows != number or table.stat().st_size < header_bytes + rows * row_bytes:  # dBASE III
+            raise ValueError("the table of attributes ends early")
+    return number
+
+
+def write_zipped_shapefile(frame: geopandas.GeoDataFrame, staged: Path, path: Path) -> None:
+    """Write a Shapefile as a zip of its parts, which GDAL and QGIS open as it is.
+
+    Args:
+        frame: any number of rows.
+        staged: where to write; the parts lie beside it for a while.
+        path: the final name, for messages and names of the parts.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    stem = path.name[: -len(".shp.zip")]
+    with tempfile.TemporaryDirectory(dir=staged.parent) as folder:
+        first = Path(folder) / f"{stem}.shp"
+        write_with_gdal(frame, first, path, "ESRI Shapefile", layer=stem, metadata={}, geometry_type="Polygon")
+        with zipfile.ZipFile(staged, "w", zipfile.ZIP_DEFLATED) as archive:
+            for part in sorted(first.parent.iterdir()):
+                archive.write(part, part.name)
 
 
 def _for_shapefile(frame: geopandas.GeoDataFrame, path: Path) -> geopandas.GeoDataFrame:

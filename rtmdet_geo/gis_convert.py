@@ -40,7 +40,7 @@ from rtmdet_geo.vector import (
     text_column,
     write_features,
 )
-from rtmdet_geo.vector_formats import LONLAT_DRIVERS, driver_of
+from rtmdet_geo.vector_formats import driver_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def write_label_layer(
     """Write labels as polygons in the CRS of their images.
 
     Args:
-        target: of any format that :mod:`rtmdet_geo.vector_formats` writes.
+        target: .gpkg or .geojson; GeoJSON is always EPSG:4326.
         labels: of images that are found in the folder by name.
         images: folder of georeferenced images.
         classes: names in the order of ``class_id``.
@@ -99,7 +99,7 @@ def write_label_layer(
         OutputError: the file exists, or cannot be written.
     """
     target_crs = check_target_crs(dst_crs, target)
-    if target_crs is None and driver_of(target) in LONLAT_DRIVERS:
+    if target_crs is None and driver_of(target) == "GeoJSON":
         target_crs = parse_crs(WGS84)
     frames, changes = [], Counter[str]()
     for image in labels.images:
@@ -108,7 +108,7 @@ def write_label_layer(
         if target_crs is None:
             target_crs = own_crs
             logger.info("the layer has the CRS of %s", place.path)
-        elif dst_crs is None and driver_of(target) not in LONLAT_DRIVERS and own_crs != target_crs:
+        elif dst_crs is None and driver_of(target) != "GeoJSON" and own_crs != target_crs:
             raise ConfigError(f"images have several coordinate systems ({place.path!r} another): choose --dst-crs")
         assert own_crs is not None and target_crs is not None
         shapes, kept = _polygons(image.labels, corner_order, changes)

@@ -406,7 +406,8 @@ def test_full_disk(tmp_path: Path, ending: str) -> None:
         write_features(frame, f"{{target}}_whole{ending}")
         sizes = {{file.suffix: file.stat().st_size for file in target.parent.iterdir()}}
         whole = max(sizes.values())
-        shares = [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999] + [sizes[part] / whole - 1e-4 for part in (".shp", ".shx") if part in sizes]
+        shares = [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]
+        shares += [sizes[part] / whole - 1e-4 for part in (".shp", ".shx") if part in sizes]
         for share in shares:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(whole * share), resource.RLIM_INFINITY))
             try:

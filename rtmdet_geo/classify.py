@@ -221,7 +221,7 @@ def classify_scene(
 
     Args:
         scene: file, URL or GDAL virtual path.
-        output: vector file to write (.gpkg or .geojson).
+        output: vector file to write, of any format of :mod:`rtmdet_geo.vector_formats`.
         model: model file, weights file or name of published weights, see
             :func:`rtmdet_geo.backends.classify.open_classifier`.
         chip_size: side of what the model sees at once, in px of its ground sample distance (of the scene where it has
@@ -232,7 +232,7 @@ def classify_scene(
         top_k: classes to tell per cell, at least 1; all if the model has fewer.
         score_threshold: leave out cells whose best class has a lower probability, in [0, 1].
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
-        driver: "GPKG" or "GeoJSON"; None chooses by the output's suffix.
+        driver: name of its format, such as "GPKG"; None chooses by the output's ending.
         batch_size: chips per call of the engine.
         overwrite: replace an existing output.
         nodata: value of pixels without data, if the file does not say.

@@ -91,7 +91,7 @@ def detect_scene(
 
     Args:
         scene: any raster that GDAL opens.
-        output: vector file to write (.gpkg, .geojson); None writes none.
+        output: vector file to write, of any format of :mod:`rtmdet_geo.vector_formats`; None writes none.
         model: catalogue name, model file, or weights (a file, or published ones by name), or what
             :func:`rtmdet_geo.load_model` opened; None is the bundled model of ships.
         bands: 1-based numbers or names of the scene's bands, in the order of the model's; None chooses by name.
@@ -111,7 +111,7 @@ def detect_scene(
         gsd: metres per pixel on the ground of the scene, if the file does not say or says it wrongly.
         nodata: value of pixels without data, if the file does not say.
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
-        driver: "GPKG" or "GeoJSON"; None chooses by the output's suffix.
+        driver: name of its format, such as "GPKG"; None chooses by the output's ending.
         overwrite: replace existing outputs.
         preview: PNG to draw.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.

@@ -33,7 +33,6 @@ from rtmdet_geo.structures import Kind
 from rtmdet_geo.vector import (
     WGS84,
     check_target_crs,
-    driver_of,
     map_coordinates,
     parse_crs,
     pixel_to_world,
@@ -41,6 +40,7 @@ from rtmdet_geo.vector import (
     text_column,
     write_features,
 )
+from rtmdet_geo.vector_formats import driver_of
 
 logger = logging.getLogger(__name__)
 

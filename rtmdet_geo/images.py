@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -186,6 +186,8 @@ def predict(
     is_letterboxed = _is_letterboxed(spec, resize, gsd)
     if max_detections is not None and max_detections < 1:
         raise ConfigError(f"max_detections={max_detections} must be at least 1")
+    if isinstance(score_threshold, Mapping):
+        raise ConfigError("predict takes one score_threshold; scores by class are for detect_scene")
     settings = TileSettings.of(
         model,
         score_threshold=score_threshold,

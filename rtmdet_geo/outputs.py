@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +72,72 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged_set(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Give a temporary path for several files that are one output (a Shapefile's); they get their names together.
+
+    No file system renames several files at once, so: the old ones are set aside, the first of them first, and the new
+    first one comes last. Whoever looks for it finds the old set, none, or the new set, and never parts of both. Where
+    that fails the old set is put back; a process that is killed in between leaves it in ``.NAME.*.partial``.
+
+    Args:
+        paths: final names in one folder, of one stem and one extension each; the first is the one that readers open.
+            Those that are there are replaced, or removed if the new set has no such file.
+
+    Yields:
+        Where to write the first; the others go beside it, with the same stem and extensions in lower case.
+
+    Raises:
+        OutputError: the operating system refuses (folder not writable, disk full).
+    """
+    finals = [Path(path) for path in paths]
+    first = finals[0]
+    try:
+        around = Path(tempfile.mkdtemp(prefix=f".{first.name}.", suffix=".partial", dir=first.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write into folder {str(first.parent)!r}: {error.strerror or error}") from error
+    new, old = around / "new", around / "old"
+    try:
+        new.mkdir()
+        old.mkdir()
+        yield new / (first.stem + first.suffix.lower())
+        for part in new.iterdir():
+            with part.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            part.chmod(0o666 & ~_umask())
+        _swap([(new / (path.stem + path.suffix.lower()), path, old / path.name) for path in finals])
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, RTMDetGeoError):
+            raise
+        raise OutputError(f"cannot write {str(first)!r}: {error.strerror or error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        for folder in (old, around):
+            with suppress(OSError):  # gone already, or it holds what could not be put back, which is not to be lost
+                folder.rmdir()
+
+
+def _swap(moves: Sequence[tuple[Path, Path, Path]]) -> None:
+    """Set files aside and give their names to others: each move is (new file, final name, where the old one goes)."""
+    placed = []
+    try:
+        for _, path, aside in moves:
+            if path.exists():
+                path.rename(aside)
+        for new, path, _ in reversed(moves):
+            if new.exists():
+                new.rename(path)
+                placed.append(path)
+    except BaseException:
+        for path in reversed(placed):
+            path.unlink()
+        for _, path, aside in reversed(moves):
+            if aside.exists():
+                aside.rename(path)
+        raise
 
 
 @contextmanager

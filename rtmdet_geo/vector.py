@@ -10,19 +10,15 @@ old one.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sqlite3
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import geopandas
 import numpy as np
 import pandas as pd
-import pyogrio
 import pyproj
 import shapely
 from affine import Affine
@@ -31,23 +27,34 @@ from numpy.typing import NDArray
 from rtmdet_geo.boxes import boxes_to_polygons
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.geodesy import geodesic_areas, geodesic_measures, ground_rectangles
-from rtmdet_geo.outputs import check_folder, staged_output
+from rtmdet_geo.outputs import check_folder, staged_output, staged_set
 from rtmdet_geo.polygons import repair
 from rtmdet_geo.structures import Kind
+from rtmdet_geo.vector_formats import (
+    LONLAT_DRIVERS,
+    SHAPEFILE_PARTS,
+    GeometryType,
+    driver_of,
+    ending_of,
+    feature_texts,
+    staged_suffix,
+    write_csv,
+    write_geojson,
+    write_parquet,
+    write_sequence,
+    write_with_gdal,
+    write_zipped_shapefile,
+)
 
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
-GeometryType = Literal["Polygon", "MultiPolygon", "Unknown"]
 
 #: Attributes of every feature, in the order of the file; the geometry comes last.
 SCHEMA = tuple(
     "id class_id class_name score lon lat azimuth_deg length_m width_m area_m2 gsd_m scene_id acquired_at sensor "
     "on_edge n_merged model model_sha run_id".split()
 )
-
-#: File name extension -> driver.
-DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".json": "GeoJSON"}
 
 WGS84 = "EPSG:4326"
 #: Decimals of GeoJSON coordinates: 1e-8 degrees are about 1 mm.
@@ -101,11 +108,13 @@ def check_target_crs(
     """Return ``dst_crs`` as pyproj's, and refuse early what the output cannot hold.
 
     Raises:
-        ConfigError: it is unknown, or the output is GeoJSON, which is EPSG:4326 (RFC 7946, 4).
+        ConfigError: it is unknown, or the output is of a format that is always EPSG:4326 (:data:`LONLAT_DRIVERS`).
     """
     target = parse_crs(dst_crs)
-    if target is not None and target != WGS84 and output is not None and driver_of(output, driver) == "GeoJSON":
-        raise ConfigError(f"GeoJSON is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
+    if target is not None and target != WGS84 and output is not None:
+        name = driver_of(output, driver)
+        if name in LONLAT_DRIVERS:
+            raise ConfigError(f"{name} is always EPSG:4326, not {dst_crs}: leave --dst-crs out, or write a .gpkg")
     return target
 
 
@@ -322,25 +331,6 @@ def _measure_polygons(shapes: NDArray[Any], source: pyproj.CRS) -> tuple[FloatAr
     return lonlat, areas
 
 
-def driver_of(path: str | os.PathLike[str], driver: str | None = None) -> str:
-    """Return the driver that writes ``path``: the one given (any case), else by extension.
-
-    Raises:
-        OutputError: no such driver, or the extension is unknown.
-    """
-    if driver is not None:
-        for known in DRIVERS.values():
-            if driver.lower() == known.lower():
-                return known
-        raise OutputError(f"unknown driver {driver!r}; known: {', '.join(sorted(set(DRIVERS.values())))}")
-    suffix = Path(path).suffix.lower()
-    if suffix not in DRIVERS:
-        raise OutputError(
-            f"cannot tell the format of {str(path)!r} by its extension; known: {', '.join(sorted(DRIVERS))}"
-        )
-    return DRIVERS[suffix]
-
-
 def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, driver: str | None = None) -> None:
     """Check before a long run that :func:`write_features` could write ``path``.
 
@@ -348,7 +338,13 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, drive
         OutputError: as write_features, as far as it can be known without writing.
     """
     driver_of(path, driver)
-    check_folder(path, overwrite)
+    for name in _names_of(Path(path)):
+        check_folder(name, overwrite)
+
+
+def _names_of(path: Path) -> list[Path]:
+    """Return the files that an output consists of, ``path`` first."""
+    return [path, *(path.with_suffix(part) for part in SHAPEFILE_PARTS[1:] if ending_of(path) == ".shp")]
 
 
 def write_features(
@@ -365,81 +361,61 @@ def write_features(
 
     Args:
         frame: what build_features returns.
-        path: target; its folder must exist.
-        driver: "GPKG" or "GeoJSON"; None: by extension (:data:`DRIVERS`).
-        layer: name of the layer.
+        path: target; its folder must exist. A Shapefile (.shp) is several files, which get their names together.
+        driver: a name of :data:`rtmdet_geo.vector_formats.DRIVERS`; None: by extension.
+        layer: name of the layer, where the format has names.
         overwrite: replace an existing file.
-        metadata: about the run (model, thresholds, stretch, versions, attribution); values that are not text are
-            written as JSON. GPKG: metadata of the layer. GeoJSON: foreign member ``metadata`` (RFC 7946, 6.1).
-        geometry_type: of a GPKG layer; "MultiPolygon" for masks, which may fall apart; "Unknown" for any.
+        metadata: about the run (model, thresholds, stretch, versions, attribution); the table of
+            :mod:`rtmdet_geo.vector_formats` says where each format has them, and which has no place for them.
+        geometry_type: of a GPKG or FlatGeobuf layer; "MultiPolygon" for masks, which may fall apart; "Unknown" for any.
 
-    GeoJSON is always EPSG:4326 (RFC 7946, 4); without a CRS the file says ``"crs": null`` and holds pixel coordinates.
+    GeoJSON, GeoJSONSeq and CSV are always EPSG:4326 (RFC 7946, 4); without a CRS they hold pixel coordinates, and
+    GeoJSON says ``"crs": null``. The other formats have the CRS of the frame, or none.
 
     Raises:
         OutputError: the file exists and ``overwrite`` is False, its folder is missing or not writable, its extension is
             unknown, or writing failed. Nothing is left behind and an old file stays as it was.
     """
-    driver = driver_of(path, driver)
-    check_folder(path, overwrite)
-    texts = {
-        str(key): value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in (metadata or {}).items()
-    }
-    suffix = next(ending for ending, known in DRIVERS.items() if known == driver)
-    with staged_output(path, suffix=suffix) as staged:
+    path, driver, metadata = Path(path), driver_of(path, driver), metadata or {}
+    check_output(path, overwrite, driver=driver)
+    if driver in LONLAT_DRIVERS and frame.crs is None:
+        logger.warning(
+            "without a CRS %s holds pixel coordinates, which readers take for degrees: write a .gpkg", driver
+        )
+    suffix = staged_suffix(path, driver)
+    is_set = ending_of(path) == ".shp" and driver == "ESRI Shapefile"
+    with staged_set(_names_of(path)) if is_set else staged_output(path, suffix=suffix) as staged:
         if driver == "GeoJSON":
-            with staged.open("w", encoding="utf-8") as stream:
-                _write_geojson(frame, stream, layer, metadata or {})
+            write_geojson(geojson_features(frame), staged, layer, metadata, has_crs=frame.crs is not None)
+        elif driver == "GeoJSONSeq":
+            write_sequence(geojson_features(frame), staged, path)
+        elif driver == "CSV":
+            write_csv(frame, _lonlat_shapes(frame, driver), staged)
+        elif driver == "Parquet":
+            write_parquet(frame, staged, metadata)
+        elif ending_of(path) == ".shp.zip" and driver == "ESRI Shapefile":
+            write_zipped_shapefile(frame, staged, path)
         else:
-            _write_geopackage(frame, staged, Path(path), layer, texts, geometry_type)
+            write_with_gdal(frame, staged, path, driver, layer=layer, metadata=metadata, geometry_type=geometry_type)
     logger.info("wrote %d features to %s", len(frame), path)
 
 
-def _write_geopackage(
-    frame: geopandas.GeoDataFrame,
-    staged: Path,
-    path: Path,
-    layer: str,
-    texts: Mapping[str, str],
-    geometry_type: GeometryType,
-) -> None:
-    """Write a GeoPackage and count what arrived: GDAL may report a full disk only when it closes, or not at all."""
+def _lonlat_shapes(frame: geopandas.GeoDataFrame, driver: str) -> NDArray[Any]:
+    """Return geometries in EPSG:4326, longitude first, or in pixels without a CRS.
+
+    Raises:
+        OutputError: one has no longitude and latitude.
+    """
+    shapes = np.asarray(frame.geometry.array)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
-            pyogrio.write_dataframe(
-                frame,
-                staged,
-                driver="GPKG",
-                layer=layer,
-                geometry_type=geometry_type,
-                promote_to_multi=geometry_type.startswith("Multi"),
-                use_arrow=True,
-                layer_metadata=dict(texts) or None,
-            )
-        with sqlite3.connect(f"{staged.absolute().as_uri()}?mode=ro", uri=True) as connection:
-            quoted = layer.replace('"', '""')
-            (written,) = connection.execute(f'SELECT COUNT(*) FROM "{quoted}"').fetchone()
-        connection.close()
-    except (RuntimeError, ValueError, sqlite3.Error) as error:
-        reason = " ".join(str(error).split())
-        raise OutputError(f"cannot write {str(path)!r}: {reason}; is the disk full?") from error
-    if written != len(frame):
-        raise OutputError(f"cannot write {str(path)!r}: {written} of {len(frame)} features arrived; is the disk full?")
-
-
-def _json_column(column: pd.Series) -> list[Any]:
-    """Return cells as JSON has them: NaN and NaT null, float32 with the digits it holds, times ISO 8601 in UTC."""
-    if isinstance(column.dtype, pd.DatetimeTZDtype):
-        cells = [
-            "" if stamp is pd.NaT else stamp.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            for stamp in column
-        ]
-    elif column.dtype == np.float32:
-        cells = [float(text) for text in column.to_numpy().astype(str).tolist()]
-    else:
-        cells = column.tolist()
-    return [None if is_null else value for value, is_null in zip(cells, column.isna().tolist(), strict=True)]
+        if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
+            logger.info("%s holds EPSG:4326; the geometries are projected from %s", driver, frame.crs.name)
+            shapes = project_polygons(shapes, frame.crs, WGS84)
+    except ConfigError as error:
+        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg)") from error
+    if not np.isfinite(shapely.get_coordinates(shapes)).all():
+        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg) instead")
+    return shapes
 
 
 def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
@@ -448,42 +424,10 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
     Raises:
         OutputError: a polygon has no longitude and latitude; raised at once, before the first text.
     """
-    shapes = np.asarray(frame.geometry.array)
-    try:
-        if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
-            logger.info("GeoJSON holds EPSG:4326 by RFC 7946; the geometries are projected from %s", frame.crs.name)
-            shapes = project_polygons(shapes, frame.crs, WGS84)
-    except ConfigError as error:
-        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg)") from error
-    if not np.isfinite(shapely.get_coordinates(shapes)).all():
-        raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg) instead")
+    shapes = _lonlat_shapes(frame, "GeoJSON")
     rounded = map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS))
     is_invalid = ~shapely.is_valid(rounded)
     precise = shapely.set_precision(shapes[is_invalid], 10.0**-_GEOJSON_DECIMALS)
     kept = np.where(shapely.is_empty(precise), shapes[is_invalid], precise)  # smaller than the last decimal
     rounded[is_invalid] = counter_clockwise(kept)
-    return _feature_texts(frame, rounded)
-
-
-def _feature_texts(frame: geopandas.GeoDataFrame, shapes: NDArray[Any]) -> Iterator[str]:
-    names = [name for name in frame.columns if name != frame.geometry.name]
-    columns = [_json_column(frame[name]) for name in names]
-    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-    for shape, values in zip(shapes, zip(*columns, strict=True), strict=True):
-        properties = encode(dict(zip(names, values, strict=True)))
-        yield f'{{"type": "Feature", "properties": {properties}, "geometry": {shapely.to_geojson(shape)}}}'
-
-
-def _write_geojson(frame: geopandas.GeoDataFrame, stream: IO[str], layer: str, metadata: Mapping[str, Any]) -> None:
-    """Write a FeatureCollection, one feature a line."""
-    head: dict[str, Any] = {"type": "FeatureCollection", "name": layer}
-    if frame.crs is None:
-        logger.warning("without a CRS GeoJSON holds pixel coordinates, which readers take for degrees: write a .gpkg")
-        head["crs"] = None  # GeoJSON of 2008: unknown; a missing member means longitude and latitude
-    lines = geojson_features(frame)
-    if metadata:
-        head["metadata"] = dict(metadata)
-    stream.write(json.dumps(head, default=str, ensure_ascii=False)[:-1] + ', "features": [')
-    for index, line in enumerate(lines):
-        stream.write(("\n" if index == 0 else ",\n") + line)
-    stream.write("\n]}\n")
+    return feature_texts(frame, rounded)

@@ -354,9 +354,10 @@ def test_driver_by_name_or_extension(tmp_path: Path) -> None:
     write_features(features(BOXES), tmp_path / "ships.dat", driver="gpkg")
     assert (tmp_path / "ships.dat").read_bytes().startswith(b"SQLite format 3")
     write_features(features(BOXES), tmp_path / "SHIPS.GPKG")
-    with pytest.raises(OutputError, match=r"ships\.shp.*\.geojson, \.gpkg, \.json"):
-        write_features(features(BOXES), tmp_path / "ships.shp")
-    with pytest.raises(OutputError, match="GPKG, GeoJSON"):
+    known = r"ships\.kml.*\.csv, \.fgb, \.geojson, \.geojsonl, \.geojsons, \.gpkg, \.json, \.parquet, \.shp, \.shp\.zip"
+    with pytest.raises(OutputError, match=known):
+        write_features(features(BOXES), tmp_path / "ships.kml")
+    with pytest.raises(OutputError, match="CSV, ESRI Shapefile, FlatGeobuf, GPKG, GeoJSON, GeoJSONSeq, Parquet"):
         check_output(tmp_path / "ships.gpkg", driver="DXF")
 
 
@@ -405,7 +406,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(
     path = tmp_path / f"ships{suffix}"
     path.write_bytes(b"old")
     monkeypatch.setattr(pyogrio, "write_dataframe", fail)
-    monkeypatch.setattr(vector, "_write_geojson", fail)
+    monkeypatch.setattr(vector, "write_geojson", fail)
     expected = (
         OutputError if isinstance(error, OSError) or (suffix == ".gpkg" and error is not KeyboardInterrupt) else None
     )

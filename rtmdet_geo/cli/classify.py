@@ -27,8 +27,8 @@ _GRID_OPTIONS = ("chip_size", "overlap", "score_threshold", "gsd", "dst_crs", "d
     help="Classifier: published weights by name, see `rtmdet-geo models list`, a model file or a weights file.",
 )
 @options.output_option(
-    "Vector file to write, .gpkg or .geojson: IMAGE is then a scene, and each cell of a grid over it is classified. "
-    "'-' writes GeoJSON features (EPSG:4326), one a line, to stdout.",
+    "Vector file to write (.gpkg, .fgb, .parquet, .geojson, .geojsonl, .shp, .shp.zip or .csv): IMAGE is then a scene, "
+    "and each cell of a grid over it is classified. '-' writes GeoJSON features (EPSG:4326), one a line, to stdout.",
     required=False,
 )
 @click.option(
@@ -69,7 +69,13 @@ _GRID_OPTIONS = ("chip_size", "overlap", "score_threshold", "gsd", "dst_crs", "d
     help="With -o: ground sample distance of the scene in metres per pixel.  [default: from its georeference]",
 )
 @click.option("--dst-crs", metavar="CRS", help="With -o: CRS of the output, such as EPSG:4326.  [default: the scene's]")
-@click.option("-f", "--driver", metavar="NAME", help="With -o: GPKG or GeoJSON.  [default: by the output's ending]")
+@click.option(
+    "-f",
+    "--driver",
+    metavar="NAME",
+    help="With -o: GPKG, FlatGeobuf, Parquet, GeoJSON, GeoJSONSeq, 'ESRI Shapefile' or CSV.  "
+    "[default: by the output's ending]",
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With -o: chips per engine call."
 )

@@ -47,7 +47,8 @@ def _parse_bounds(
 @click.command()
 @click.argument("scene", metavar="SCENE")
 @options.output_option(
-    "Vector file to write: .gpkg or .geojson. '-' writes GeoJSON features (EPSG:4326), one a line, to stdout.",
+    "Vector file to write: .gpkg, .fgb, .parquet, .geojson, .geojsonl, .shp, .shp.zip or .csv. '-' writes GeoJSON "
+    "features (EPSG:4326), one a line, to stdout.",
     required=False,
 )
 @options.model_option
@@ -101,7 +102,12 @@ def _parse_bounds(
 )
 @click.option("--nodata", type=float, help="Value of pixels without data.  [default: what the scene says]")
 @click.option("--dst-crs", metavar="CRS", help="CRS of the output, such as EPSG:4326.  [default: the scene's]")
-@click.option("-f", "--driver", metavar="NAME", help="GPKG or GeoJSON.  [default: by the output's ending]")
+@click.option(
+    "-f",
+    "--driver",
+    metavar="NAME",
+    help="GPKG, FlatGeobuf, Parquet, GeoJSON, GeoJSONSeq, 'ESRI Shapefile' or CSV.  [default: by the output's ending]",
+)
 @options.overwrite_option
 @click.option(
     "--preview", type=click.Path(path_type=Path), help="PNG to draw: the scene, made small, with the detections."

@@ -10,7 +10,7 @@ import click
 
 from rtmdet_geo.cli.evaluate import finish, prepare, report_options
 
-#: As :data:`rtmdet_geo.vector.DRIVERS`, which is not imported for the help text.
+#: Endings of the formats that hold hits and misses of any geometry and keep the names of their columns.
 _ENDINGS = (".gpkg", ".geojson", ".json")
 
 

@@ -38,7 +38,8 @@ from rtmdet_geo.evaluation.plots import best_threshold
 from rtmdet_geo.evaluation.report import Confusion, EvaluationReport, count_confusion
 from rtmdet_geo.evaluation.rotated import Curve, best_columns, curve_of
 from rtmdet_geo.outputs import check_not_among
-from rtmdet_geo.vector import WGS84, GeometryType, check_output, project_polygons, write_features
+from rtmdet_geo.vector import WGS84, check_output, project_polygons, write_features
+from rtmdet_geo.vector_formats import GeometryType
 
 logger = logging.getLogger(__name__)
 

@@ -497,4 +497,4 @@ def test_what_is_no_image_or_scene(tmp_path: Path) -> None:
 
 def test_scores_by_class_are_for_scenes():
     with pytest.raises(ConfigError, match="one score_threshold; scores by class are for detect_scene"):
-        predict(small_model(), np.zeros((64, 64, 3), np.uint8), score_threshold={"ship": 0.5})  # type: ignore[arg-type]
+        predict(load_model(), np.zeros((64, 64, 4), np.uint8), score_threshold={"ship": 0.5})  # type: ignore[arg-type]

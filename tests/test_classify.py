@@ -657,7 +657,7 @@ def test_outputs_are_kept_and_cancelled_runs_leave_nothing(greys, tmp_path):
     with pytest.raises(OutputError, match="the scene itself"):
         classify_scene(scene, scene, model=greys, overwrite=True)
     with pytest.raises(OutputError, match="extension"):
-        classify_scene(scene, tmp_path / "a.shp", model=greys)
+        classify_scene(scene, tmp_path / "a.kml", model=greys)
 
 
 @pytest.mark.parametrize(

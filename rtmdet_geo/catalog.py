@@ -41,6 +41,8 @@ GRAPH_SHA256_KEY = "graph_sha256"
 MODEL_SUFFIXES = (".onnx", ".safetensors")
 #: Suffixes of weights: ours, and foreign files of torch.
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+#: Of an engine of TensorRT.
+ENGINE_SUFFIX = ".engine"
 #: A safetensors header longer than this is taken as a sign of another file type (the format's own limit is 100 MB).
 _MAX_HEADER_BYTES = 100_000_000
 

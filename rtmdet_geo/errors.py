@@ -87,6 +87,12 @@ class Cancelled(RTMDetGeoError):  # noqa: N818 - it is no error, it is the user'
     """The caller's ``cancelled()`` answered True; nothing was left under the final name."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class RTMDetGeoWarning(UserWarning):
     """Base of all warnings issued by rtmdet_geo."""
 

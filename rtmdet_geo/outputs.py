@@ -39,6 +39,36 @@ def _umask() -> int:
     return mask
 
 
+def _make_place(path: Path) -> Path:
+    """Return a new folder beside ``path`` for what is to get that name.
+
+    Raises:
+        OutputError: the operating system refuses.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Make an OutputError, which names the output, of what the operating system refuses meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RTMDetGeoError):
+            raise
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+
+
+def _settle(staged: Path) -> None:
+    """Have a file reach the disk, and let others read it; some writers make private files."""
+    with staged.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    staged.chmod(0o666 & ~_umask())
+
+
 @contextmanager
 def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) -> Iterator[Path]:
     """Give a temporary path to write; rename it to ``path`` when the block ends well, remove it when it does not.
@@ -53,23 +83,15 @@ def staged_output(path: str | os.PathLike[str], *, suffix: str | None = None) ->
         OutputError: the operating system refuses (folder not writable, disk full).
     """
     path = Path(path)
+    folder = _make_place(path)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write into folder {str(path.parent)!r}: {error.strerror or error}") from error
-    try:
-        staged = folder / (path.name if suffix is None else path.stem + suffix)
-        yield staged
-        with staged.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        staged.chmod(0o666 & ~_umask())  # some writers make private files
-        for ending in ("-wal", "-shm", "-journal"):  # of an old file: SQLite would replay them into the new one
-            path.with_name(path.name + ending).unlink(missing_ok=True)
-        os.replace(staged, path)
-    except OSError as error:
-        if isinstance(error, RTMDetGeoError):
-            raise
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+        with _disk_errors(path):
+            staged = folder / (path.name if suffix is None else path.stem + suffix)
+            yield staged
+            _settle(staged)
+            for ending in ("-wal", "-shm", "-journal"):  # of an old file: SQLite would replay them into the new one
+                path.with_name(path.name + ending).unlink(missing_ok=True)
+            os.replace(staged, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -94,25 +116,17 @@ def staged_set(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     """
     finals = [Path(path) for path in paths]
     first = finals[0]
-    try:
-        around = Path(tempfile.mkdtemp(prefix=f".{first.name}.", suffix=".partial", dir=first.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write into folder {str(first.parent)!r}: {error.strerror or error}") from error
+    around = _make_place(first)
     new, old = around / "new", around / "old"
     try:
-        new.mkdir()
-        old.mkdir()
-        yield new / (first.stem + first.suffix.lower())
-        for part in new.iterdir():
-            with part.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            part.chmod(0o666 & ~_umask())
-        _swap([(new / (path.stem + path.suffix.lower()), path, old / path.name) for path in finals])
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, RTMDetGeoError):
-            raise
-        raise OutputError(f"cannot write {str(first)!r}: {error.strerror or error}; is the disk full?") from error
+        with _disk_errors(first):
+            new.mkdir()
+            old.mkdir()
+            yield new / (first.stem + first.suffix.lower())
+            for part in new.iterdir():
+                _settle(part)
+            _swap([(new / (path.stem + path.suffix.lower()), path, old / path.name) for path in finals])
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         for folder in (old, around):
@@ -164,14 +178,11 @@ def staged_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
     except OSError as error:
         raise OutputError(f"cannot write to {str(path.parent)!r}: {error.strerror or error}") from error
     try:
-        staged = around / "new"
-        staged.mkdir()
-        yield staged
-        move_folder(staged, path, around / "old")
-    except OSError as error:
-        if isinstance(error, RTMDetGeoError):
-            raise
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; is the disk full?") from error
+        with _disk_errors(path):
+            staged = around / "new"
+            staged.mkdir()
+            yield staged
+            move_folder(staged, path, around / "old")
     finally:
         shutil.rmtree(around, ignore_errors=True)
 

@@ -96,7 +96,7 @@ def open_backend(
         candidates: rows per level that torch keeps; None is a model file's number. COCO's protocol wants 30,000.
         batch_size: most images of a batch, which TensorRT wants to know beforehand; None is its own choice.
         tile_size: side of the tiles in px, which TensorRT wants to know beforehand; None is the model's.
-        any_size: images of several sizes will come, so ``auto`` leaves out TensorRT, which fixes the size.
+        any_size: images of several sizes will come, so ``auto`` leaves out TensorRT, which builds an engine for each.
 
     Raises:
         ConfigError: no such engine, device or precision, the engine does not open such files, or a number is below 1.

@@ -29,6 +29,9 @@ from rtmdet_geo.masks import NUM_KERNEL_PARAMETERS, NUM_MASK_FEATURES
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, MaskView, ModelKind, ModelSpec
 from rtmdet_geo.variants import MAX_CANDIDATES, STRIDES
 
+#: Images in a batch from which on a GPU is hardly quicker.
+GPU_BATCH_SIZE = 8
+
 #: Sizes of an output after its batch axis; words stand for sizes that depend on the image or the classes.
 Sizes = tuple[int | str, ...]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import require_package
 from rtmdet_geo.backends.contract import (
+    GPU_BATCH_SIZE,
     OUTPUTS,
     Port,
     RowsBackend,
@@ -24,7 +25,7 @@ from rtmdet_geo.backends.contract import (
 )
 from rtmdet_geo.backends.gpus import find_gpus
 from rtmdet_geo.cores import usable_cores
-from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError
+from rtmdet_geo.errors import ConfigError, EngineError, ModelFileError, first_line
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
-#: Images in a batch from which on a GPU is hardly quicker.
-_CUDA_BATCH_SIZE = 8
 #: Words in messages of onnxruntime that mean that a GPU's memory is full; there is no class of errors for it.
 _MEMORY_WORDS = (
     "Failed to allocate memory",
@@ -79,7 +78,7 @@ class OnnxRuntimeBackend(RowsBackend):
             if on_gpu is not None:
                 session = on_gpu
                 self.device_name = f"cuda:{index}"
-                self.best_batch_size = fixed_batch(images) or _CUDA_BATCH_SIZE
+                self.best_batch_size = fixed_batch(images) or GPU_BATCH_SIZE
         self.precision = spec.precision
         self._session = session
         self._names = list(OUTPUTS[spec.kind])
@@ -129,7 +128,7 @@ def _open_cuda(path: Path, threads: int, index: int, *, is_asked_for: bool) -> A
         reason = "" if _CUDA in session.get_providers() else missing
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         logger.debug("onnxruntime cannot open %s on cuda:%d", path, index, exc_info=True)
-        reason = _first_line(error)
+        reason = first_line(error)
     finally:
         onnxruntime.set_default_logger_severity(2)  # warnings: its default, which cannot be asked for
     if not reason:
@@ -199,7 +198,7 @@ def open_session(onnxruntime: Any, path: Path, threads: int) -> Any:
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         logger.debug("onnxruntime cannot open %s", path, exc_info=True)
         raise ModelFileError(
-            f"{str(path)!r} is no readable ONNX file ({_first_line(error)}); it may be truncated: copy or export it "
+            f"{str(path)!r} is no readable ONNX file ({first_line(error)}); it may be truncated: copy or export it "
             "again"
         ) from error
 
@@ -213,9 +212,3 @@ def _new_session(onnxruntime: Any, source: str | bytes, threads: int, providers:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without the fallback a GPU that fails is an error; with it onnxruntime prints and goes on, on the CPU.
     return onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its name."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtmdet_geo.backends import Backend, require_package
-from rtmdet_geo.catalog import CATALOG, WEIGHTS_SUFFIXES, read_spec
+from rtmdet_geo.catalog import CATALOG, ENGINE_SUFFIX, WEIGHTS_SUFFIXES, read_spec
 from rtmdet_geo.checkpoints import CHECKPOINTS
 from rtmdet_geo.errors import ConfigError, EngineError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
-
-#: Of a serialised TensorRT engine.
-PLAN_SUFFIX = ".engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ def refuse_plan(path: str | os.PathLike[str], engine: str) -> None:
     Raises:
         ConfigError: the path ends so.
     """
-    if Path(path).suffix.lower() == PLAN_SUFFIX:
+    if Path(path).suffix.lower() == ENGINE_SUFFIX:
         raise ConfigError(
             f"{os.fspath(path)!r} is an engine of TensorRT, which {engine} cannot read; give its model file"
         )
@@ -96,7 +93,7 @@ def open_engine(name: str, wish: Wish, *, any_size: bool) -> Backend:
         return _OPENERS[name](wish)
     if wish.is_weights:
         return _open_torch(wish)
-    if Path(wish.path).suffix.lower() == PLAN_SUFFIX:
+    if Path(wish.path).suffix.lower() == ENGINE_SUFFIX:
         return _open_tensorrt(wish)
     return _open_model_file(wish, any_size=any_size)
 
@@ -109,7 +106,7 @@ def _open_model_file(wish: Wish, *, any_size: bool) -> Backend:
         return _open_torch(wish)  # nothing else does that
     if wish.device == "cpu" or wish.candidates is not None or not find_gpus():
         return _open_onnxruntime(wish)
-    reason = "TensorRT takes images of one size only"
+    reason = "TensorRT builds an engine for images of one size each"
     if not any_size:
         try:
             return _open_tensorrt(wish)

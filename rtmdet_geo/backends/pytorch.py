@@ -12,16 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtmdet_geo.backends.contract import RowsBackend, refuse_classifier, rows_per_level
-from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError
-from rtmdet_geo.models.cuda_graphs import CudaRunner, Pending, first_line
+from rtmdet_geo.backends.contract import GPU_BATCH_SIZE, RowsBackend, refuse_classifier, rows_per_level
+from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, first_line
+from rtmdet_geo.models.cuda_graphs import CudaRunner, Pending
 from rtmdet_geo.models.decode import DetectionGraph
 from rtmdet_geo.models.devices import DTYPES, choose_precision, find_device, is_out_of_memory, with_number
 from rtmdet_geo.models.identify import load_network
 from rtmdet_geo.models.inference import InferenceNetwork, choose_layout
 
-#: Images in a batch from which on a GPU is hardly quicker.
-_CUDA_BATCH_SIZE = 8
 #: Where the errors of torch.compile come from; a kernel that it made fails with others.
 _COMPILER_MODULES = ("torch._dynamo", "torch._inductor")
 
@@ -89,7 +87,7 @@ class TorchBackend(RowsBackend):
         self._runner: CudaRunner | None = None
         if self.device.type == "cuda":
             self._runner = CudaRunner(self._graphs, self.device, with_graphs=cuda_graphs)
-            self.best_batch_size = _CUDA_BATCH_SIZE
+            self.best_batch_size = GPU_BATCH_SIZE
 
     def rows_per_level(self, height: int, width: int, *, multi_label: bool) -> list[tuple[int, bool]]:
         """Return the rows of each level; those of one label a prior are counted as if there were one class."""

@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.backends import cuda, trt_cache
-from rtmdet_geo.backends.contract import RowsBackend
-from rtmdet_geo.backends.trt_build import MAX_BATCH, check_precision, engine_from_cache, make_order
+from rtmdet_geo.backends.contract import GPU_BATCH_SIZE, RowsBackend
+from rtmdet_geo.backends.trt_build import check_precision, engine_from_cache, make_order
 from rtmdet_geo.backends.trt_cache import Description, Order
 from rtmdet_geo.backends.trt_load import Engine, load_tensorrt, open_engine
 from rtmdet_geo.backends.trt_run import NUM_SLOTS, Lane, Ticket
 from rtmdet_geo.backends.trt_watch import Progress
+from rtmdet_geo.catalog import ENGINE_SUFFIX
 from rtmdet_geo.errors import BatchHalvedWarning, ConfigError, DeviceMemoryError, EngineError, ModelFileError
 
 logger = logging.getLogger(__name__)
@@ -80,14 +81,14 @@ class TensorRtBackend(RowsBackend):
         self._lock = threading.RLock()
         self._free: list[Lane] = []  # a lane serves one caller at a time
         self._order: Order | None = None
-        if file.suffix == trt_cache.ENGINE_SUFFIX:
+        if file.suffix == ENGINE_SUFFIX:
             opened = self._open_named(file, precision)
         else:
             self._order = make_order(
                 file,
                 self._device,
                 precision=precision,
-                max_batch=max_batch or MAX_BATCH,
+                max_batch=max_batch or GPU_BATCH_SIZE,
                 tile_size=tile_size,
                 image_size=image_size,
             )

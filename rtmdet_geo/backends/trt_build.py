@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rtmdet_geo.backends import cuda, trt_cache
-from rtmdet_geo.backends.contract import check_model_file, fixed_side, refuse_classifier, rows_per_level
+from rtmdet_geo.backends.contract import GPU_BATCH_SIZE, check_model_file, fixed_side, refuse_classifier, rows_per_level
 from rtmdet_geo.backends.trt_cache import OPTIMIZATION_LEVEL, Description, Order, Precision
 from rtmdet_geo.backends.trt_check import check_layers, check_numbers
 from rtmdet_geo.backends.trt_graph import read_graph, read_ports
@@ -27,14 +27,13 @@ from rtmdet_geo.backends.trt_load import Engine, Messages, load_tensorrt, messag
 from rtmdet_geo.backends.trt_run import Lane
 from rtmdet_geo.backends.trt_watch import Progress, watched
 from rtmdet_geo.cache import hold_lock
+from rtmdet_geo.catalog import ENGINE_SUFFIX
 from rtmdet_geo.errors import ConfigError, DeviceMemoryError, EngineError, ModelFileError, OutputError
 from rtmdet_geo.outputs import check_folder
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-#: Images at once, unless another number is asked for.
-MAX_BATCH = 8
 #: Device memory that one layer may use for itself, unless another number is asked for; half of a small device's.
 _WORKSPACE_BYTES = 4 << 30
 #: What TensorRT 8.6 says where a layer has no kernel, perhaps for the precision that it is pinned to.
@@ -48,7 +47,7 @@ def build_engine(
     out: str | os.PathLike[str],
     *,
     precision: str = "auto",
-    max_batch: int = MAX_BATCH,
+    max_batch: int = GPU_BATCH_SIZE,
     tile_size: int | None = None,
     device: str = "auto",
     compatible: bool = False,
@@ -98,8 +97,8 @@ def build_engine(
 def find_builder(out: str | os.PathLike[str], *, device: str, overwrite: bool) -> tuple[Any, cuda.Device]:
     """Return the module ``tensorrt`` and the device, if ``out`` can be written; see :func:`build_engine` for errors."""
     target = Path(out)
-    if target.suffix != trt_cache.ENGINE_SUFFIX:
-        raise OutputError(f"{str(target)!r} must end in {trt_cache.ENGINE_SUFFIX}")
+    if target.suffix != ENGINE_SUFFIX:
+        raise OutputError(f"{str(target)!r} must end in {ENGINE_SUFFIX}")
     check_folder(target, overwrite)
     check_folder(trt_cache.description_of(target), overwrite)
     trt = load_tensorrt()

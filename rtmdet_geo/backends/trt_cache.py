@@ -23,15 +23,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rtmdet_geo import __version__
 from rtmdet_geo.backends.cuda import Device
 from rtmdet_geo.cache import cache_dir
-from rtmdet_geo.catalog import file_sha256
+from rtmdet_geo.catalog import ENGINE_SUFFIX, file_sha256
 from rtmdet_geo.errors import EngineError, ModelFileError, OutputError
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.structures import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-#: Suffix of engines; that of their descriptions follows it.
-ENGINE_SUFFIX = ".engine"
 #: How much effort TensorRT spends on a build, 0 to 5; 3 is its own default.
 OPTIMIZATION_LEVEL = 3
 #: Key fields that an engine shares with the machine that runs it, in words.

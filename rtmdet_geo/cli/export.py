@@ -91,9 +91,9 @@ def export(
     A .engine is built on the machine that is to run it, which takes minutes, and is always compared; its card lies
     beside it (.engine.json). `detect` builds and keeps one by itself where TensorRT and a GPU are.
     """
-    from rtmdet_geo.catalog import CATALOG
+    from rtmdet_geo.catalog import ENGINE_SUFFIX
     from rtmdet_geo.cli.models import describe_differences
-    from rtmdet_geo.export import export_engine, export_model, is_model_file
+    from rtmdet_geo.export import export_engine, export_model, is_model_file, stored_file
 
     common: dict[str, Any] = {
         "score_threshold": score_threshold,
@@ -101,9 +101,9 @@ def export(
         "batch_size": batch_size,
         "overwrite": overwrite,
     }
-    is_file = is_model_file(model) or (str(model) in CATALOG and not half_weights)
+    is_file = is_model_file(str(stored_file(model, half_weights=half_weights)))
     reference = str(model) if is_file else "torch"
-    if output.suffix.lower() == ".engine":
+    if output.suffix.lower() == ENGINE_SUFFIX:
         _refuse(ctx, "verify", "verify_on", "half_weights", why="not for a .engine, which is always compared;")
         with report.progress(ctx, "auto", f"building {output.name}", {}) as advance:
             stored = export_engine(

@@ -109,9 +109,9 @@ def download_command(ctx: click.Context, name: str, as_json: bool, progress_mode
 
 def is_model(name_or_path: str) -> bool:
     """Say whether a model is meant: a name of the listing or nearly one, or a path that ends like a model file."""
-    from rtmdet_geo.catalog import MODEL_SUFFIXES, WEIGHTS_SUFFIXES
+    from rtmdet_geo.catalog import ENGINE_SUFFIX, MODEL_SUFFIXES, WEIGHTS_SUFFIXES
 
-    endings = {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES, ".engine"} - {".bin"}  # rasters end so too
+    endings = {*MODEL_SUFFIXES, *WEIGHTS_SUFFIXES, ENGINE_SUFFIX} - {".bin"}  # rasters end so too
     return name_or_path.lower().endswith(tuple(endings)) or bool(_near_names(name_or_path))
 
 
@@ -137,7 +137,7 @@ def show_model(model: str, as_json: bool) -> None:
     Raises:
         UnknownModelError, ModelFileError: see :func:`rtmdet_geo.catalog.find_model`.
     """
-    from rtmdet_geo.catalog import CATALOG, SPEC_KEY, file_sha256, find_model, known_spec, read_metadata
+    from rtmdet_geo.catalog import CATALOG, ENGINE_SUFFIX, SPEC_KEY, file_sha256, find_model, known_spec, read_metadata
     from rtmdet_geo.checkpoints import CHECKPOINTS
     from rtmdet_geo.errors import ModelFileError, UnknownModelError
     from rtmdet_geo.variants import VARIANTS
@@ -156,7 +156,7 @@ def show_model(model: str, as_json: bool) -> None:
         if near:
             raise UnknownModelError(f"no model is named {model!r}; did you mean {' or '.join(map(repr, near))}?")
         path = find_model(model)
-        if path.suffix.lower() == ".engine":
+        if path.suffix.lower() == ENGINE_SUFFIX:
             _show_engine(path, as_json)
             return
         if path.suffix.lower() == ".onnx" and SPEC_KEY not in read_metadata(path):

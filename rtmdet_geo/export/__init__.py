@@ -105,7 +105,7 @@ def export_model(
     _check_target(target, overwrite)
     _check_arguments(score_threshold, precision, half_weights)
     check_files(verify_on if verify else ())
-    model = _stored_file(model, half_weights=half_weights)
+    model = stored_file(model, half_weights=half_weights)
     if not isinstance(model, str | os.PathLike) or not is_model_file(model):
         source = _trace(model, spec, half_weights=half_weights)
     else:
@@ -166,13 +166,14 @@ def export_engine(
     Raises:
         See :func:`export_model` and :func:`rtmdet_geo.backends.trt_build.build_engine`.
     """
-    from rtmdet_geo.backends.trt_build import MAX_BATCH, build_engine, find_builder
+    from rtmdet_geo.backends.contract import GPU_BATCH_SIZE
+    from rtmdet_geo.backends.trt_build import build_engine, find_builder
 
-    model = str(_stored_file(model, half_weights=False))
+    model = str(stored_file(model, half_weights=False))
     if is_model_file(model):
         read_spec(model)
     find_builder(out, device=device, overwrite=overwrite)  # before the work on weights
-    settings: dict[str, Any] = {"max_batch": batch_size or MAX_BATCH, "tile_size": tile_size, "device": device}
+    settings: dict[str, Any] = {"max_batch": batch_size or GPU_BATCH_SIZE, "tile_size": tile_size, "device": device}
     settings |= {"precision": precision or "auto", "compatible": compatible}
     settings |= {"progress": progress, "overwrite": overwrite}
     if is_model_file(model) and score_threshold is None:
@@ -183,9 +184,7 @@ def export_engine(
         return build_engine(file, out, **settings)
 
 
-def _stored_file(
-    model: nn.Module | str | os.PathLike[str], *, half_weights: bool
-) -> nn.Module | str | os.PathLike[str]:
+def stored_file(model: nn.Module | str | os.PathLike[str], *, half_weights: bool) -> nn.Module | str | os.PathLike[str]:
     """Return the model file of a bundled model's name, which needs no torch; everything else as it is."""
     if half_weights or not isinstance(model, str | os.PathLike) or os.fspath(model) not in CATALOG:
         return model

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rtmdet_geo.errors import first_line
 from rtmdet_geo.models.devices import exact_convolutions, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -182,9 +183,3 @@ class CudaRunner:
 def _pinned_like(tensor: Tensor) -> Tensor:
     """Return memory of the host that a device copies into on its own."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from torch import nn
 
 import rtmdet_geo
 from rtmdet_geo.config import Recipe, load_recipe
-from rtmdet_geo.errors import ConfigError, OutputError, TrainingError
+from rtmdet_geo.errors import ConfigError, OutputError, TrainingError, first_line
 from rtmdet_geo.outputs import staged_output
 from rtmdet_geo.training.ema import ModelEMA
 from rtmdet_geo.training.run_log import HISTORY, LOG, VALIDATION
@@ -181,7 +181,7 @@ def resume_checkpoint(run: Path, world: int, state: TrainingState, device: torch
     except ConfigError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         best = run / BEST_WEIGHTS
         instead = f"; or start from its best weights with --set model.weights={best}" if best.exists() else ""
         raise TrainingError(f"{path} cannot be resumed ({reason}); begin anew with --overwrite{instead}") from error

@@ -401,8 +401,9 @@ def test_interrupt_in_the_middle(large_scene, tmp_path, number):
     assert process.returncode == 130, stderr
     assert time.monotonic() - asked < 30
     assert stderr.startswith("rtmdet-geo: cancelled") and len(stderr.splitlines()) == 1
-    assert json.loads(stdout.splitlines()[-1])["code"] == 130
-    assert list(tmp_path.iterdir()) == []
+    event = json.loads(stdout.splitlines()[-1])
+    assert event["code"] == 130 and event["partial"] == str(tmp_path / "a.partial.gpkg")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.gpkg.partial", "a.partial.gpkg"]
 
 
 def test_disk_full_while_writing(tmp_path):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import shutil
 import struct
@@ -37,8 +36,6 @@ from rtmdet_geo.errors import Cancelled, ConfigError, OutputError
 from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of
 from rtmdet_geo.structures import Detections, Kind
 from rtmdet_geo.vector_formats import ending_of
-
-logger = logging.getLogger(__name__)
 
 #: Of the files' layout; a journal of another one cannot be read.
 JOURNAL_VERSION = 1
@@ -143,7 +140,7 @@ def check_journal(output: str | os.PathLike[str], *, resume: bool, overwrite: bo
 def open_journal(output: str | os.PathLike[str], facts: Mapping[str, Any], *, resume: bool) -> Iterator[Journal]:
     """Open the journal of a run, a new one unless ``resume`` finds one; remove it when the block ends well.
 
-    It stays where the block ends with an error, unless no tile is in it.
+    It stays where the block ends with an error, unless no tile is in it; a note of the error says so.
 
     Args:
         output: file that the run is to write.
@@ -182,7 +179,7 @@ def open_journal(output: str | os.PathLike[str], facts: Mapping[str, Any], *, re
                 journal.sync()
                 if not isinstance(error, Cancelled):  # which says so itself
                     number = len(journal.records) + journal.num_added
-                    logger.warning("%d tiles are done and kept in %r; --resume goes on", number, str(folder))
+                    error.add_note(f"{number} tiles are done, --resume goes on from them")
                 raise
         _remove(folder)
 

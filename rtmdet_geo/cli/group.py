@@ -86,6 +86,8 @@ def _fail(ctx: click.Context, error: Exception) -> NoReturn:
 def describe(error: Exception) -> tuple[str, int]:
     """Return the one-line message and the exit code of an exception."""
     text = " ".join(str(error).split())
+    if notes := getattr(error, "__notes__", None):
+        text = "; ".join([text, *notes])
     if isinstance(error, ExportMismatchError):
         return text, EXIT_VERDICT_NO
     if isinstance(error, RTMDetGeoError):

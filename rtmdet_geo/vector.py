@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,19 @@ from rtmdet_geo.geodesy import geodesic_areas, geodesic_measures, ground_rectang
 from rtmdet_geo.outputs import check_folder, staged_output, staged_set
 from rtmdet_geo.polygons import repair
 from rtmdet_geo.structures import Kind
+from rtmdet_geo.vector_drivers import open_chunks, write_staged
 from rtmdet_geo.vector_formats import (
     LONLAT_DRIVERS,
-    SHAPEFILE_PARTS,
+    PIXEL_DRIVERS,
     GeometryType,
+    Metadata,
     driver_of,
     ending_of,
     feature_texts,
+    names_of,
     staged_suffix,
-    write_csv,
-    write_geojson,
-    write_parquet,
-    write_sequence,
-    write_with_gdal,
-    write_zipped_shapefile,
 )
+from rtmdet_geo.vector_pixels import SourceImage
 
 logger = logging.getLogger(__name__)
 
@@ -331,76 +330,113 @@ def _measure_polygons(shapes: NDArray[Any], source: pyproj.CRS) -> tuple[FloatAr
     return lonlat, areas
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False, *, driver: str | None = None) -> None:
-    """Check before a long run that :func:`write_features` could write ``path``.
+def check_output(
+    path: str | os.PathLike[str], overwrite: bool = False, *, driver: str | None = None, has_image: bool = False
+) -> None:
+    """Check before a long run that :func:`write_features` could write ``path``, with ``image`` if ``has_image``.
 
     Raises:
         OutputError: as write_features, as far as it can be known without writing.
     """
-    driver_of(path, driver)
-    for name in _names_of(Path(path)):
-        check_folder(name, overwrite)
+    if (name := driver_of(path, driver)) in PIXEL_DRIVERS and not has_image:
+        raise OutputError(f"{name} holds pixels of one scene, not a layer on the map; write a .gpkg")
+    for part in names_of(path):
+        check_folder(part, overwrite)
 
 
-def _names_of(path: Path) -> list[Path]:
-    """Return the files that an output consists of, ``path`` first."""
-    return [path, *(path.with_suffix(part) for part in SHAPEFILE_PARTS[1:] if ending_of(path) == ".shp")]
+def write_features(frame: geopandas.GeoDataFrame, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write features to a file, whole or not at all; no feature gives a valid empty layer.
+
+    Args:
+        frame: what build_features returns.
+        path: target; its folder must exist.
+        **options: as :func:`write_feature_chunks` has them.
+
+    Raises:
+        OutputError: as write_feature_chunks.
+    """
+    write_feature_chunks([frame], path, **options)
 
 
-def write_features(
-    frame: geopandas.GeoDataFrame,
+def write_feature_chunks(
+    chunks: Iterable[geopandas.GeoDataFrame],
     path: str | os.PathLike[str],
     *,
     driver: str | None = None,
     layer: str = "detections",
     overwrite: bool = False,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Metadata | None = None,
     geometry_type: GeometryType = "Polygon",
-) -> None:
-    """Write features to a file, whole or not at all. No feature gives a valid empty layer.
+    style: str | None = None,
+    image: SourceImage | None = None,
+) -> int:
+    """Write features chunk by chunk in one pass, whole or not at all; memory holds a chunk, whatever their number.
 
     Args:
-        frame: what build_features returns.
+        chunks: frames with the same columns and CRS, at least one: where nothing is found it is one without rows.
         path: target; its folder must exist. A Shapefile (.shp) is several files, which get their names together.
         driver: a name of :data:`rtmdet_geo.vector_formats.DRIVERS`; None: by extension.
         layer: name of the layer, where the format has names.
         overwrite: replace an existing file.
-        metadata: about the run (model, thresholds, stretch, versions, attribution); the table of
-            :mod:`rtmdet_geo.vector_formats` says where each format has them, and which has no place for them.
+        metadata: about the run (model, thresholds, stretch, versions, attribution), or what is called for it after the
+            last chunk; the table of :mod:`rtmdet_geo.vector_formats` says where each format has them, if at all.
         geometry_type: of a GPKG or FlatGeobuf layer; "MultiPolygon" for masks, which may fall apart; "Unknown" for any.
+        style: QML with which QGIS opens a GPKG, see :mod:`rtmdet_geo.qgis_style`; others have no place for it.
+        image: the scene, which DOTA and COCO want.
 
     GeoJSON, GeoJSONSeq and CSV are always EPSG:4326 (RFC 7946, 4); without a CRS they hold pixel coordinates, and
-    GeoJSON says ``"crs": null``. The other formats have the CRS of the frame, or none.
+    GeoJSON says ``"crs": null``. The other formats have the CRS of the frames, or none.
+
+    Returns:
+        The number of features.
 
     Raises:
         OutputError: the file exists and ``overwrite`` is False, its folder is missing or not writable, its extension is
             unknown, or writing failed. Nothing is left behind and an old file stays as it was.
+        ValueError: there is no chunk, or the columns or CRS of one are not those of the first.
     """
     path, driver, metadata = Path(path), driver_of(path, driver), metadata or {}
-    check_output(path, overwrite, driver=driver)
-    if driver in LONLAT_DRIVERS and frame.crs is None:
-        logger.warning(
-            "without a CRS %s holds pixel coordinates, which readers take for degrees: write a .gpkg", driver
-        )
-    suffix = staged_suffix(path, driver)
+    check_output(path, overwrite, driver=driver, has_image=image is not None)
+    head, chunks = open_chunks(chunks)
+    if driver in LONLAT_DRIVERS:
+        if head.crs is None:
+            logger.warning(
+                "without a CRS %s holds pixel coordinates, which readers take for degrees: write a .gpkg", driver
+            )
+        elif not _is_wgs84(head.crs):
+            logger.info("%s holds EPSG:4326; the geometries are projected from %s", driver, head.crs.name)
+        chunks = map(partial(_in_degrees, is_rounded=driver != "CSV"), chunks)
     is_set = ending_of(path) == ".shp" and driver == "ESRI Shapefile"
-    with staged_set(_names_of(path)) if is_set else staged_output(path, suffix=suffix) as staged:
-        if driver == "GeoJSON":
-            write_geojson(geojson_features(frame), staged, layer, metadata, has_crs=frame.crs is not None)
-        elif driver == "GeoJSONSeq":
-            write_sequence(geojson_features(frame), staged, path)
-        elif driver == "CSV":
-            write_csv(frame, _lonlat_shapes(frame, driver), staged)
-        elif driver == "Parquet":
-            write_parquet(frame, staged, metadata)
-        elif ending_of(path) == ".shp.zip" and driver == "ESRI Shapefile":
-            write_zipped_shapefile(frame, staged, path)
-        else:
-            write_with_gdal(frame, staged, path, driver, layer=layer, metadata=metadata, geometry_type=geometry_type)
-    logger.info("wrote %d features to %s", len(frame), path)
+    suffix = staged_suffix(path, driver)
+    with staged_set(names_of(path)) if is_set else staged_output(path, suffix=suffix) as staged:
+        number = write_staged(
+            chunks,
+            staged,
+            path,
+            driver,
+            layer=layer,
+            metadata=metadata,
+            geometry_type=geometry_type,
+            style=style,
+            image=image,
+            has_crs=head.crs is not None,
+        )
+    logger.info("wrote %d features to %s", number, path)
+    return number
 
 
-def _lonlat_shapes(frame: geopandas.GeoDataFrame, driver: str) -> NDArray[Any]:
+def _in_degrees(chunk: geopandas.GeoDataFrame, is_rounded: bool) -> geopandas.GeoDataFrame:
+    """Return a chunk as a file of EPSG:4326 has it."""
+    shapes = _lonlat_shapes(chunk)
+    shapes = _rounded(shapes) if is_rounded else shapes
+    return chunk.set_geometry(geopandas.GeoSeries(shapes, index=chunk.index, name=chunk.geometry.name))
+
+
+def _is_wgs84(crs: pyproj.CRS) -> bool:
+    return bool(crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True))
+
+
+def _lonlat_shapes(frame: geopandas.GeoDataFrame) -> NDArray[Any]:
     """Return geometries in EPSG:4326, longitude first, or in pixels without a CRS.
 
     Raises:
@@ -408,8 +444,7 @@ def _lonlat_shapes(frame: geopandas.GeoDataFrame, driver: str) -> NDArray[Any]:
     """
     shapes = np.asarray(frame.geometry.array)
     try:
-        if frame.crs is not None and not frame.crs.equals(pyproj.CRS(WGS84), ignore_axis_order=True):
-            logger.info("%s holds EPSG:4326; the geometries are projected from %s", driver, frame.crs.name)
+        if frame.crs is not None and not _is_wgs84(frame.crs):
             shapes = project_polygons(shapes, frame.crs, WGS84)
     except ConfigError as error:
         raise OutputError("some features have no longitude and latitude; write a GeoPackage (.gpkg)") from error
@@ -424,10 +459,14 @@ def geojson_features(frame: geopandas.GeoDataFrame) -> Iterator[str]:
     Raises:
         OutputError: a polygon has no longitude and latitude; raised at once, before the first text.
     """
-    shapes = _lonlat_shapes(frame, "GeoJSON")
+    return feature_texts(frame, _rounded(_lonlat_shapes(frame)))
+
+
+def _rounded(shapes: NDArray[Any]) -> NDArray[Any]:
+    """Return shapes with the decimals of GeoJSON, valid as they were."""
     rounded = map_coordinates(shapes, lambda points: np.round(points, _GEOJSON_DECIMALS))
     is_invalid = ~shapely.is_valid(rounded)
     precise = shapely.set_precision(shapes[is_invalid], 10.0**-_GEOJSON_DECIMALS)
     kept = np.where(shapely.is_empty(precise), shapes[is_invalid], precise)  # smaller than the last decimal
     rounded[is_invalid] = counter_clockwise(kept)
-    return feature_texts(frame, rounded)
+    return rounded

@@ -21,6 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
+    *("qgis_style", "vector_drivers", "vector_pixels", "vector_tables", "vector_texts"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
     *("journal", "prefetch", "preprocess", "run_record", "stitch", "views"),
 }

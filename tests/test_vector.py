@@ -21,7 +21,7 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtmdet_geo import outputs, vector
+from rtmdet_geo import outputs, vector_drivers
 from rtmdet_geo.errors import ConfigError, OutputError
 from rtmdet_geo.vector import SCHEMA, build_features, check_output, pixel_to_world, write_features
 
@@ -357,7 +357,9 @@ def test_driver_by_name_or_extension(tmp_path: Path) -> None:
     known = r"ships\.kml.*\.csv, \.fgb, \.geojson, \.geojsonl, \.geojsons, \.gpkg, \.json, \.parquet, \.shp, \.shp\.zip"
     with pytest.raises(OutputError, match=known):
         write_features(features(BOXES), tmp_path / "ships.kml")
-    with pytest.raises(OutputError, match="CSV, ESRI Shapefile, FlatGeobuf, GPKG, GeoJSON, GeoJSONSeq, Parquet"):
+    with pytest.raises(
+        OutputError, match="COCO, CSV, DOTA, ESRI Shapefile, FlatGeobuf, GPKG, GeoJSON, GeoJSONSeq, Parquet"
+    ):
         check_output(tmp_path / "ships.gpkg", driver="DXF")
 
 
@@ -405,8 +407,8 @@ def test_failure_leaves_the_old_file_and_nothing_else(
 
     path = tmp_path / f"ships{suffix}"
     path.write_bytes(b"old")
-    monkeypatch.setattr(pyogrio, "write_dataframe", fail)
-    monkeypatch.setattr(vector, "write_geojson", fail)
+    monkeypatch.setattr(pyogrio, "write_arrow", fail)
+    monkeypatch.setattr(vector_drivers, "write_geojson", fail)
     expected = (
         OutputError if isinstance(error, OSError) or (suffix == ".gpkg" and error is not KeyboardInterrupt) else None
     )
@@ -416,8 +418,12 @@ def test_failure_leaves_the_old_file_and_nothing_else(
 
 
 def test_features_lost_without_an_error_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = pyogrio.write_dataframe
-    monkeypatch.setattr(pyogrio, "write_dataframe", lambda frame, *args, **options: write(frame[:1], *args, **options))
+    write = pyogrio.write_arrow
+
+    def write_one(reader: Any, *args: Any, **options: Any) -> None:
+        write(reader.read_all()[:1], *args, **options)
+
+    monkeypatch.setattr(pyogrio, "write_arrow", write_one)
     with pytest.raises(OutputError, match="1 of 3 features"):
         write_features(features(BOXES), tmp_path / "ships.gpkg")
     assert os.listdir(tmp_path) == []

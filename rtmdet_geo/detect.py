@@ -42,13 +42,15 @@ from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
 from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
+from rtmdet_geo.qgis_style import detection_style
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.vector import build_features, check_output, check_target_crs, write_features
+from rtmdet_geo.vector import build_features, check_output, check_target_crs, parse_crs, write_features
+from rtmdet_geo.vector_pixels import SourceImage
 from rtmdet_geo.views import Augmentation, augment, find_augmentation
 
 if TYPE_CHECKING:
@@ -291,6 +293,19 @@ def detect_scene(
                     overwrite=overwrite or bool(more),
                     metadata=summary,
                     geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
+                    style=detection_style(
+                        spec.classes,
+                        has_axis=spec.kind == "rotated",
+                        is_geographic=features.crs is not None and features.crs.is_geographic,
+                    ),
+                    image=SourceImage(
+                        Path(source.path).name,
+                        source.source_width,
+                        source.source_height,
+                        tuple(spec.classes),
+                        source.transform,
+                        parse_crs(source.crs),
+                    ),
                 )
             features.attrs["summary"] = summary
             return features
@@ -376,7 +391,7 @@ def _check_outputs(
     if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
         raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
     if output is not None:
-        check_output(output, overwrite, driver=driver)
+        check_output(output, overwrite, driver=driver, has_image=True)
     if preview is not None:
         check_preview(preview, overwrite)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.annotations.outlines import Outline, as_outline, transform_outline
 from rtmdet_geo.errors import AnnotationError
+from rtmdet_geo.vector_formats import STYLE_TABLE
 
 logger = logging.getLogger(__name__)
 
@@ -169,12 +170,12 @@ def read_vector_file(path: Path, name: str, layer: str | None, advice: str) -> A
     try:
         if path.suffix.lower() in (".parquet", ".geoparquet"):
             return geopandas.read_parquet(path)
-        layers = [str(row[0]) for row in pyogrio.list_layers(path)]
+        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[0] != STYLE_TABLE]
         if layer is None and len(layers) > 1:
             raise AnnotationError(f"{name} holds the layers {', '.join(layers)}; {advice}")
         if layer is not None and layer not in layers:
             raise AnnotationError(f"{name} has no layer {layer!r}; it holds {', '.join(layers)}")
-        return geopandas.read_file(path, layer=layer or 0)
+        return geopandas.read_file(path, layer=layer or layers[0])
     except AnnotationError:
         raise
     except Exception as error:  # pyogrio, GDAL and pyarrow raise many kinds; all mean the same here

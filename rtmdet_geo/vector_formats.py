@@ -54,6 +54,8 @@ DRIVERS = {
     ".txt": "DOTA",
     ".coco.json": "COCO",
 }
+#: Table of a GeoPackage that holds the styles of its layers, which is no layer itself.
+STYLE_TABLE = "layer_styles"
 #: Drivers whose files are always in EPSG:4326, longitude first (RFC 7946, 4; CSV has no place for a CRS).
 LONLAT_DRIVERS = frozenset({"GeoJSON", "GeoJSONSeq", "CSV"})
 #: Drivers whose files are in px of the scene, so they want to know it.

@@ -149,7 +149,7 @@ def test_detect_writes_the_layer_and_one_line(engine, scene, tmp_path):
     result = run("detect", scene, "-o", output)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(f"{scene}: 5 detections (5 ship) in 6 tiles") and result.stdout.count("\n") == 1
-    assert len(geopandas.read_file(output)) == 5
+    assert len(geopandas.read_file(output, layer="detections")) == 5
 
 
 def test_detect_json_is_all_of_stdout(engine, scene, tmp_path):
@@ -281,7 +281,7 @@ def test_empty_scene_is_done_with_one_warning_line(engine, tmp_path):
     assert result.exit_code == 0
     (line,) = result.stderr.splitlines()
     assert line.startswith("rtmdet-geo: warning: ") and "no valid pixel" in line
-    assert len(geopandas.read_file(tmp_path / "void.gpkg")) == 0
+    assert len(geopandas.read_file(tmp_path / "void.gpkg", layer="detections")) == 0
     assert run("detect", path, "-o", tmp_path / "void.gpkg", "--overwrite", "-q").output == ""
 
 

@@ -57,7 +57,7 @@ def match(features: geopandas.GeoDataFrame, ships: np.ndarray = SHIPS) -> float:
 def test_ships_come_back_at_their_world_coordinates(engine, scene, tmp_path):
     output = tmp_path / "ships.gpkg"
     result = detect_scene(scene, output)
-    layer = geopandas.read_file(output)
+    layer = geopandas.read_file(output, layer="detections")
     assert len(result) == len(layer) == len(SHIPS)
     assert match(layer) < 0.75
     assert list(layer.columns) == [*SCHEMA, "geometry"]
@@ -113,7 +113,7 @@ def test_twice_is_the_same_but_for_the_run(engine, scene):
 def test_blank_scene_gives_an_empty_layer(engine, tmp_path):
     path = write_scene(tmp_path / "sea.tif", np.full((300, 300), GROUND, np.uint8))
     result = detect_scene(path, tmp_path / "sea.gpkg")
-    layer = geopandas.read_file(tmp_path / "sea.gpkg")
+    layer = geopandas.read_file(tmp_path / "sea.gpkg", layer="detections")
     assert len(result) == len(layer) == 0
     assert list(layer.columns) == [*SCHEMA, "geometry"] and layer.crs is not None
 
@@ -124,7 +124,7 @@ def test_all_nodata_scene_is_a_valid_empty_layer_and_runs_nothing(engine, tmp_pa
         result = detect_scene(path, tmp_path / "void.gpkg")
     assert engine.num_images == 0
     assert result.attrs["summary"]["num_empty_tiles"] == result.attrs["summary"]["num_tiles"] == 4
-    assert list(geopandas.read_file(tmp_path / "void.gpkg").columns) == [*SCHEMA, "geometry"]
+    assert list(geopandas.read_file(tmp_path / "void.gpkg", layer="detections").columns) == [*SCHEMA, "geometry"]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33), (100, 300)])
@@ -200,7 +200,7 @@ def test_existing_output_is_refused_untouched(engine, scene, tmp_path):
         detect_scene(scene, output)
     assert output.read_text() == "mine" and engine.num_images == 0
     detect_scene(scene, output, overwrite=True)
-    assert len(geopandas.read_file(output)) == 5
+    assert len(geopandas.read_file(output, layer="detections")) == 5
 
 
 def test_missing_scene_and_text_file(engine, tmp_path):

@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on(engine, scene, tmp_path, number):
     with pytest.raises(Cancelled, match="--resume goes on") as wish:
         detect_scene(scene, output, **stop_after(number))
     assert wish.value.partial == str(tmp_path / "ships.partial.gpkg") and not output.exists()
-    assert len(geopandas.read_file(wish.value.partial)) <= len(whole)
+    assert len(geopandas.read_file(wish.value.partial, layer="detections")) <= len(whole)
     with pytest.raises(OutputError, match="unfinished run"):
         detect_scene(scene, output)
     calls = []
@@ -281,14 +281,14 @@ def check_kills(scene: Path, folder: Path, seed: int, at_least: int) -> None:
     model = small_model()
     whole = folder / "whole.gpkg"
     subprocess.run(detect_words(scene, whole, model), check=True, capture_output=True)
-    expected = geopandas.read_file(whole).drop(columns="run_id")
+    expected = geopandas.read_file(whole, layer="detections").drop(columns="run_id")
     assert len(expected) > 20
     rng, num_kills, number = np.random.default_rng(seed), 0, 0
     while num_kills < at_least:
         part = folder / f"run{number}"
         part.mkdir()
         num_kills += kill_and_resume(scene, part, rng, model)
-        found = geopandas.read_file(part / "ships.gpkg").drop(columns="run_id")
+        found = geopandas.read_file(part / "ships.gpkg", layer="detections").drop(columns="run_id")
         assert found.equals(expected)
         assert [item.name for item in part.iterdir()] == ["ships.gpkg"]
         number += 1
@@ -324,7 +324,7 @@ def test_cancel_keeps_what_was_found(busy_scene, tmp_path, how):
     assert process.returncode == 130, stderr
     event = json.loads(stdout.splitlines()[-1])
     assert event["event"] == "error" and event["partial"] == str(tmp_path / "ships.partial.gpkg")
-    assert len(geopandas.read_file(event["partial"])) > 0
+    assert len(geopandas.read_file(event["partial"], layer="detections")) > 0
     assert sorted(item.name for item in tmp_path.iterdir()) == ["ships.gpkg.partial", "ships.partial.gpkg"]
 
 

@@ -51,8 +51,10 @@ _REMOTE_OPTIONS = {
     "GDAL_HTTP_LOW_SPEED_TIME": 30,
     "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
 }
-_REMOTE_STARTS = ("http:", "https:", "ftp:", "s3:", "gs:", "az:", "oss:")
-_REMOTE_STARTS += ("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsiwebhdfs")
+_REMOTE_STARTS = (
+    *("http:", "https:", "ftp:", "s3:", "gs:", "az:", "oss:"),
+    *("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsiwebhdfs"),
+)
 
 
 def open_scene(

@@ -187,10 +187,10 @@ class Scene:
         if left >= right or top >= bottom:
             return pixels, valid
         window = self.source_window(left, top, right - left, bottom - top)
-        source, source_valid = self.read_source(*window)
+        bands, source_valid = self.read_source(*window)
         inside = (slice(top - y, bottom - y), slice(left - x, right - x))
         pixels[:, *inside], valid[inside] = self.from_source(
-            source, source_valid, left, top, right - left, bottom - top, origin=window[:2]
+            np.stack(bands), source_valid, left, top, right - left, bottom - top, origin=window[:2]
         )
         return pixels, valid
 
@@ -211,23 +211,25 @@ class Scene:
         row, rows = _reach(axis_taps(self.source_height, self.height, y, y + height))
         return column, row, columns, rows
 
-    def read_source(self, x: int, y: int, width: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def read_source(self, x: int, y: int, width: int, height: int) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
         """Read a window inside the scene, in source px, and stretch it.
 
         Returns:
-            pixels: (B, height, width) uint8 of the bands that are read, in the file's order; 0 where invalid.
+            bands: (height, width) uint8 of each band that is read, in the file's order; 0 where invalid. They may be
+                the source's own memory, do not write to them.
             valid: (height, width) bool.
 
         Raises:
             RasterError: the file cannot be read there.
         """
         values, valid = self._read_values(x, y, width, height)
-        pixels = np.empty((len(values), *valid.shape), np.uint8)
-        for number, (index, band) in enumerate(zip(self._read_indexes, values, strict=True)):
-            pixels[number] = self._stretches[index].apply(band, self._luts[index])
+        bands = [
+            self._stretches[index].apply(band, self._luts[index])
+            for index, band in zip(self._read_indexes, values, strict=True)
+        ]
         if not valid.all():
-            pixels[:, ~valid] = 0
-        return pixels, valid
+            bands = [np.where(valid, band, np.uint8(0)) for band in bands]
+        return bands, valid
 
     def from_source(
         self,
@@ -243,7 +245,7 @@ class Scene:
         """Make a window inside the scene, in resampled px, of the source pixels under it.
 
         Args:
-            source: (B, h, w) what :meth:`read_source` gave for the window's :meth:`source_window`.
+            source: (B, h, w) the bands that :meth:`read_source` gave for the window's :meth:`source_window`.
             source_valid: (h, w) the same.
             x: left edge in resampled px.
             y: top edge.

@@ -45,11 +45,11 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Source pixels (B, h, w) and their validity (h, w) from column ``x`` and row ``y`` on, in source px."""
+    """Source pixels (h, w) of each band and their validity (h, w) from column ``x`` and row ``y`` on, in source px."""
 
     x: int
     y: int
-    pixels: NDArray[np.uint8]
+    bands: list[NDArray[np.uint8]]
     valid: NDArray[np.bool_]
 
     @property
@@ -152,7 +152,7 @@ def _hulls(panel: Sequence[_Wanted], step: int) -> dict[int, tuple[int, int, int
 
 def _cut(strips: Sequence[_Strip], item: _Wanted) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Cut the source window of a tile from the strips that cover it: (B, h, w) and (h, w), copied."""
-    pixels = np.empty((len(strips[0].pixels), item.height, item.width), np.uint8)
+    pixels = np.empty((len(strips[0].bands), item.height, item.width), np.uint8)
     valid = np.empty((item.height, item.width), np.bool_)
     for strip in strips:
         top, bottom = max(item.y, strip.y), min(item.y + item.height, strip.stop)
@@ -160,5 +160,7 @@ def _cut(strips: Sequence[_Strip], item: _Wanted) -> tuple[NDArray[np.uint8], ND
             continue
         target = slice(top - item.y, bottom - item.y)
         part = (slice(top - strip.y, bottom - strip.y), slice(item.x - strip.x, item.x - strip.x + item.width))
-        pixels[:, target], valid[target] = strip.pixels[:, *part], strip.valid[part]
+        for band, values in zip(pixels, strip.bands, strict=True):
+            band[target] = values[part]
+        valid[target] = strip.valid[part]
     return pixels, valid

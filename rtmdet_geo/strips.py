@@ -27,7 +27,7 @@ from rtmdet_geo.structures import Tile
 #: Widest panel in px, of the scene or of its file, whichever are finer; a tile that is wider is a panel by itself.
 PANEL_WIDTH = 8192
 #: Height that strips have about, in source px: as many blocks of the file as it takes.
-STRIP_HEIGHT = 512
+STRIP_HEIGHT = 256
 #: Higher blocks are not held whole: several strips are read of one, and GDAL's cache is trusted to keep it meanwhile.
 MAX_BLOCK_HEIGHT = 2048
 

@@ -22,7 +22,7 @@ STAGES = {
     *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
     *("merge", "vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
-    *("prefetch", "preprocess", "run_record", "stitch", "strips", "views"),
+    *("journal", "prefetch", "preprocess", "run_record", "stitch", "strips", "views"),
 }
 BACKENDS = {"backends"}
 ONNX = {"export.fold", "export.graph", "export.half", "export.operators"}  # rewrites of graphs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import rasterio
+import rasterio.env
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
@@ -35,6 +37,24 @@ logger = logging.getLogger(__name__)
 
 #: Rational polynomials give longitude and latitude on WGS 84 (NITF STDI-0002, RPC00B).
 _RPC_CRS = "EPSG:4326"
+
+#: Bytes of decoded blocks that GDAL keeps; strips.py reads each block once, so more would only fill the memory.
+#: It must hold a strip of blocks under a column panel: 8,192 x 512 px of 13 uint16 bands are 104 MiB.
+CACHE_BYTES = 256 * 2**20
+#: For files that come over the network: no listing of the folder (each companion file is asked for by its name), and
+#: requests that fail or fall silent are repeated before they are an error (seconds, bytes a second).
+_REMOTE_OPTIONS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
+    "GDAL_HTTP_MAX_RETRY": 3,
+    "GDAL_HTTP_RETRY_DELAY": 1,
+    "GDAL_HTTP_CONNECTTIMEOUT": 20,
+    "GDAL_HTTP_LOW_SPEED_TIME": 30,
+    "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
+}
+_REMOTE_STARTS = (
+    *("http:", "https:", "ftp:", "s3:", "gs:", "az:", "oss:"),
+    *("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsiwebhdfs"),
+)
 
 
 def open_scene(
@@ -154,8 +174,9 @@ def _describe_band(source: _Source, band: Band) -> dict[str, Any]:
 class _Source:
     """An open dataset, warped to a plain geotransform where only control points or rational polynomials place it.
 
-    Attributes are those of :class:`rtmdet_geo.scene.SceneSource`, and ``driver`` and ``warped_from`` (None, "gcps" or
-    "rpcs"). For a warped scene, pixels are those of the warped view.
+    Attributes are those of :class:`rtmdet_geo.scene.SceneSource`, and ``driver``, ``warped_from`` (None, "gcps" or
+    "rpcs") and ``block_shape`` (height and width in px of what is decoded at a time). For a warped scene, pixels and
+    blocks are those of the warped view.
     """
 
     def __init__(self, path: str, original: Any) -> None:
@@ -168,6 +189,8 @@ class _Source:
         self._lock = threading.Lock()  # a GDAL dataset serves one thread at a time
         self._dataset, self.warped_from = _warped(original, path)
         self.width, self.height = int(self._dataset.width), int(self._dataset.height)
+        block_height, block_width = self._dataset.block_shapes[0]
+        self.block_shape = (int(block_height), int(block_width))
         self.crs, self.transform, self.gsd_m = self._georeference()
 
     def __enter__(self) -> Self:
@@ -262,7 +285,7 @@ class _Source:
             options |= {"out_shape": out_shape, "resampling": Resampling.nearest}
         mask = None
         try:
-            with self._lock:
+            with self._lock, rasterio.Env(**_gdal_options(self.path)):
                 if out_shape is None and len({self.dtype(index) for index in indexes}) == 1:
                     values = list(self._dataset.read(list(indexes), **options))
                 else:
@@ -282,7 +305,8 @@ def _open_source(path: str | Path) -> _Source:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)  # open_scene issues one of its own
         try:
-            dataset = rasterio.open(path)
+            with rasterio.Env(**_gdal_options(text)):
+                dataset = rasterio.open(path)
         except (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError) as error:
             if not _is_virtual(text) and not Path(text).exists():
                 raise RasterError(f"scene {text!r} does not exist; check the path") from error
@@ -299,6 +323,13 @@ def _open_source(path: str | Path) -> _Source:
         except BaseException:
             dataset.close()
             raise
+
+
+def _gdal_options(path: str) -> dict[str, Any]:
+    """GDAL's options for opening and reading a path; those that the user or a calling program set are left alone."""
+    options = {"GDAL_CACHEMAX": CACHE_BYTES} | (_REMOTE_OPTIONS if path.startswith(_REMOTE_STARTS) else {})
+    set_already = {*os.environ, *(rasterio.env.getenv() if rasterio.env.hasenv() else ())}
+    return {name: value for name, value in options.items() if name not in set_already}
 
 
 def _warped(original: Any, path: str) -> tuple[Any, str | None]:

@@ -186,25 +186,95 @@ class Scene:
         top, bottom = max(y, 0), min(y + height, self.height)
         if left >= right or top >= bottom:
             return pixels, valid
+        window = self.source_window(left, top, right - left, bottom - top)
+        bands, source_valid = self.read_source(*window)
         inside = (slice(top - y, bottom - y), slice(left - x, right - x))
-        if (self.width, self.height) == (self.source_width, self.source_height):
-            part, part_valid = self._read_source(left, top, right - left, bottom - top)
-        else:
-            taps_x = axis_taps(self.source_width, self.width, left, right)
-            taps_y = axis_taps(self.source_height, self.height, top, bottom)
-            column, row = int(taps_x[0].min()), int(taps_y[0].min())
-            columns = int(taps_x[0].max()) + taps_x[1].shape[1] - column
-            rows = int(taps_y[0].max()) + taps_y[1].shape[1] - row
-            source, source_valid = self._read_source(column, row, columns, rows)
-            part, part_valid = resample(source, source_valid, taps_y, taps_x, row, column)
+        pixels[:, *inside], valid[inside] = self.from_source(
+            np.stack(bands), source_valid, left, top, right - left, bottom - top, origin=window[:2]
+        )
+        return pixels, valid
+
+    @property
+    def block_shape(self) -> tuple[int, int] | None:
+        """Height and width in source px of the blocks that the file is decoded by; None: nothing is decoded."""
+        return getattr(self._source, "block_shape", None)  # an image in memory has none
+
+    def source_window(self, x: int, y: int, width: int, height: int) -> tuple[int, int, int, int]:
+        """Say which source pixels a window inside the scene, in resampled px, is made of.
+
+        Returns:
+            x, y, width, height in source px, inside the scene.
+        """
+        if not self._is_resampled:
+            return x, y, width, height
+        column, columns = _reach(axis_taps(self.source_width, self.width, x, x + width))
+        row, rows = _reach(axis_taps(self.source_height, self.height, y, y + height))
+        return column, row, columns, rows
+
+    def read_source(self, x: int, y: int, width: int, height: int) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
+        """Read a window inside the scene, in source px, and stretch it.
+
+        Returns:
+            bands: (height, width) uint8 of each band that is read, in the file's order; 0 where invalid. They may be
+                the source's own memory, do not write to them.
+            valid: (height, width) bool.
+
+        Raises:
+            RasterError: the file cannot be read there.
+        """
+        values, valid = self._read_values(x, y, width, height)
+        bands = [
+            self._stretches[index].apply(band, self._luts[index])
+            for index, band in zip(self._read_indexes, values, strict=True)
+        ]
+        if not valid.all():
+            bands = [np.where(valid, band, np.uint8(0)) for band in bands]
+        return bands, valid
+
+    def from_source(
+        self,
+        source: NDArray[np.uint8],
+        source_valid: NDArray[np.bool_],
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        *,
+        origin: tuple[int, int],
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Make a window inside the scene, in resampled px, of the source pixels under it.
+
+        Args:
+            source: (B, h, w) the bands that :meth:`read_source` gave for the window's :meth:`source_window`.
+            source_valid: (h, w) the same.
+            x: left edge in resampled px.
+            y: top edge.
+            width: in resampled px.
+            height: in resampled px.
+            origin: x and y of ``source`` in source px.
+
+        Returns:
+            As :meth:`read`; without resampling and reordering these are ``source`` and ``source_valid`` themselves.
+        """
+        part, valid = source, source_valid
+        if self._is_resampled:
+            taps_x = axis_taps(self.source_width, self.width, x, x + width)
+            taps_y = axis_taps(self.source_height, self.height, y, y + height)
+            part, valid = resample(source, source_valid, taps_y, taps_x, origin[1], origin[0])
+        if list(self.band_indexes) == self._read_indexes:
+            return part, valid
+        pixels = np.zeros((len(self.band_indexes), height, width), np.uint8)
         order = {index: number for number, index in enumerate(self._read_indexes)}
         for channel, (index, fill) in enumerate(zip(self.band_indexes, self._fills, strict=True)):
             if index is not None:
-                pixels[channel][inside] = part[order[index]]
+                pixels[channel] = part[order[index]]
             else:
-                pixels[channel][inside] = np.where(part_valid, np.uint8(fill or 0), np.uint8(0))
-        valid[inside] = part_valid
+                pixels[channel] = np.where(valid, np.uint8(fill or 0), np.uint8(0))
         return pixels, valid
+
+    @property
+    def _is_resampled(self) -> bool:
+        return (self.width, self.height) != (self.source_width, self.source_height)
 
     def to_source(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
         """Boxes from resampled px to source px.
@@ -251,16 +321,6 @@ class Scene:
             self.width = max(1, round(self.source_width * gsd_x / model_gsd_m))
             self.height = max(1, round(self.source_height * gsd_y / model_gsd_m))
         self.scale_x, self.scale_y = self.source_width / self.width, self.source_height / self.height
-
-    def _read_source(self, x: int, y: int, width: int, height: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Stretched source pixels (B, h, w) uint8 of the bands read, and their validity (h, w)."""
-        values, valid = self._read_values(x, y, width, height)
-        pixels = np.empty((len(values), *valid.shape), np.uint8)
-        for number, (index, band) in enumerate(zip(self._read_indexes, values, strict=True)):
-            pixels[number] = self._stretches[index].apply(band, self._luts[index])
-        if not valid.all():
-            pixels[:, ~valid] = 0
-        return pixels, valid
 
     def _read_values(
         self, x: int, y: int, width: int, height: int, out_shape: tuple[int, int] | None = None
@@ -323,3 +383,10 @@ class Scene:
         if not valid.any():
             warnings.warn(f"scene {self.path!r} holds no valid pixel", NodataWarning, stacklevel=5)
         return {index: band[valid] for index, band in zip(self._read_indexes, values, strict=True)}
+
+
+def _reach(taps: tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]) -> tuple[int, int]:
+    """First source px and number of source px that the taps of one axis read."""
+    first, weights, _ = taps
+    start = int(first.min())
+    return start, int(first.max()) + weights.shape[1] - start

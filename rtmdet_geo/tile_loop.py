@@ -18,6 +18,7 @@ from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
 from rtmdet_geo.prefetch import Prefetch
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.stitch import Pieces
+from rtmdet_geo.strips import read_tiles
 from rtmdet_geo.structures import Detections, ModelSpec, Tile
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.views import pad
@@ -275,8 +276,7 @@ def _read_batches(
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield uint8 (N, C, *shape) of tiles with valid pixels, and note every tile and its valid pixels in order."""
     images: list[NDArray[np.uint8]] = []
-    for tile in tiles:
-        pixels, valid = source.read(tile.x, tile.y, tile.width, tile.height)
+    for tile, pixels, valid in read_tiles(source, tiles):
         in_flight.append((tile, valid))
         if not valid.any():  # costs nothing more
             continue

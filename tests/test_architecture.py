@@ -23,7 +23,7 @@ STAGES = {
     *("merge", "vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
     *("qgis_style", "vector_drivers", "vector_pixels", "vector_tables", "vector_texts"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
-    *("journal", "prefetch", "preprocess", "run_record", "stitch", "views"),
+    *("journal", "prefetch", "preprocess", "run_record", "stitch", "strips", "views"),
 }
 BACKENDS = {"backends"}
 ONNX = {"export.fold", "export.graph", "export.half", "export.operators"}  # rewrites of graphs

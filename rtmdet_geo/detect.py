@@ -41,7 +41,8 @@ from rtmdet_geo.journal import check_journal, open_journal, partial_output
 from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
 from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
-from rtmdet_geo.preview import check_preview, draw_preview
+from rtmdet_geo.preview import check_preview
+from rtmdet_geo.preview_html import PREVIEW_ENDINGS, write_preview
 from rtmdet_geo.qgis_style import detection_style
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
@@ -123,7 +124,7 @@ def detect_scene(
         overwrite: replace existing outputs, and the journal of an unfinished run.
         resume: go on with an unfinished run that was to write ``output``, see :mod:`rtmdet_geo.journal`; without one,
             begin.
-        preview: PNG to draw.
+        preview: picture (.png) or page (.html) to write, of the scene with its detections.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
         device: likewise.
         precision: likewise.
@@ -284,7 +285,15 @@ def detect_scene(
                 "versions": library_versions(engine.name, "numba"),
             }
             if picture is not None:
-                draw_preview(source, merged.detections, picture, classes=spec.classes, overwrite=overwrite)
+                write_preview(
+                    source,
+                    merged.detections,
+                    features,
+                    picture,
+                    classes=spec.classes,
+                    summary=summary,
+                    overwrite=overwrite,
+                )
             if target is not None:
                 write_features(
                     features,
@@ -393,7 +402,7 @@ def _check_outputs(
     if output is not None:
         check_output(output, overwrite, driver=driver, has_image=True)
     if preview is not None:
-        check_preview(preview, overwrite)
+        check_preview(preview, overwrite, PREVIEW_ENDINGS)
 
 
 def _check_lengths(min_length_m: float | None, max_length_m: float | None) -> None:

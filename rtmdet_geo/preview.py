@@ -246,12 +246,17 @@ def draw_preview(
     logger.info("drew %d detections to %s (%d x %d px)", len(detections), path, width, height)
 
 
-def check_preview(path: str | os.PathLike[str], overwrite: bool = True) -> None:
-    """Check before a long run that :func:`draw_preview` could write ``path``.
+def check_preview(path: str | os.PathLike[str], overwrite: bool = True, endings: Sequence[str] = (".png",)) -> None:
+    """Check before a long run that a preview could be written to ``path``.
+
+    Args:
+        path: of the preview.
+        overwrite: whether an existing file may be replaced.
+        endings: that it may have, in lower case.
 
     Raises:
-        OutputError: as draw_preview, as far as it can be known without writing.
+        OutputError: it has another ending, or what draw_preview names, as far as it can be known without writing.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise OutputError(f"the preview {str(path)!r} must be a .png file")
+    if Path(path).suffix.lower() not in endings:
+        raise OutputError(f"the preview {str(path)!r} must be a {' or '.join(endings)} file")
     check_folder(path, overwrite)

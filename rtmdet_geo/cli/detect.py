@@ -113,7 +113,9 @@ def _parse_bounds(
     "--resume", is_flag=True, help="Go on with a run of the same command that was stopped or killed; none is no error."
 )
 @click.option(
-    "--preview", type=click.Path(path_type=Path), help="PNG to draw: the scene, made small, with the detections."
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="The scene, made small, with the detections: a picture (.png), or a page to look through (.html).",
 )
 @click.option(
     "--tile-size",

@@ -45,6 +45,7 @@ from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
 from rtmdet_geo.stitch import outlines_of
+from rtmdet_geo.stretch_options import choose_stretch
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
@@ -76,6 +77,8 @@ def detect_scene(
     max_length_m: float | None = None,
     gsd: float | None = None,
     nodata: float | None = None,
+    stretch: str | None = None,
+    stretch_from: str | os.PathLike[str] | None = None,
     dst_crs: Any = None,
     driver: str | None = None,
     overwrite: bool = False,
@@ -116,6 +119,9 @@ def detect_scene(
         max_length_m: likewise, at most.
         gsd: metres per pixel on the ground of the scene, if the file does not say or says it wrongly.
         nodata: value of pixels without data, if the file does not say.
+        stretch: how values become 8-bit, as :mod:`rtmdet_geo.stretch_options` spells it, such as "percentile:2,98";
+            None is the model's.
+        stretch_from: an earlier output or JSON summary: its limits are used, so equal values look equal.
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
         driver: name of its format, such as "GPKG"; None chooses by the output's ending.
         overwrite: replace existing outputs, and the journal of an unfinished run.
@@ -208,7 +214,7 @@ def detect_scene(
         bands=bands,
         model_bands=spec.bands,
         optional_bands=spec.optional_bands,
-        stretch=spec.stretch,
+        stretch=choose_stretch(spec.stretch, stretch, stretch_from),
         model_gsd_m=spec.gsd_m,
         gsd_m=gsd,
         trained_gsd_m=spec.trained_gsd_m,
@@ -245,6 +251,8 @@ def detect_scene(
             "precision": getattr(model, "precision", "fp32"),
             "gsd": gsd,
             "nodata": nodata,
+            "stretch": stretch or "model",
+            "stretch_from": os.fspath(stretch_from) if stretch_from is not None else None,
             "bands": list(source.band_indexes),
         }
         record = {**scene_record(source), "model": model_record(spec, engine.path), "parameters": parameters}

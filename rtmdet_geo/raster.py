@@ -27,6 +27,7 @@ from rtmdet_geo.errors import NotGeoreferencedWarning, RasterError
 from rtmdet_geo.georeference import ground_sample_distance
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
+from rtmdet_geo.stretch_options import StoredStretch, StretchWish
 from rtmdet_geo.structures import StretchSpec
 
 __all__ = ["Scene", "describe_scene", "open_scene", "scene_stem"]
@@ -43,7 +44,7 @@ def open_scene(
     bands: Sequence[int | str] | None = None,
     model_bands: Sequence[str] = ("red", "green", "blue"),
     optional_bands: Mapping[str, int] | None = None,
-    stretch: StretchSpec | None = None,
+    stretch: StretchSpec | StretchWish | StoredStretch | None = None,
     model_gsd_m: float | None = None,
     gsd_m: float | None = None,
     trained_gsd_m: tuple[float, float] | None = None,
@@ -58,7 +59,8 @@ def open_scene(
         bands: ``--bidx``, band numbers or names in the model's channel order; None chooses by name.
         model_bands: the model's channels (``ModelSpec.bands``).
         optional_bands: uint8 value of channels that a scene may lack (``ModelSpec.optional_bands``).
-        stretch: values to uint8 (``ModelSpec.stretch``); None is the default StretchSpec.
+        stretch: values to uint8, the model's (``ModelSpec.stretch``) or one of :mod:`rtmdet_geo.stretch_options`; None
+            is the default StretchSpec.
         model_gsd_m: metres per pixel the model expects; None: no resampling.
         gsd_m: ``--gsd``, the user's statement of the scene's metres per pixel, over what the file says.
         trained_gsd_m: lowest and highest metres per pixel of the model's training scenes (``ModelSpec.trained_gsd_m``);

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def detect_scene(
-    scene: str | os.PathLike[str],
+    scene: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
     *,
     model: str | os.PathLike[str] | Backend | None = None,
@@ -99,7 +98,7 @@ def detect_scene(
     """Detect objects in one scene.
 
     Args:
-        scene: any raster that GDAL opens.
+        scene: any raster that GDAL opens; several, or a folder of them, are one mosaic (:mod:`rtmdet_geo.mosaic`).
         output: vector file to write, of any format of :mod:`rtmdet_geo.vector_formats`; None writes none.
         model: catalogue name, model file, or weights (a file, or published ones by name), or what
             :func:`rtmdet_geo.load_model` opened; None is the bundled model of ships.
@@ -165,9 +164,11 @@ def detect_scene(
         >>> ships[["class_name", "score", "length_m"]]  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if not isinstance(scene, str | os.PathLike):
+    paths: Sequence[Any] = scene if isinstance(scene, list | tuple) else [scene]
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
         raise ConfigError(f"a scene is a path, not {type(scene).__name__}; images in memory are for rtmdet_geo.predict")
-    _check_outputs(scene, output, preview, driver, overwrite)
+    names = [os.fspath(path) for path in paths]
+    _check_outputs(names, output, preview, driver, overwrite)
     if output is not None:
         check_journal(output, resume=resume, overwrite=overwrite)
     elif resume:
@@ -210,7 +211,7 @@ def detect_scene(
     )
     spec, run_id = engine.spec, uuid.uuid4().hex
     with open_scene(
-        Path(scene) if isinstance(scene, os.PathLike) else scene,
+        names if isinstance(scene, list | tuple) else names[0],
         bands=bands,
         model_bands=spec.bands,
         optional_bands=spec.optional_bands,
@@ -256,7 +257,7 @@ def detect_scene(
             "bands": list(source.band_indexes),
         }
         record = {**scene_record(source), "model": model_record(spec, engine.path), "parameters": parameters}
-        state, results = file_state(source.path), TileResults()
+        state, results = file_state(*source.files), TileResults()
 
         def finish(
             target: str | os.PathLike[str] | None, picture: str | os.PathLike[str] | None, **more: Any
@@ -332,7 +333,7 @@ def detect_scene(
                     f"{len(features)} detections of them are in {os.fspath(partial)!r}, --resume goes on",
                     os.fspath(partial),
                 ) from wish
-            if file_state(source.path) != state:
+            if file_state(*source.files) != state:
                 raise RasterError(f"scene {source.path!r} changed while it was read; run again with --overwrite")
             _warn(source, grid, engine, results, settings)
             features = finish(output, preview)
@@ -371,7 +372,7 @@ def _facts(
 
 
 def _check_outputs(
-    scene: str | os.PathLike[str],
+    scenes: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None,
     preview: str | os.PathLike[str] | None,
     driver: str | None,
@@ -380,7 +381,8 @@ def _check_outputs(
     """Refuse before any work what could not be written at the end, or would replace what is read."""
     for path in (output, preview):
         if path is not None:
-            check_not_input(path, scene)
+            for scene in scenes:
+                check_not_input(path, scene)
     if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
         raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
     if output is not None:

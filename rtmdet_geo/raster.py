@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from rasterio.windows import Window
 from rtmdet_geo.bands import Band, name_bands, sensor_family
 from rtmdet_geo.errors import NotGeoreferencedWarning, RasterError
 from rtmdet_geo.georeference import ground_sample_distance
+from rtmdet_geo.mosaic import PART_SUFFIXES, Part, PartBand, mosaic_vrt
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
 from rtmdet_geo.stretch_options import StoredStretch, StretchWish
@@ -39,7 +41,7 @@ _RPC_CRS = "EPSG:4326"
 
 
 def open_scene(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     bands: Sequence[int | str] | None = None,
     model_bands: Sequence[str] = ("red", "green", "blue"),
@@ -55,7 +57,8 @@ def open_scene(
     Scenes that carry only ground control points or rational polynomials are warped on the fly.
 
     Args:
-        path: file, folder, URL or GDAL virtual path (``/vsizip/...``, ``/vsicurl/...``).
+        path: file, folder, URL or GDAL virtual path (``/vsizip/...``, ``/vsicurl/...``). Several, or a folder that is
+            no dataset of GDAL's own, are one mosaic (:mod:`rtmdet_geo.mosaic`); of a folder, its rasters by name.
         bands: ``--bidx``, band numbers or names in the model's channel order; None chooses by name.
         model_bands: the model's channels (``ModelSpec.bands``).
         optional_bands: uint8 value of channels that a scene may lack (``ModelSpec.optional_bands``).
@@ -75,7 +78,7 @@ def open_scene(
     source = _open_source(path)
     try:
         scene = Scene(
-            path,
+            source.path,
             source,
             bands=bands,
             model_bands=model_bands,
@@ -89,6 +92,9 @@ def open_scene(
     except BaseException:
         source.close()
         raise
+    scene.files = source.files
+    if source.files != (source.path,) and Path(source.path).is_dir():
+        scene.scene_id = Path(source.path).resolve().name
     if not scene.is_georeferenced:
         assumed = ""
         if gsd_m is None and model_gsd_m is not None:
@@ -160,8 +166,9 @@ class _Source:
     "rpcs"). For a warped scene, pixels are those of the warped view.
     """
 
-    def __init__(self, path: str, original: Any) -> None:
+    def __init__(self, path: str, original: Any, files: tuple[str, ...] | None = None) -> None:
         self.path = path
+        self.files = files or (path,)
         self.driver = str(original.driver)
         self.tags: dict[str, str] = {}
         for namespace in (None, "IMAGERY"):  # GDAL gathers satellite metadata files in the IMAGERY domain
@@ -179,6 +186,44 @@ class _Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def part(self) -> Part:
+        """What a mosaic needs to know; of a warped scene there is none.
+
+        Raises:
+            RasterError: control points or rational polynomials place it.
+        """
+        if self.warped_from is not None:
+            raise RasterError(f"{self.path!r} is placed by its {self.warped_from}; warp it with gdalwarp first")
+        data = self._original
+        local = os.path.exists(self.path)
+        bands = tuple(
+            PartBand(
+                dtype, colour.name, text or "", None if nodata is None else repr(nodata), float(scale), float(shift)
+            )
+            for dtype, colour, text, nodata, scale, shift in zip(
+                data.dtypes,
+                data.colorinterp,
+                data.descriptions,
+                data.nodatavals,
+                data.scales,
+                data.offsets,
+                strict=True,
+            )
+        )
+        return Part(
+            path=self.path,
+            source=os.path.abspath(self.path) if local else (data.files or [self.path])[0],
+            width=self.width,
+            height=self.height,
+            crs=data.crs.to_wkt() if data.crs else "",
+            transform=data.transform,
+            bands=bands,
+            has_mask=any(
+                MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags for flags in data.mask_flag_enums
+            ),
+            tags=self.tags,
+        )
 
     def close(self) -> None:
         """Close the warped view, then the file."""
@@ -279,13 +324,17 @@ class _Source:
         return values, mask
 
 
-def _open_source(path: str | Path) -> _Source:
+def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
+    if not isinstance(path, str | Path):
+        return _open_mosaic([str(part) for part in path], None)
     text = str(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)  # open_scene issues one of its own
         try:
             dataset = rasterio.open(path)
         except (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError) as error:
+            if Path(text).is_dir():
+                return _open_mosaic(_rasters_in(Path(text)), text)
             if not _is_virtual(text) and not Path(text).exists():
                 raise RasterError(f"scene {text!r} does not exist; check the path") from error
             raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
@@ -301,6 +350,28 @@ def _open_source(path: str | Path) -> _Source:
         except BaseException:
             dataset.close()
             raise
+
+
+def _rasters_in(folder: Path) -> list[str]:
+    """Rasters of a folder, by name."""
+    found = [str(item) for item in sorted(folder.iterdir()) if item.suffix.lower() in PART_SUFFIXES and item.is_file()]
+    if not found:
+        raise RasterError(f"folder {str(folder)!r} holds no rasters ({', '.join(PART_SUFFIXES)}); check the path")
+    return found
+
+
+def _open_mosaic(paths: Sequence[str], folder: str | None) -> _Source:
+    """Open rasters as one; ``folder`` names them."""
+    if not paths:
+        raise RasterError("no files were given for a mosaic; give one at least")
+    if len(paths) == 1 and folder is None:
+        return _open_source(paths[0])
+    name = folder or f"{paths[0]} and {len(paths) - 1} more"
+    parts = []
+    for path in paths:
+        with _open_source(path) as source:
+            parts.append(source.part())
+    return _Source(name, rasterio.open(mosaic_vrt(parts, f"mosaic {name!r}")), tuple(paths))
 
 
 def _warped(original: Any, path: str) -> tuple[Any, str | None]:

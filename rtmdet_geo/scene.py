@@ -105,7 +105,7 @@ class Scene:
     """An open scene, seen through the eyes of one model. Made by ``raster.open_scene``; a context manager.
 
     Attributes:
-        path: as given.
+        path: as given; of several files, a name for them. files: the path, or those of a mosaic's parts.
         scene_id: file name without folder and suffix.
         source_width, source_height: size in source px.
         width, height: size in resampled px.
@@ -138,6 +138,7 @@ class Scene:
         """Take over ``source``; ``raster.open_scene`` explains the arguments."""
         self.path = str(path)
         self.scene_id = scene_stem(path)
+        self.files: tuple[str, ...] = (self.path,)
         self._source = source
         self.source_width, self.source_height = source.width, source.height
         self.acquired_at, self.sensor = acquisition_time(source.tags), sensor_name(source.tags)

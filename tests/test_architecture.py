@@ -20,7 +20,7 @@ BASE = {
 STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "sentinel2"),
-    *("stretch", "stretch_options"),
+    *("mosaic", "stretch", "stretch_options"),
     *("merge", "vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
     *("journal", "prefetch", "preprocess", "run_record", "stitch", "views"),

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,7 @@ from rtmdet_geo.qgis_style import detection_style
 from rtmdet_geo.raster import Scene, open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
 from rtmdet_geo.stitch import outlines_of
+from rtmdet_geo.stretch_options import choose_stretch
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 def detect_scene(
-    scene: str | os.PathLike[str],
+    scene: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
     *,
     model: str | os.PathLike[str] | Backend | None = None,
@@ -79,6 +79,8 @@ def detect_scene(
     max_length_m: float | None = None,
     gsd: float | None = None,
     nodata: float | None = None,
+    stretch: str | None = None,
+    stretch_from: str | os.PathLike[str] | None = None,
     dst_crs: Any = None,
     driver: str | None = None,
     overwrite: bool = False,
@@ -99,7 +101,7 @@ def detect_scene(
     """Detect objects in one scene.
 
     Args:
-        scene: any raster that GDAL opens.
+        scene: any raster that GDAL opens; several, or a folder of them, are one mosaic (:mod:`rtmdet_geo.mosaic`).
         output: vector file to write, of any format of :mod:`rtmdet_geo.vector_formats`; None writes none.
         model: catalogue name, model file, or weights (a file, or published ones by name), or what
             :func:`rtmdet_geo.load_model` opened; None is the bundled model of ships.
@@ -119,6 +121,9 @@ def detect_scene(
         max_length_m: likewise, at most.
         gsd: metres per pixel on the ground of the scene, if the file does not say or says it wrongly.
         nodata: value of pixels without data, if the file does not say.
+        stretch: how values become 8-bit, as :mod:`rtmdet_geo.stretch_options` spells it, such as "percentile:2,98";
+            None is the model's.
+        stretch_from: an earlier output or JSON summary: its limits are used, so equal values look equal.
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
         driver: name of its format, such as "GPKG"; None chooses by the output's ending.
         overwrite: replace existing outputs, and the journal of an unfinished run.
@@ -162,9 +167,11 @@ def detect_scene(
         >>> ships[["class_name", "score", "length_m"]]  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if not isinstance(scene, str | os.PathLike):
+    paths: Sequence[Any] = scene if isinstance(scene, list | tuple) else [scene]
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
         raise ConfigError(f"a scene is a path, not {type(scene).__name__}; images in memory are for rtmdet_geo.predict")
-    _check_outputs(scene, output, preview, driver, overwrite)
+    names = [os.fspath(path) for path in paths]
+    _check_outputs(names, output, preview, driver, overwrite)
     if output is not None:
         check_journal(output, resume=resume, overwrite=overwrite)
     elif resume:
@@ -207,11 +214,11 @@ def detect_scene(
     )
     spec, run_id = engine.spec, uuid.uuid4().hex
     with open_scene(
-        Path(scene) if isinstance(scene, os.PathLike) else scene,
+        names if isinstance(scene, list | tuple) else names[0],
         bands=bands,
         model_bands=spec.bands,
         optional_bands=spec.optional_bands,
-        stretch=spec.stretch,
+        stretch=choose_stretch(spec.stretch, stretch, stretch_from),
         model_gsd_m=spec.gsd_m,
         gsd_m=gsd,
         trained_gsd_m=spec.trained_gsd_m,
@@ -248,10 +255,12 @@ def detect_scene(
             "precision": getattr(model, "precision", "fp32"),
             "gsd": gsd,
             "nodata": nodata,
+            "stretch": stretch or "model",
+            "stretch_from": os.fspath(stretch_from) if stretch_from is not None else None,
             "bands": list(source.band_indexes),
         }
         record = {**scene_record(source), "model": model_record(spec, engine.path), "parameters": parameters}
-        state, results = file_state(source.path), TileResults()
+        state, results = file_state(*source.files), TileResults()
 
         def finish(
             target: str | os.PathLike[str] | None, picture: str | os.PathLike[str] | None, **more: Any
@@ -308,7 +317,7 @@ def detect_scene(
                         is_geographic=features.crs is not None and features.crs.is_geographic,
                     ),
                     image=SourceImage(
-                        Path(source.path).name,
+                        os.path.basename(source.path),
                         source.source_width,
                         source.source_height,
                         tuple(spec.classes),
@@ -348,7 +357,7 @@ def detect_scene(
                     f"{len(features)} detections of them are in {os.fspath(partial)!r}, --resume goes on",
                     os.fspath(partial),
                 ) from wish
-            if file_state(source.path) != state:
+            if file_state(*source.files) != state:
                 raise RasterError(f"scene {source.path!r} changed while it was read; run again with --overwrite")
             _warn(source, grid, engine, results, settings)
             features = finish(output, preview)
@@ -387,7 +396,7 @@ def _facts(
 
 
 def _check_outputs(
-    scene: str | os.PathLike[str],
+    scenes: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None,
     preview: str | os.PathLike[str] | None,
     driver: str | None,
@@ -396,7 +405,8 @@ def _check_outputs(
     """Refuse before any work what could not be written at the end, or would replace what is read."""
     for path in (output, preview):
         if path is not None:
-            check_not_input(path, scene)
+            for scene in scenes:
+                check_not_input(path, scene)
     if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
         raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
     if output is not None:

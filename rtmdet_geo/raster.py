@@ -27,8 +27,10 @@ from rasterio.windows import Window
 from rtmdet_geo.bands import Band, name_bands, sensor_family
 from rtmdet_geo.errors import NotGeoreferencedWarning, RasterError
 from rtmdet_geo.georeference import ground_sample_distance
+from rtmdet_geo.mosaic import PART_SUFFIXES, Part, PartBand, mosaic_vrt
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
+from rtmdet_geo.stretch_options import StoredStretch, StretchWish
 from rtmdet_geo.structures import StretchSpec
 
 __all__ = ["Scene", "describe_scene", "open_scene", "scene_stem"]
@@ -58,12 +60,12 @@ _REMOTE_STARTS = (
 
 
 def open_scene(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     bands: Sequence[int | str] | None = None,
     model_bands: Sequence[str] = ("red", "green", "blue"),
     optional_bands: Mapping[str, int] | None = None,
-    stretch: StretchSpec | None = None,
+    stretch: StretchSpec | StretchWish | StoredStretch | None = None,
     model_gsd_m: float | None = None,
     gsd_m: float | None = None,
     trained_gsd_m: tuple[float, float] | None = None,
@@ -74,11 +76,13 @@ def open_scene(
     Scenes that carry only ground control points or rational polynomials are warped on the fly.
 
     Args:
-        path: file, folder, URL or GDAL virtual path (``/vsizip/...``, ``/vsicurl/...``).
+        path: file, folder, URL or GDAL virtual path (``/vsizip/...``, ``/vsicurl/...``). Several, or a folder that is
+            no dataset of GDAL's own, are one mosaic (:mod:`rtmdet_geo.mosaic`); of a folder, its rasters by name.
         bands: ``--bidx``, band numbers or names in the model's channel order; None chooses by name.
         model_bands: the model's channels (``ModelSpec.bands``).
         optional_bands: uint8 value of channels that a scene may lack (``ModelSpec.optional_bands``).
-        stretch: values to uint8 (``ModelSpec.stretch``); None is the default StretchSpec.
+        stretch: values to uint8, the model's (``ModelSpec.stretch``) or one of :mod:`rtmdet_geo.stretch_options`; None
+            is the default StretchSpec.
         model_gsd_m: metres per pixel the model expects; None: no resampling.
         gsd_m: ``--gsd``, the user's statement of the scene's metres per pixel, over what the file says.
         trained_gsd_m: lowest and highest metres per pixel of the model's training scenes (``ModelSpec.trained_gsd_m``);
@@ -93,7 +97,7 @@ def open_scene(
     source = _open_source(path)
     try:
         scene = Scene(
-            path,
+            source.path,
             source,
             bands=bands,
             model_bands=model_bands,
@@ -107,6 +111,9 @@ def open_scene(
     except BaseException:
         source.close()
         raise
+    scene.files = source.files
+    if source.files != (source.path,) and Path(source.path).is_dir():
+        scene.scene_id = Path(source.path).resolve().name
     if not scene.is_georeferenced:
         assumed = ""
         if gsd_m is None and model_gsd_m is not None:
@@ -179,8 +186,9 @@ class _Source:
     blocks are those of the warped view.
     """
 
-    def __init__(self, path: str, original: Any) -> None:
+    def __init__(self, path: str, original: Any, files: tuple[str, ...] | None = None) -> None:
         self.path = path
+        self.files = files or (path,)
         self.driver = str(original.driver)
         self.tags: dict[str, str] = {}
         for namespace in (None, "IMAGERY"):  # GDAL gathers satellite metadata files in the IMAGERY domain
@@ -200,6 +208,44 @@ class _Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def part(self) -> Part:
+        """What a mosaic needs to know; of a warped scene there is none.
+
+        Raises:
+            RasterError: control points or rational polynomials place it.
+        """
+        if self.warped_from is not None:
+            raise RasterError(f"{self.path!r} is placed by its {self.warped_from}; warp it with gdalwarp first")
+        data = self._original
+        local = os.path.exists(self.path)
+        bands = tuple(
+            PartBand(
+                dtype, colour.name, text or "", None if nodata is None else repr(nodata), float(scale), float(shift)
+            )
+            for dtype, colour, text, nodata, scale, shift in zip(
+                data.dtypes,
+                data.colorinterp,
+                data.descriptions,
+                data.nodatavals,
+                data.scales,
+                data.offsets,
+                strict=True,
+            )
+        )
+        return Part(
+            path=self.path,
+            source=os.path.abspath(self.path) if local else (data.files or [self.path])[0],
+            width=self.width,
+            height=self.height,
+            crs=data.crs.to_wkt() if data.crs else "",
+            transform=data.transform,
+            bands=bands,
+            has_mask=any(
+                MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags for flags in data.mask_flag_enums
+            ),
+            tags=self.tags,
+        )
 
     def close(self) -> None:
         """Close the warped view, then the file."""
@@ -285,7 +331,7 @@ class _Source:
             options |= {"out_shape": out_shape, "resampling": Resampling.nearest}
         mask = None
         try:
-            with self._lock, rasterio.Env(**_gdal_options(self.path)):
+            with self._lock, rasterio.Env(**_gdal_options(*self.files)):
                 if out_shape is None and len({self.dtype(index) for index in indexes}) == 1:
                     values = list(self._dataset.read(list(indexes), **options))
                 else:
@@ -300,7 +346,9 @@ class _Source:
         return values, mask
 
 
-def _open_source(path: str | Path) -> _Source:
+def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
+    if not isinstance(path, str | Path):
+        return _open_mosaic([str(part) for part in path], None)
     text = str(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)  # open_scene issues one of its own
@@ -308,6 +356,8 @@ def _open_source(path: str | Path) -> _Source:
             with rasterio.Env(**_gdal_options(text)):
                 dataset = rasterio.open(path)
         except (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError) as error:
+            if Path(text).is_dir():
+                return _open_mosaic(_rasters_in(Path(text)), text)
             if not _is_virtual(text) and not Path(text).exists():
                 raise RasterError(f"scene {text!r} does not exist; check the path") from error
             raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
@@ -325,11 +375,37 @@ def _open_source(path: str | Path) -> _Source:
             raise
 
 
-def _gdal_options(path: str) -> dict[str, Any]:
-    """GDAL's options for opening and reading a path; those that the user or a calling program set are left alone."""
-    options = {"GDAL_CACHEMAX": CACHE_BYTES} | (_REMOTE_OPTIONS if path.startswith(_REMOTE_STARTS) else {})
+def _gdal_options(*paths: str) -> dict[str, Any]:
+    """GDAL's options for opening and reading paths; those that the user or a calling program set are left alone."""
+    options = {"GDAL_CACHEMAX": CACHE_BYTES} | (_REMOTE_OPTIONS if any(map(_is_remote, paths)) else {})
     set_already = {*os.environ, *(rasterio.env.getenv() if rasterio.env.hasenv() else ())}
     return {name: value for name, value in options.items() if name not in set_already}
+
+
+def _is_remote(path: str) -> bool:
+    return path.startswith(_REMOTE_STARTS)
+
+
+def _rasters_in(folder: Path) -> list[str]:
+    """Rasters of a folder, by name."""
+    found = [str(item) for item in sorted(folder.iterdir()) if item.suffix.lower() in PART_SUFFIXES and item.is_file()]
+    if not found:
+        raise RasterError(f"folder {str(folder)!r} holds no rasters ({', '.join(PART_SUFFIXES)}); check the path")
+    return found
+
+
+def _open_mosaic(paths: Sequence[str], folder: str | None) -> _Source:
+    """Open rasters as one; ``folder`` names them."""
+    if not paths:
+        raise RasterError("no files were given for a mosaic; give one at least")
+    if len(paths) == 1 and folder is None:
+        return _open_source(paths[0])
+    name = folder or f"{paths[0]} and {len(paths) - 1} more"
+    parts = []
+    for path in paths:
+        with _open_source(path) as source:
+            parts.append(source.part())
+    return _Source(name, rasterio.open(mosaic_vrt(parts, f"mosaic {name!r}")), tuple(paths))
 
 
 def _warped(original: Any, path: str) -> tuple[Any, str | None]:

@@ -30,13 +30,13 @@ def library_versions(*packages: str) -> dict[str, str]:
     return versions
 
 
-def file_state(path: str | os.PathLike[str]) -> dict[str, int] | None:
-    """Return size and time of a file, by which a changed one is known; None for what is no file of this computer."""
+def file_state(*paths: str | os.PathLike[str]) -> dict[str, int] | None:
+    """Return size and latest time of files, by which changed ones are known; None for what is not on this computer."""
     try:
-        state = os.stat(path)
+        states = [os.stat(path) for path in paths]
     except (OSError, ValueError):
         return None
-    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+    return {"bytes": sum(state.st_size for state in states), "mtime_ns": max(state.st_mtime_ns for state in states)}
 
 
 def model_record(spec: ModelSpec, path: Path) -> dict[str, str]:

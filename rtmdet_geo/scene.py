@@ -22,7 +22,17 @@ from rtmdet_geo.errors import NodataWarning, ResolutionError
 from rtmdet_geo.georeference import check_resolution
 from rtmdet_geo.resample import axis_taps, resample
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
-from rtmdet_geo.stretch import BandStretch, differs, fixed_stretch, percentile_stretch, stretch_record, without_haze
+from rtmdet_geo.sentinel2 import radiometric_offset
+from rtmdet_geo.stretch import (
+    BandStretch,
+    band_records,
+    differs,
+    fixed_stretch,
+    percentile_stretch,
+    spec_record,
+    without_haze,
+)
+from rtmdet_geo.stretch_options import StoredStretch, StretchWish
 from rtmdet_geo.structures import StretchSpec
 
 logger = logging.getLogger(__name__)
@@ -95,7 +105,7 @@ class Scene:
     """An open scene, seen through the eyes of one model. Made by ``raster.open_scene``; a context manager.
 
     Attributes:
-        path: as given.
+        path: as given; of several files, a name for them. files: the path, or those of a mosaic's parts.
         scene_id: file name without folder and suffix.
         source_width, source_height: size in source px.
         width, height: size in resampled px.
@@ -119,7 +129,7 @@ class Scene:
         bands: Sequence[int | str] | None,
         model_bands: Sequence[str],
         optional_bands: Mapping[str, int] | None,
-        stretch: StretchSpec,
+        stretch: StretchSpec | StretchWish | StoredStretch,
         model_gsd_m: float | None,
         gsd_m: float | None,
         trained_gsd_m: tuple[float, float] | None,
@@ -128,6 +138,7 @@ class Scene:
         """Take over ``source``; ``raster.open_scene`` explains the arguments."""
         self.path = str(path)
         self.scene_id = scene_stem(path)
+        self.files: tuple[str, ...] = (self.path,)
         self._source = source
         self.source_width, self.source_height = source.width, source.height
         self.acquired_at, self.sensor = acquisition_time(source.tags), sensor_name(source.tags)
@@ -347,31 +358,60 @@ class Scene:
         return found
 
     def _make_stretches(
-        self, spec: StretchSpec, choice: BandChoice, model_bands: Sequence[str]
+        self, wish: StretchSpec | StretchWish | StoredStretch, choice: BandChoice, model_bands: Sequence[str]
     ) -> tuple[dict[int, BandStretch], dict[str, Any]]:
         """One stretch per band read, and the record of all of it."""
-        stretches: dict[int, BandStretch] = {}
         scales: dict[int, tuple[float, float]] = {}
         dtypes = {index: str(self._source.dtype(index)) for index in self._read_indexes}
-        decimation, values = 1, {}
-        if spec.kind == "percentile" or (spec.kind == "fixed" and spec.dark_percent is not None):
-            decimation = max(1, math.ceil(math.sqrt(self.source_width * self.source_height / PERCENTILE_MAX_PIXELS)))
-            values = self._whole_scene(decimation)
-        if spec.kind == "percentile":
-            stretches = {index: percentile_stretch(spec, band) for index, band in values.items()}
+        decimation, offset_from = 1, None
+        if isinstance(wish, StoredStretch):
+            channels = zip(model_bands, choice.indexes, strict=True)
+            stretches, head = wish.limits(channels, dtypes, f"scene {self.path!r}"), wish.record()
+        elif isinstance(wish, StretchWish):
+            values: dict[int, NDArray[Any]] = {}
+            if wish.needs_values:
+                decimation, values = self._sampled(len(self._read_indexes) if wish.joint else 1)
+            stretches, head = wish.limits(self._read_indexes, values), wish.record()
+        elif wish.kind == "percentile":
+            decimation, values = self._sampled()
+            stretches, head = (
+                {index: percentile_stretch(wish, band) for index, band in values.items()},
+                spec_record(wish),
+            )
         else:
-            for index in self._read_indexes:
-                stretches[index], scale, offset = fixed_stretch(
-                    spec,
-                    np.dtype(dtypes[index]),
-                    *self._source.scale_offset(index),
-                    f"band {index} of scene {self.path!r}",
-                )
-                scales[index] = (scale, offset)
-                if index in values:
-                    stretches[index] = without_haze(spec, stretches[index], scale, values[index])
-        record = stretch_record(spec, model_bands, choice.indexes, choice.fills, stretches, scales, dtypes)
-        return stretches, record | {"decimation": decimation, "repeated": choice.repeated, "guessed": choice.guessed}
+            decimation, values = self._sampled() if wish.kind == "fixed" and wish.dark_percent is not None else (1, {})
+            stretches, scales, offset_from = self._fixed_stretches(wish, values)
+            head = spec_record(wish)
+        entries = band_records(model_bands, choice.indexes, choice.fills, stretches, scales, dtypes)
+        facts = {"decimation": decimation, "repeated": choice.repeated, "guessed": choice.guessed}
+        return stretches, head | {"bands": entries, "offset_from": offset_from} | facts
+
+    def _fixed_stretches(
+        self, spec: StretchSpec, values: Mapping[int, NDArray[Any]]
+    ) -> tuple[dict[int, BandStretch], dict[int, tuple[float, float]], str | None]:
+        """Stretch, scale and offset by band, and what besides the band's own tags gave the offset."""
+        stretches: dict[int, BandStretch] = {}
+        scales: dict[int, tuple[float, float]] = {}
+        offset_from = None
+        for index in self._read_indexes:
+            dtype = self._source.dtype(index)
+            scale, offset = self._source.scale_offset(index)
+            if (scale, offset) == (1.0, 0.0) and dtype.kind in "iu" and dtype.itemsize > 1:
+                nodata = self._nodata if self._nodata is not None else self._source.nodata(index)
+                if (found := radiometric_offset(self.path, self._source.tags, nodata)) is not None:
+                    scale, offset, offset_from = spec.default_scale, found[0] * spec.default_scale, found[1]
+            where = f"band {index} of scene {self.path!r}"
+            stretches[index], scale, offset = fixed_stretch(spec, dtype, scale, offset, where)
+            scales[index] = (scale, offset)
+            if index in values:
+                stretches[index] = without_haze(spec, stretches[index], scale, values[index])
+        return stretches, scales, offset_from
+
+    def _sampled(self, share: int = 1) -> tuple[int, dict[int, NDArray[Any]]]:
+        """Decimation, and the valid values that it leaves; ``share`` bands are looked at together."""
+        pixels = self.source_width * self.source_height * share
+        decimation = max(1, math.ceil(math.sqrt(pixels / PERCENTILE_MAX_PIXELS)))
+        return decimation, self._whole_scene(decimation)
 
     def _whole_scene(self, decimation: int) -> dict[int, NDArray[Any]]:
         """Valid digital numbers (n,) of each band read, over the whole scene, never over an area."""
@@ -381,7 +421,7 @@ class Scene:
             logger.info("%s: percentiles come from every %dth row and column of the scene", self.path, decimation)
         values, valid = self._read_values(0, 0, self.source_width, self.source_height, shape)
         if not valid.any():
-            warnings.warn(f"scene {self.path!r} holds no valid pixel", NodataWarning, stacklevel=5)
+            warnings.warn(f"scene {self.path!r} holds no valid pixel", NodataWarning, stacklevel=6)
         return {index: band[valid] for index, band in zip(self._read_indexes, values, strict=True)}
 
 

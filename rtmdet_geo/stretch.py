@@ -64,8 +64,8 @@ def fixed_stretch(
         return BandStretch(None, None), 1.0, 0.0
     if spec.kind == "none":
         raise RasterError(
-            f"{where} is {dtype}, but the model takes 8-bit values as they are; "
-            "convert with gdal_translate -ot Byte -scale"
+            f"{where} is {dtype}, but 8-bit values are to be taken as they are; "
+            "convert with gdal_translate -ot Byte -scale, or give a --stretch"
         )
     if scale == 1.0 and offset == 0.0 and dtype.kind in "iu":
         scale = spec.default_scale
@@ -150,31 +150,34 @@ def differs(values: NDArray[Any], nodata: float) -> NDArray[np.bool_]:
         return np.asarray(values != values.dtype.type(nodata))
 
 
-def stretch_record(
-    spec: StretchSpec,
+def spec_record(spec: StretchSpec) -> dict[str, Any]:
+    """Kind and parameters of a model's stretch, ready for json."""
+    record: dict[str, Any] = {"kind": spec.kind}
+    if spec.kind == "fixed":
+        record |= {"low": spec.low, "high": spec.high, "dark_percent": spec.dark_percent}
+    elif spec.kind == "percentile":
+        record |= {"low_percent": spec.low_percent, "high_percent": spec.high_percent}
+    return record
+
+
+def band_records(
     model_bands: Sequence[str],
     indexes: Sequence[int | None],
     fills: Mapping[str, int],
     stretches: Mapping[int, BandStretch],
     scales: Mapping[int, tuple[float, float]],
     dtypes: Mapping[int, str],
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """What was done to each channel, ready for json.
 
     Args:
-        spec: the model's stretch.
         model_bands: channel names.
         indexes: 1-based band number per channel, None where a constant fills it.
         fills: that constant, by channel name.
         stretches: limits by band number.
-        scales: (scale, offset) used, by band number; empty for percentiles.
+        scales: (scale, offset) used, by band number; empty where the limits are digital numbers from the start.
         dtypes: by band number.
     """
-    record: dict[str, Any] = {"kind": spec.kind}
-    if spec.kind == "fixed":
-        record |= {"low": spec.low, "high": spec.high, "dark_percent": spec.dark_percent}
-    elif spec.kind == "percentile":
-        record |= {"low_percent": spec.low_percent, "high_percent": spec.high_percent}
     entries: list[dict[str, Any]] = []
     for name, index in zip(model_bands, indexes, strict=True):
         if index is None:
@@ -185,4 +188,4 @@ def stretch_record(
         if index in scales and limits.low is not None:
             entry["scale"], entry["offset"] = scales[index]
         entries.append(entry)
-    return record | {"bands": entries}
+    return entries

@@ -19,7 +19,8 @@ BASE = {
 }
 STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
-    *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
+    *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "sentinel2"),
+    *("mosaic", "stretch", "stretch_options"),
     *("merge", "vector", "vector_formats", "cells", "preview", "preview_html", "outputs", "evaluation"),
     *("qgis_style", "vector_drivers", "vector_pixels", "vector_tables", "vector_texts"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),

@@ -284,7 +284,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 COUNT = "document.getElementById('count').textContent"
 IS_OPEN = "!document.getElementById('popup').hidden"
-TABLE = "Object.fromEntries([...document.querySelectorAll('#attributes tr')].map(r => [...r.cells].map(c => c.textContent)))"
+ROWS = "[...document.querySelectorAll('#attributes tr')]"
+TABLE = f"Object.fromEntries({ROWS}.map(r => [...r.cells].map(c => c.textContent)))"
 BORDER = "(b => [b.left, b.top, b.width, b.height])(document.getElementById('picture').getBoundingClientRect())"
 
 

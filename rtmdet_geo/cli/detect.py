@@ -101,6 +101,17 @@ def _parse_bounds(
     help="Ground sample distance of the scene in metres per pixel.  [default: from its georeference]",
 )
 @click.option("--nodata", type=float, help="Value of pixels without data.  [default: what the scene says]")
+@click.option(
+    "--stretch",
+    metavar="KIND[:NUMBERS][:joint]",
+    help="Values that become 0..255: model, percentile:2,98, minmax, sigma:2, fixed:0,3000 (as in the file) or none; "
+    ":joint for all bands alike.  [default: model]",
+)
+@click.option(
+    "--stretch-from",
+    type=click.Path(path_type=Path),
+    help="Stretch as the run did whose output (.gpkg, .fgb, .parquet, .geojson) or --json summary this is.",
+)
 @click.option("--dst-crs", metavar="CRS", help="CRS of the output, such as EPSG:4326.  [default: the scene's]")
 @click.option(
     "-f",

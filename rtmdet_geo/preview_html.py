@@ -261,6 +261,5 @@ def _score_text(threshold: float | Mapping[str, float]) -> str:
 def _attribution(summary: Mapping[str, Any]) -> str:
     """Return whom the model's terms ask to name, and its licence."""
     model = summary.get("model", {})
-    return " ".join(
-        text for text in (model.get("attribution"), f"({model['licence']})" if model.get("licence") else "") if text
-    )
+    licence = f"Licence of the model: {model['licence']}" if model.get("licence") else ""
+    return ". ".join(text for text in (model.get("attribution"), licence) if text)

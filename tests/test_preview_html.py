@@ -22,7 +22,9 @@ from chromium import Chromium
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from synthetic import TRANSFORM, BlobBackend, draw_ships, write_scene
 
+from rtmdet_geo import detect as pipeline
 from rtmdet_geo import preview_html
 from rtmdet_geo.annotations.outlines import trace_mask
 from rtmdet_geo.errors import OutputError
@@ -143,13 +145,12 @@ def test_data_of_the_page_are_the_features(tmp_path: Path) -> None:
     cells = {name: plain_cells(features[name]) for name in names}
     assert rows_of(data["attributes"], 3) == [{name: cells[name][row] for name in names} for row in range(3)]
     assert data["attributes"]["sensor"] == {"all": "S2"} and data["attributes"]["model"] == {"all": None}
-    assert data["rings"][0] == [[80, 45, 120, 45, 120, 55, 80, 55]] or sorted(
-        zip(data["rings"][0][0][::2], data["rings"][0][0][1::2], strict=True)
-    ) == [(80, 45), (80, 55), (120, 45), (120, 55)]
+    corners = np.reshape(data["rings"][0][0], (4, 2))
+    assert sorted(corners.tolist()) == [[80, 45], [80, 55], [120, 45], [120, 55]]
     assert [entry["name"] for entry in data["classes"]] == ["ship", "wake", "buoy"]
     assert data["classes"][1]["colour"] == "#" + "".join(f"{value:02x}" for value in class_colour(1))
     assert data["facts"] == ["3 detections", "model ships", "scores from 0.3", "800 x 400 px", "EPSG:32630"]
-    assert data["attribution"] == "Sen2Ships (CC BY 4.0)"
+    assert data["attribution"] == "Sen2Ships. Licence of the model: CC BY 4.0"
     kind, _, text = data["image"].partition(",")
     assert kind == "data:image/jpeg;base64"
     image = cv2.imdecode(np.frombuffer(base64.b64decode(text), np.uint8), cv2.IMREAD_COLOR)
@@ -183,7 +184,7 @@ def test_names_never_become_markup(tmp_path: Path) -> None:
 )
 def test_any_text_comes_back_and_adds_no_tag(text: str) -> None:
     page = fill_page(text, {"a": text})
-    assert page.isascii() or page.encode("utf-8")
+    page.encode("utf-8")
     reader = Reader(page)
     assert json.loads(reader.texts["data"]) == {"a": text}
     assert reader.tags == Reader(fill_page("", {})).tags
@@ -276,6 +277,28 @@ def test_ending_chooses(tmp_path: Path) -> None:
         check_preview(tmp_path / "c.html")  # contact sheets are pictures
 
 
+def test_detection_writes_the_page_of_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = BlobBackend()
+    monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: backend)
+    monkeypatch.setattr(pipeline, "find_model", lambda model: Path(__file__))
+    scene = write_scene(tmp_path / "port.tif", draw_ships(500, 400))
+    lengths = pipeline.detect_scene(scene)["length_m"]
+    features = pipeline.detect_scene(
+        scene, preview=tmp_path / "ships.html", min_length_m=float(np.median(lengths)), dst_crs="EPSG:4326"
+    )
+    assert 0 < len(features) < len(lengths)
+    _, data = read_page(tmp_path / "ships.html")
+    assert [row["length_m"] for row in rows_of(data["attributes"], len(features))] == features["length_m"].tolist()
+    x, y = np.array([np.mean(np.reshape(rings[0], (-1, 2)), axis=0) for rings in data["rings"]]).T
+    centres = features.to_crs("EPSG:32630").geometry.centroid
+    assert np.allclose(centres.x, TRANSFORM.c + 10 * x * data["scale"][0], atol=0.5)
+    assert np.allclose(centres.y, TRANSFORM.f - 10 * y * data["scale"][1], atol=0.5)
+    with pytest.raises(OutputError, match="overwrite"):
+        pipeline.detect_scene(scene, preview=tmp_path / "ships.html")
+    with pytest.raises(OutputError, match=r"\.png or \.html"):
+        pipeline.detect_scene(scene, preview=tmp_path / "ships.svg")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     with Chromium(tmp_path_factory.mktemp("profile")) as browser:
@@ -284,8 +307,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 COUNT = "document.getElementById('count').textContent"
 IS_OPEN = "!document.getElementById('popup').hidden"
-ROWS = "[...document.querySelectorAll('#attributes tr')]"
-TABLE = f"Object.fromEntries({ROWS}.map(r => [...r.cells].map(c => c.textContent)))"
+TABLE = (
+    "Object.fromEntries([...document.querySelectorAll('#attributes tr')]"
+    ".map(row => [...row.cells].map(cell => cell.textContent)))"
+)
 BORDER = "(b => [b.left, b.top, b.width, b.height])(document.getElementById('picture').getBoundingClientRect())"
 
 
@@ -325,6 +350,7 @@ def test_click_opens_the_attributes(browser: Chromium, tmp_path: Path) -> None:
     assert list(table) == [name for name in features.columns if name != "geometry"]
     assert (table["id"], table["class_name"], table["score"], table["scene_id"]) == ("2", "wake", "0.62", "port")
     assert float(table["length_m"]) == pytest.approx(features["length_m"][1], rel=1e-6)
+    assert browser.run("document.getElementById('popup').className") == "left"  # the object is on the right
     assert table["azimuth_deg"] != "\u2013" and table["acquired_at"] == "\u2013"
     browser.key("Escape")
     assert not browser.run(IS_OPEN)

@@ -238,7 +238,10 @@ def _stored_record(path: Path) -> Any:
     if ending in (".gpkg", ".fgb"):
         import pyogrio
 
-        found = (pyogrio.read_info(path)["layer_metadata"] or {}).get("stretch")
+        from rtmdet_geo.vector_formats import STYLE_TABLE
+
+        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[0] != STYLE_TABLE]
+        found = (pyogrio.read_info(path, layer=layers[0])["layer_metadata"] or {}).get("stretch") if layers else None
         return json.loads(found) if found else None
     document = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict):

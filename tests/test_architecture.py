@@ -20,7 +20,8 @@ BASE = {
 STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "stretch"),
-    *("merge", "vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
+    *("merge", "merge_methods", "merge_rows", "suppression"),
+    *("vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
     *("prefetch", "preprocess", "run_record", "stitch", "views"),
 }

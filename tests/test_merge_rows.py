@@ -144,11 +144,32 @@ def test_what_a_joined_mask_goes_past_is_held():
     assert [len(merger.add_row(row)) for row in ([mask_part(grid, 0, hut)], [], [])] == [0, 1, 0]
 
 
+def test_what_the_box_of_a_joined_mask_covers_is_merged_with_it():
+    grid = TileGrid(180, 260, tile_size=100, overlap=20)  # tiles at x 0, 80, y 0, 80, 160
+    left, foot = angle_piece(10, 5, 100, 55, 10, 0), rectangle(80, 45, 170, 55)
+    above_foot = rectangle(105, 5, 175, 43)  # overlaps no piece, but the box around both: IoU 2470 of 8190
+    lower = rectangle(172, 30, 178, 95)  # overlaps the one above, and reaches below y 60
+    rows = [[mask_part(grid, 0, left), mask_part(grid, 1, foot, above_foot, lower)], [], []]
+    merger = RowMerger(grid, iou_threshold=0.1)
+    assert [len(merger.add_row(row)) for row in rows] == [0, 0, 2]
+
+
+def test_two_joined_masks_meet_by_their_boxes_alone():
+    grid = TileGrid(260, 340, tile_size=100, overlap=20)  # tiles at x 0, 80, 160, y 0, 80, 160, 240
+    mast, foot = angle_piece(10, 25, 100, 75, 10, 0), rectangle(80, 65, 150, 75)  # box x 10..150, y 25..75
+    roof, wall = rectangle(105, 5, 180, 15), angle_piece(160, 5, 250, 60, 10, 3)  # box x 105..250: IoU 1575 of 13400
+    step, lower = rectangle(245, 50, 255, 95), rectangle(250, 85, 258, 150)  # lead below y 140
+    first = [mask_part(grid, 0, mast), mask_part(grid, 1, foot, roof), mask_part(grid, 2, wall, step)]
+    rows = [first, [mask_part(grid, 5, lower)], [], []]
+    merger = RowMerger(grid, iou_threshold=0.1)
+    assert [len(merger.add_row(row)) for row in rows] == [0, 0, 0, 3]
+
+
 def mask_part(grid: TileGrid, index: int, *outlines: Outline) -> Pieces:
     """Masks found in one tile, best first."""
     masks, number = as_outlines(list(outlines)), len(outlines)
     boxes = hboxes_to_boxes(outline_bounds(masks))
-    found = Detections(boxes, np.float32([0.9, 0.5][:number]), np.zeros(number, np.int64), "scene", "mask", masks)
+    found = Detections(boxes, np.float32([0.9, 0.5, 0.5][:number]), np.zeros(number, np.int64), "scene", "mask", masks)
     is_cut = touches_inner_edge(boxes, grid[index], grid, margin=4)
     return Pieces(found, np.ones(number, np.int64), is_cut, np.full(number, index))
 

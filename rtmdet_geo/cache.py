@@ -408,7 +408,7 @@ def _locked(path: Path, wait: _Patience) -> Iterator[None]:
         with _writing(path):
             file = path.open("ab")
         try:
-            is_held = _try_lock(file)
+            is_held = try_lock(file)
         except OSError as error:
             logger.debug("no lock on %s: %s", path, error)
             is_held = True
@@ -437,7 +437,7 @@ def _is_same_file(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def try_lock(file: IO[bytes]) -> bool:
     """Lock an open file for this process alone; False: another holds it."""
     try:
         if os.name == "nt":

@@ -7,6 +7,7 @@ the area that is asked for not even read. Nothing appears under an output's fina
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -14,15 +15,17 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 from affine import Affine
 from shapely.affinity import affine_transform
 
-from rtmdet_geo.area import find_area
+from rtmdet_geo.area import Area, find_area
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import find_model
 from rtmdet_geo.errors import (
@@ -31,14 +34,16 @@ from rtmdet_geo.errors import (
     NodataWarning,
     OutputError,
     PaddedTileWarning,
+    RasterError,
     SaturatedTileWarning,
 )
+from rtmdet_geo.journal import check_journal, open_journal, partial_output
 from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
 from rtmdet_geo.outputs import check_not_input
 from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
 from rtmdet_geo.preview import check_preview, draw_preview
 from rtmdet_geo.raster import Scene, open_scene
-from rtmdet_geo.run_record import library_versions, model_record, scene_record
+from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
 from rtmdet_geo.stitch import outlines_of
 from rtmdet_geo.structures import ModelSpec
 from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
@@ -74,6 +79,7 @@ def detect_scene(
     dst_crs: Any = None,
     driver: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     preview: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     device: str = "auto",
@@ -112,7 +118,9 @@ def detect_scene(
         nodata: value of pixels without data, if the file does not say.
         dst_crs: CRS of the geometries, such as "EPSG:4326"; None is the scene's.
         driver: name of its format, such as "GPKG"; None chooses by the output's ending.
-        overwrite: replace existing outputs.
+        overwrite: replace existing outputs, and the journal of an unfinished run.
+        resume: go on with an unfinished run that was to write ``output``, see :mod:`rtmdet_geo.journal`; without one,
+            begin.
         preview: PNG to draw.
         backend: engine, see :func:`rtmdet_geo.backends.open_backend`.
         device: likewise.
@@ -127,7 +135,8 @@ def detect_scene(
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
             sample distance; 0 keeps the pixels' edges.
         progress: called with (tiles done, tiles in all).
-        cancelled: asked before each tile; True ends the run with :class:`Cancelled`.
+        cancelled: asked before each tile; True ends the run with :class:`Cancelled`. What was found until then goes
+            to ``NAME.partial.EXT``, and the journal stays for ``resume``.
 
     Returns:
         One row per detection with the schema of :mod:`rtmdet_geo.vector`, best score first. ``attrs["summary"]`` has
@@ -142,7 +151,7 @@ def detect_scene(
         UnknownClassError: ``classes`` or ``score_threshold`` names what the model does not know.
         AnnotationError: ``aoi`` cannot be read, or holds no polygons.
         OutputError: an output exists, or cannot be written.
-        ConfigError: a value is outside its range, or the area outside the scene.
+        ConfigError: a value is outside its range, the area outside the scene, or the run to go on with another one.
         Cancelled: ``cancelled`` answered True; no output was touched.
 
     Example:
@@ -153,6 +162,10 @@ def detect_scene(
     if not isinstance(scene, str | os.PathLike):
         raise ConfigError(f"a scene is a path, not {type(scene).__name__}; images in memory are for rtmdet_geo.predict")
     _check_outputs(scene, output, preview, driver, overwrite)
+    if output is not None:
+        check_journal(output, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise ConfigError("resume goes on with an output; give one")
     target_crs = check_target_crs(dst_crs, output, driver)
     if not (math.isfinite(simplify_px) and simplify_px >= 0):
         raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
@@ -211,75 +224,113 @@ def detect_scene(
         grid = TileGrid(source.width, source.height, settings.tile_size, settings.overlap)
         area = find_area(source, bounds=bounds, geographic=geographic, aoi=aoi)
         tiles = area.tiles(grid) if area is not None else None
-        saturated_before = engine.num_saturated
-        results = run_tiles(source, grid, engine, settings, tiles=tiles, progress=progress, cancelled=cancelled)
-        num_saturated = engine.num_saturated - saturated_before
-        _warn(source, grid, engine, results, num_saturated, settings)
-        merged = merge_survivors(
-            results.parts,
-            grid,
-            iou_threshold=settings.iou_threshold,
-            max_overlap=settings.max_overlap,
-            kind=spec.object_kind,
-        )
-        if area is not None:
-            merged = merged.select(area.holds(merged.detections.boxes[:, :2]))
-        features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
-        if (min_length_m, max_length_m) != (None, None):
-            merged, features = _of_length(merged, features, min_length_m, max_length_m)
-        num_by_class = features["class_name"].value_counts()
-        summary: dict[str, Any] = {
-            "scene": source.path,
-            "output": os.fspath(output) if output is not None else None,
-            "preview": os.fspath(preview) if preview is not None else None,
-            "run_id": run_id,
-            "num_detections": len(features),
-            "num_by_class": {name: int(num_by_class.get(name, 0)) for name in spec.classes},
-            "num_tiles": results.num_tiles,
-            "num_empty_tiles": results.num_empty_tiles,
-            "num_saturated_tiles": num_saturated,
-            **scene_record(source),
-            "model": model_record(spec, engine.path),
-            "parameters": {
-                "score_threshold": settings.score_record(spec),
-                "iou_threshold": settings.iou_threshold,
-                "tile_size": settings.tile_size,
-                "overlap": settings.overlap,
-                "batch_size": settings.batch_size,
-                "classes": settings.class_names(spec),
-                "bounds": [float(value) for value in bounds] if bounds is not None else None,
-                "geographic": geographic,
-                "aoi": os.fspath(aoi) if aoi is not None else None,
-                "min_length_m": min_length_m,
-                "max_length_m": max_length_m,
-                "multi_label": multi_label,
-                "max_overlap": max_overlap,
-                "simplify_px": simplify_px,
-                "tta": asdict(augmentation),
-                "backend": engine.name,
-                "device": engine.device_name,
-                "precision": getattr(model, "precision", "fp32"),
-                "gsd": gsd,
-                "nodata": nodata,
-                "bands": list(source.band_indexes),
-            },
-            "versions": library_versions(engine.name, "numba"),
+        parameters = {
+            "score_threshold": settings.score_record(spec),
+            "iou_threshold": settings.iou_threshold,
+            "tile_size": settings.tile_size,
+            "overlap": settings.overlap,
+            "batch_size": settings.batch_size,
+            "classes": settings.class_names(spec),
+            "bounds": [float(value) for value in bounds] if bounds is not None else None,
+            "geographic": geographic,
+            "aoi": os.fspath(aoi) if aoi is not None else None,
+            "min_length_m": min_length_m,
+            "max_length_m": max_length_m,
+            "multi_label": multi_label,
+            "max_overlap": max_overlap,
+            "simplify_px": simplify_px,
+            "tta": asdict(augmentation),
+            "backend": engine.name,
+            "device": engine.device_name,
+            "precision": getattr(model, "precision", "fp32"),
+            "gsd": gsd,
+            "nodata": nodata,
+            "bands": list(source.band_indexes),
         }
-        if cancelled is not None and cancelled():
-            raise Cancelled(f"stopped after all {results.num_tiles} tiles; nothing was written")
-        if preview is not None:
-            draw_preview(source, merged.detections, preview, classes=spec.classes, overwrite=overwrite)
-        if output is not None:
-            write_features(
-                features,
-                output,
-                driver=driver,
-                overwrite=overwrite,
-                metadata=summary,
-                geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
+        record = {**scene_record(source), "model": model_record(spec, engine.path), "parameters": parameters}
+        state, results = file_state(source.path), TileResults()
+
+        def finish(
+            target: str | os.PathLike[str] | None, picture: str | os.PathLike[str] | None, **more: Any
+        ) -> geopandas.GeoDataFrame:
+            """Merge what the tiles left, and write it."""
+            merged = merge_survivors(
+                results.parts,
+                grid,
+                iou_threshold=settings.iou_threshold,
+                max_overlap=settings.max_overlap,
+                kind=spec.object_kind,
             )
-    summary["seconds"] = time.perf_counter() - started
-    features.attrs["summary"] = summary
+            if area is not None:
+                merged = merged.select(area.holds(merged.detections.boxes[:, :2]))
+            features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
+            if (min_length_m, max_length_m) != (None, None):
+                merged, features = _of_length(merged, features, min_length_m, max_length_m)
+            num_by_class = features["class_name"].value_counts()
+            summary: dict[str, Any] = {
+                "scene": source.path,
+                "output": os.fspath(target) if target is not None else None,
+                "preview": os.fspath(picture) if picture is not None else None,
+                "run_id": run_id,
+                "num_detections": len(features),
+                "num_by_class": {name: int(num_by_class.get(name, 0)) for name in spec.classes},
+                "num_tiles": results.num_tiles,
+                "num_empty_tiles": results.num_empty_tiles,
+                "num_saturated_tiles": results.num_saturated,
+                **record,
+                **more,
+                "versions": library_versions(engine.name, "numba"),
+            }
+            if picture is not None:
+                draw_preview(source, merged.detections, picture, classes=spec.classes, overwrite=overwrite)
+            if target is not None:
+                write_features(
+                    features,
+                    target,
+                    driver=driver,
+                    overwrite=overwrite or bool(more),
+                    metadata=summary,
+                    geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
+                )
+            features.attrs["summary"] = summary
+            return features
+
+        with ExitStack() as stack:
+            journal = None
+            if output is not None:
+                facts = _facts(record, source.path, state, grid, area)
+                journal = stack.enter_context(open_journal(output, facts, resume=resume))
+            try:
+                run_tiles(
+                    source,
+                    grid,
+                    engine,
+                    settings,
+                    tiles=tiles,
+                    results=results,
+                    journal=journal,
+                    progress=progress,
+                    cancelled=cancelled,
+                )
+                if cancelled is not None and cancelled():
+                    raise Cancelled(f"stopped after all {results.num_tiles} tiles; nothing was written")
+            except Cancelled as wish:
+                if output is None or not results.num_tiles:
+                    raise
+                partial = partial_output(output)
+                features = finish(partial, None, partial=True)
+                raise Cancelled(
+                    f"stopped after {results.num_tiles} of {len(grid if tiles is None else tiles)} tiles; "
+                    f"{len(features)} detections of them are in {os.fspath(partial)!r}, --resume goes on",
+                    os.fspath(partial),
+                ) from wish
+            if file_state(source.path) != state:
+                raise RasterError(f"scene {source.path!r} changed while it was read; run again with --overwrite")
+            _warn(source, grid, engine, results, settings)
+            features = finish(output, preview)
+            if output is not None:
+                partial_output(output).unlink(missing_ok=True)
+    features.attrs["summary"]["seconds"] = time.perf_counter() - started
     return features
 
 
@@ -293,6 +344,22 @@ def describe_run(features: geopandas.GeoDataFrame) -> str:
         f"{summary['scene']}: {summary['num_detections']} detections{f' ({counts})' if counts else ''} "
         f"in {tiles}, {summary['seconds']:.1f} s{where}"
     )
+
+
+def _facts(
+    record: Mapping[str, Any], path: str, state: dict[str, int] | None, grid: TileGrid, area: Area | None
+) -> dict[str, Any]:
+    """Return what must be the same when a run is gone on with, ready for JSON."""
+    free = {"batch_size", "device", "bounds", "geographic", "aoi", "min_length_m", "max_length_m", "simplify_px"}
+    return {
+        "scene": os.path.abspath(path) if state is not None else path,
+        "scene_file": state,
+        "scene_stretch": record["stretch"],
+        "area_sha256": hashlib.sha256(shapely.to_wkb(area.shape)).hexdigest() if area is not None else None,
+        "model_sha256": record["model"]["sha256"],
+        **{name: value for name, value in record["parameters"].items() if name not in free},
+        "size": [grid.width, grid.height],
+    }
 
 
 def _check_outputs(
@@ -322,9 +389,7 @@ def _check_lengths(min_length_m: float | None, max_length_m: float | None) -> No
         raise ConfigError(f"min_length_m={min_length_m!r} must not exceed max_length_m={max_length_m!r}")
 
 
-def _warn(
-    source: Scene, grid: TileGrid, engine: Backend, results: TileResults, num_saturated: int, settings: TileSettings
-) -> None:
+def _warn(source: Scene, grid: TileGrid, engine: Backend, results: TileResults, settings: TileSettings) -> None:
     if results.num_empty_tiles == results.num_tiles:
         where = "" if results.num_tiles == len(grid) else " in the area asked for"
         warnings.warn(f"scene {source.path!r} holds no valid pixel{where}", NodataWarning, stacklevel=3)
@@ -336,9 +401,9 @@ def _warn(
             PaddedTileWarning,
             stacklevel=3,
         )
-    if num_saturated:
+    if results.num_saturated:
         warnings.warn(
-            f"{num_saturated} of {results.num_tiles} tiles hold more candidates above score "
+            f"{results.num_saturated} of {results.num_tiles} tiles hold more candidates above score "
             f"{settings.score_threshold:g} than the model returns, so some may be missing; raise the score or lower "
             "the tile size",
             SaturatedTileWarning,

@@ -84,7 +84,16 @@ class TrainingError(RTMDetGeoError, RuntimeError):
 
 
 class Cancelled(RTMDetGeoError):  # noqa: N818 - it is no error, it is the user's wish
-    """The caller's ``cancelled()`` answered True; nothing was left under the final name."""
+    """The caller's ``cancelled()`` answered True; nothing was left under the final name.
+
+    Attributes:
+        partial: file that holds what was found until then, or None.
+    """
+
+    def __init__(self, message: str = "", partial: str | None = None) -> None:
+        """Remember what is left."""
+        super().__init__(message)
+        self.partial = partial
 
 
 def first_line(error: BaseException) -> str:

@@ -323,6 +323,9 @@ def _warped(original: Any, path: str) -> tuple[Any, str | None]:
         raise RasterError(
             f"scene {path!r} cannot be placed by its {kind}: {_one_line(error)}; give it a geotransform with gdalwarp"
         ) from error
+    if view.width < 1 or view.height < 1:  # GDAL's integers ran over
+        view.close()
+        raise RasterError(f"scene {path!r} cannot be placed by its {kind}: they make no sense; check the file")
     return view, kind
 
 

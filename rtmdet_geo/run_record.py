@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,15 @@ def library_versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             logger.debug("%s is not installed as a package", package)
     return versions
+
+
+def file_state(path: str | os.PathLike[str]) -> dict[str, int] | None:
+    """Return size and time of a file, by which a changed one is known; None for what is no file of this computer."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
 
 
 def model_record(spec: ModelSpec, path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import Backend, choose_batch_size
 from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
+from rtmdet_geo.journal import Journal, TileRecord
 from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
 from rtmdet_geo.prefetch import Prefetch
 from rtmdet_geo.scene import Scene
@@ -146,12 +147,25 @@ class TileResults:
     Attributes:
         num_tiles: tiles done.
         num_empty_tiles: those without a valid pixel, which were not run.
+        num_saturated: those that hold more candidates than the engine returns.
         parts: survivors of NMS and border rule of each tile that has any.
+        done: indexes of the tiles done.
     """
 
     num_tiles: int = 0
     num_empty_tiles: int = 0
+    num_saturated: int = 0
     parts: list[Pieces] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
+
+    def add(self, record: TileRecord) -> None:
+        """Count a tile, and keep what is left of it."""
+        self.num_tiles += 1
+        self.num_empty_tiles += record.is_empty
+        self.num_saturated += record.num_saturated
+        self.done.add(record.tile_id)
+        if record.pieces is not None:
+            self.parts.append(record.pieces)
 
 
 def run_tiles(
@@ -161,6 +175,8 @@ def run_tiles(
     settings: TileSettings,
     *,
     tiles: Sequence[Tile] | None = None,
+    results: TileResults | None = None,
+    journal: Journal | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TileResults:
@@ -175,34 +191,43 @@ def run_tiles(
         tiles: those of the grid to look at; None: all. No other one is read, or counts.
         engine: what runs them.
         settings: checked by :meth:`TileSettings.of`.
+        results: to add to; it keeps what was done if the run is cancelled. None: a new one.
+        journal: tiles of its records are not run again; each other one is written to it.
         progress: called with (tiles done, tiles in all).
         cancelled: asked before each tile.
 
     Raises:
         Cancelled: the caller's wish.
+        OutputError: the journal cannot be written.
     """
-    results = TileResults()
+    results = TileResults() if results is None else results
+    for record in journal.records if journal is not None else ():
+        results.add(record)
     wanted: Sequence[Tile] = list(grid) if tiles is None else tiles
+    total = len(wanted)
+    wanted = [tile for tile in wanted if grid.index(tile) not in results.done]
     # As little padding as the engine takes: channel attention averages over the whole input, grey included.
     fixed = engine.fixed_tile_size
     shape = (fixed, fixed) if fixed is not None else grid.padded_shape(engine.spec.stride_multiple)
     in_flight: deque[tuple[Tile, NDArray[np.bool_]]] = deque()  # read, in order, with their valid pixels
 
-    def done(number: int = 1) -> None:
-        results.num_tiles += number
+    def done(record: TileRecord) -> None:
+        if journal is not None:
+            journal.add(record)
+        results.add(record)
         if progress is not None:
-            progress(results.num_tiles, len(wanted))
+            progress(results.num_tiles, total)
 
     def skip_empty() -> None:
         if cancelled is not None and cancelled():
-            raise Cancelled(f"stopped after {results.num_tiles} of {len(wanted)} tiles; nothing was written")
+            raise Cancelled(f"stopped after {results.num_tiles} of {total} tiles; nothing was written")
         while in_flight and not in_flight[0][1].any():
-            in_flight.popleft()
-            results.num_empty_tiles += 1
-            done()
+            tile, _ = in_flight.popleft()
+            done(TileRecord(grid.index(tile), is_empty=True))
 
-    def reduce(tile: Tile, valid: NDArray[np.bool_], detections: Detections) -> None:
+    def reduce(tile: Tile, valid: NDArray[np.bool_], detections: Detections, num_saturated: int) -> None:
         detections = _filter(detections, valid, settings)
+        survivors = None
         if len(detections):
             survivors = tile_survivors(
                 detections,
@@ -213,22 +238,32 @@ def run_tiles(
                 input_shape=shape,
                 valid=valid,
             )
-            results.parts.append(survivors)
-        done()
+        done(TileRecord(grid.index(tile), num_saturated=num_saturated, pieces=survivors))
 
-    done(0)
+    if progress is not None:
+        progress(results.num_tiles, total)
     read = _read_batches(source, wanted, shape, settings.batch_size, in_flight)
     with Prefetch(read, size=2, name="tiles") as batches:
-        run = engine.run(batches, score_threshold=settings.score_threshold, multi_label=settings.multi_label)
+        run = _run_batches(engine, batches, settings)
         with Prefetch(run, size=2, waiting=skip_empty, name="engine") as found:
             try:
-                for detections in chain.from_iterable(found):
+                for detections, num_saturated in chain.from_iterable(found):
                     skip_empty()
-                    reduce(*in_flight.popleft(), detections)
+                    reduce(*in_flight.popleft(), detections, num_saturated)
             finally:
                 batches.stop()  # or the engine would go on to its next batch
     skip_empty()
     return results
+
+
+def _run_batches(
+    engine: Backend, batches: Iterable[NDArray[np.uint8]], settings: TileSettings
+) -> Iterator[list[tuple[Detections, int]]]:
+    """Yield for each batch its tiles' detections, the first one's with the number of tiles that were saturated."""
+    before = engine.num_saturated
+    for found in engine.run(batches, score_threshold=settings.score_threshold, multi_label=settings.multi_label):
+        number, before = engine.num_saturated - before, engine.num_saturated
+        yield [(detections, number if index == 0 else 0) for index, detections in enumerate(found)]
 
 
 def _read_batches(

@@ -129,6 +129,10 @@ class TileGrid:
         """Return the tile in tile row ``row`` and tile column ``col``."""
         return Tile(row, col, self.xs[col], self.ys[row], self.tile_width, self.tile_height)
 
+    def index(self, tile: Tile) -> int:
+        """Return the index of one of the grid's tiles in row-major order; ``grid[grid.index(tile)] == tile``."""
+        return tile.row * len(self.xs) + tile.col
+
     def core(self, tile: Tile) -> Tile:
         """Return the part of ``tile`` that is its own: cut at the midlines of the overlaps.
 

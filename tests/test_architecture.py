@@ -23,7 +23,7 @@ STAGES = {
     *("merge", "merge_methods", "merge_rows", "suppression"),
     *("vector", "vector_formats", "cells", "preview", "outputs", "evaluation"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),
-    *("prefetch", "preprocess", "run_record", "stitch", "views"),
+    *("journal", "prefetch", "preprocess", "run_record", "stitch", "views"),
 }
 BACKENDS = {"backends"}
 ONNX = {"export.fold", "export.graph", "export.half", "export.operators"}  # rewrites of graphs

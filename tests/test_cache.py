@@ -344,7 +344,7 @@ def test_no_locks_on_this_disk(server, target, monkeypatch):
     def unsupported(file):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(cache, "_try_lock", unsupported)
+    monkeypatch.setattr(cache, "try_lock", unsupported)
     fetch(server, target)
     assert target.read_bytes() == CONTENT
 

@@ -266,12 +266,13 @@ def test_model_errors(scene, tmp_path):
     assert "broken.onnx" in error_line(run("detect", scene, "--json", "-m", tmp_path / "broken.onnx"))
 
 
-def test_truncated_scene_leaves_nothing(engine, tmp_path):
+def test_truncated_scene_leaves_its_journal(engine, tmp_path):
     noise = np.random.default_rng(0).integers(0, 100, (600, 600), dtype=np.uint8)
     path = write_scene(tmp_path / "cut.tif", noise, compress="deflate")
     os.truncate(path, path.stat().st_size * 6 // 10)
-    assert "cut.tif" in error_line(run("detect", path, "-o", tmp_path / "a.gpkg"))
-    assert [item.name for item in tmp_path.iterdir()] == ["cut.tif"]
+    line = error_line(run("detect", path, "-o", tmp_path / "a.gpkg"))
+    assert "cut.tif" in line and "tiles are done, --resume goes on from them" in line
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.gpkg.partial", "cut.tif"]
 
 
 def test_empty_scene_is_done_with_one_warning_line(engine, tmp_path):
@@ -401,8 +402,9 @@ def test_interrupt_in_the_middle(large_scene, tmp_path, number):
     assert process.returncode == 130, stderr
     assert time.monotonic() - asked < 30
     assert stderr.startswith("rtmdet-geo: cancelled") and len(stderr.splitlines()) == 1
-    assert json.loads(stdout.splitlines()[-1])["code"] == 130
-    assert list(tmp_path.iterdir()) == []
+    event = json.loads(stdout.splitlines()[-1])
+    assert event["code"] == 130 and event["partial"] == str(tmp_path / "a.partial.gpkg")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.gpkg.partial", "a.partial.gpkg"]
 
 
 def test_disk_full_while_writing(tmp_path):
@@ -421,7 +423,7 @@ def test_disk_full_while_writing(tmp_path):
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if "warning" not in line]
     assert len(lines) == 1 and lines[0].startswith("rtmdet-geo: error: cannot write"), done.stderr
-    assert [item.name for item in tmp_path.iterdir()] == ["port.tif"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.gpkg.partial", "port.tif"]
 
 
 def test_entry_point_exit_codes(tmp_path):

@@ -211,7 +211,7 @@ def test_missing_scene_and_text_file(engine, tmp_path):
         detect_scene(tmp_path / "note.tif")
 
 
-def test_truncated_scene_fails_in_the_middle_and_leaves_nothing(engine, tmp_path):
+def test_truncated_scene_fails_in_the_middle_and_leaves_its_journal(engine, tmp_path):
     noise = np.random.default_rng(0).integers(0, 100, (600, 600), dtype=np.uint8)
     path = write_scene(tmp_path / "cut.tif", noise, compress="deflate")
     os.truncate(path, path.stat().st_size * 6 // 10)
@@ -219,7 +219,7 @@ def test_truncated_scene_fails_in_the_middle_and_leaves_nothing(engine, tmp_path
     with pytest.raises(RasterError, match=r"cut\.tif"):
         detect_scene(path, tmp_path / "ships.gpkg", progress=lambda number, total: done.append(number))
     assert max(done) > 0, "the first tiles should have been read"
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["cut.tif"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["cut.tif", "ships.gpkg.partial"]
 
 
 def test_progress_counts_every_tile(engine, tmp_path):
@@ -233,10 +233,9 @@ def test_progress_counts_every_tile(engine, tmp_path):
     assert summary["num_empty_tiles"] > 0
 
 
-def test_cancel_leaves_nothing(engine, scene, tmp_path):
-    answers = iter([False, False, True])
+def test_cancel_before_the_first_tile_leaves_nothing(engine, scene, tmp_path):
     with pytest.raises(Cancelled, match="stopped after"):
-        detect_scene(scene, tmp_path / "ships.gpkg", cancelled=lambda: next(answers))
+        detect_scene(scene, tmp_path / "ships.gpkg", cancelled=lambda: True)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["port.tif"]
 
 

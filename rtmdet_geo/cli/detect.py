@@ -110,6 +110,9 @@ def _parse_bounds(
 )
 @options.overwrite_option
 @click.option(
+    "--resume", is_flag=True, help="Go on with a run of the same command that was stopped or killed; none is no error."
+)
+@click.option(
     "--preview", type=click.Path(path_type=Path), help="PNG to draw: the scene, made small, with the detections."
 )
 @click.option(
@@ -149,6 +152,7 @@ def _parse_bounds(
 @click.option("--multi-label", is_flag=True, help="Let one place have several classes (for evaluation).")
 @options.json_option
 @options.progress_option
+@click.option("--stdin-cancel", is_flag=True, help="Stop, as Ctrl-C does, when a line 'cancel' comes on stdin.")
 @options.verbosity_options
 @click.pass_context
 def detect(
@@ -162,6 +166,7 @@ def detect(
     preview: Path | None,
     as_json: bool,
     progress_mode: str,
+    stdin_cancel: bool,
     **settings: Any,
 ) -> None:
     """Detect objects in SCENE, any raster that GDAL opens, and write them as georeferenced polygons.
@@ -171,7 +176,8 @@ def detect(
       rtmdet-geo detect scene.tif -o ships.gpkg --preview ships.png
 
     The result in one line goes to stdout, unless --json, --progress jsonl or '-o -' owns it. Finding nothing is no
-    error: the layer is then empty. Ctrl-C leaves nothing under the output's name.
+    error: the layer is then empty. Ctrl-C leaves nothing under the output's name: what was found until then goes to
+    scene.partial.gpkg, and --resume goes on from there.
     """
     options.check_stdout_owner(as_json, progress_mode, output)
     if output is None and preview is None and not as_json and progress_mode != "jsonl":
@@ -187,7 +193,9 @@ def detect(
         start["device"] = settings["device"]
         if (spec := known_spec(model_path)) is not None:
             start |= {"model_name": spec.name, "classes": list(spec.classes)}
-    with report.progress(ctx, progress_mode, "detect", start) as advance:
+    if stdin_cancel:
+        report.watch_stdin()
+    with report.signals_are_polled(), report.progress(ctx, progress_mode, "detect", start) as advance:
         result = detect_scene(
             scene,
             None if to_stdout else output,

@@ -59,7 +59,8 @@ class ReportingGroup(LazyGroup):
             except (Cancelled, KeyboardInterrupt) as error:
                 report.forget_progress(ctx)
                 message = str(error) or "nothing was written under the final name"
-                report.emit_event(ctx, {"event": "error", "code": EXIT_CANCELLED, "message": f"cancelled; {message}"})
+                event = {"event": "error", "code": EXIT_CANCELLED, "message": f"cancelled; {message}"}
+                report.emit_event(ctx, event | {"partial": getattr(error, "partial", None)})
                 report.echo(ctx, f"rtmdet-geo: cancelled; {message}")
                 ctx.exit(EXIT_CANCELLED)
             except Exception as error:
@@ -72,7 +73,8 @@ def _fail(ctx: click.Context, error: Exception) -> NoReturn:
         raise error  # click ends quietly when the reader of a pipe has gone
     message, code = describe(error)
     report.forget_progress(ctx)
-    report.emit_event(ctx, {"event": "error", "code": code, "message": message})
+    hint = message.rpartition("; ")[2] if "; " in message else None  # messages end with what to do next
+    report.emit_event(ctx, {"event": "error", "code": code, "message": message, "hint": hint})
     if report.verbosity(ctx) >= 2:
         import traceback
 
@@ -84,6 +86,8 @@ def _fail(ctx: click.Context, error: Exception) -> NoReturn:
 def describe(error: Exception) -> tuple[str, int]:
     """Return the one-line message and the exit code of an exception."""
     text = " ".join(str(error).split())
+    if notes := getattr(error, "__notes__", None):
+        text = "; ".join([text, *notes])
     if isinstance(error, ExportMismatchError):
         return text, EXIT_VERDICT_NO
     if isinstance(error, RTMDetGeoError):

@@ -111,6 +111,17 @@ def take_signal(number: int = signal.SIGINT) -> None:
         raise KeyboardInterrupt
 
 
+def watch_stdin() -> None:
+    """Take a line ``cancel`` on stdin for the wish to stop; its end means nothing."""
+
+    def watch() -> None:
+        for line in sys.stdin:
+            if line.strip() == "cancel":
+                cancel_requested.set()
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
+
+
 def verbosity(ctx: click.Context) -> int:
     """Return the number of ``-v`` less the number of ``-q``."""
     return int(ctx.meta.get(_VERBOSITY, 0))

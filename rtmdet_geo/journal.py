@@ -1,0 +1,295 @@
+"""The journal of a run: what each finished tile left, on disk as soon as it is known, so that a killed run goes on.
+
+A folder ``OUT.partial`` beside the output holds:
+
+* ``run.json``: which run it is, scene, model and parameters. Another run cannot go on from it.
+* ``tiles.bin``: one record for each finished tile, in the order in which they were done, appended and never changed. A
+  record is 8 bytes (its length and CRC-32, little-endian) and an ``.npz`` without pickles. One that a kill cut short
+  is cut off, and its tile done again.
+* ``lock``: held by the process that writes.
+
+Records reach the operating system one by one, the disk once a second: SIGKILL loses the tile at hand, a power cut the
+last second.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtmdet_geo.annotations.outlines import Outline
+from rtmdet_geo.cache import try_lock
+from rtmdet_geo.errors import Cancelled, ConfigError, OutputError
+from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of
+from rtmdet_geo.structures import Detections, Kind
+from rtmdet_geo.vector_formats import ending_of
+
+#: Of the files' layout; a journal of another one cannot be read.
+JOURNAL_VERSION = 1
+#: Seconds between two calls that wait for the disk.
+SYNC_SECONDS = 1.0
+_RECORD = struct.Struct("<II")
+
+
+class TileRecord(NamedTuple):
+    """What is left of one tile.
+
+    Attributes:
+        tile_id: index into the grid.
+        is_empty: it has no valid pixel and was not run.
+        num_saturated: 1 if it holds more candidates than the engine returns; engines that take several tiles at once
+            count them at the first of the batch.
+        pieces: survivors of NMS and border rule, or None where there are none.
+    """
+
+    tile_id: int
+    is_empty: bool = False
+    num_saturated: int = 0
+    pieces: Pieces | None = None
+
+
+def journal_folder(output: str | os.PathLike[str]) -> Path:
+    """Return where the journal of a run lies that writes ``output``."""
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+def partial_output(output: str | os.PathLike[str]) -> Path:
+    """Return the name of what a cancelled run leaves: ``ships.partial.gpkg`` for ``ships.gpkg``."""
+    output = Path(output)
+    ending = ending_of(output)
+    length = len(ending) if ending is not None else len(output.suffix)
+    stem = output.name[: len(output.name) - length]
+    return output.with_name(f"{stem}.partial{output.name[len(stem) :]}")
+
+
+@dataclass
+class Journal:
+    """An open journal; :func:`open_journal` makes it.
+
+    Attributes:
+        folder: where it is.
+        records: of the tiles that an earlier run finished; read once, when it was opened.
+        num_added: tiles of this run.
+    """
+
+    folder: Path
+    records: list[TileRecord]
+    _file: IO[bytes] = field(repr=False)
+    num_added: int = 0
+    _synced: float = field(default_factory=time.monotonic, repr=False)
+
+    def add(self, record: TileRecord) -> None:
+        """Append what is left of a tile.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        payload = _pack(record)
+        try:
+            self._file.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+            self._file.flush()
+            self.num_added += 1
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                self.sync()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(self.folder)!r}: {error.strerror or error}; make room, then go on with --resume"
+            ) from error
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no tile is in it."""
+        return not self.records and not self.num_added
+
+
+def check_journal(output: str | os.PathLike[str], *, resume: bool, overwrite: bool) -> None:
+    """Check before a long run that no unfinished one is in the way.
+
+    Raises:
+        OutputError: there is one, and neither ``resume`` nor ``overwrite`` says what to do with it.
+    """
+    folder = journal_folder(output)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} is a file, where the journal of the run has its folder; move it away")
+    if (folder / "run.json").exists() and not (resume or overwrite):
+        raise OutputError(
+            f"{str(folder)!r} holds an unfinished run: go on with --resume, or begin anew with --overwrite"
+        )
+
+
+@contextmanager
+def open_journal(output: str | os.PathLike[str], facts: Mapping[str, Any], *, resume: bool) -> Iterator[Journal]:
+    """Open the journal of a run, a new one unless ``resume`` finds one; remove it when the block ends well.
+
+    It stays where the block ends with an error, unless no tile is in it; a note of the error says so.
+
+    Args:
+        output: file that the run is to write.
+        facts: what makes the run what it is, ready for JSON; a run that is gone on with must have the same.
+        resume: go on with what is there.
+
+    Raises:
+        OutputError: another process writes it, or the operating system refuses.
+        ConfigError: the journal is that of another run, or of another version.
+    """
+    folder = journal_folder(output)
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = (folder / "lock").open("ab")
+    except OSError as error:
+        raise OutputError(f"cannot write {str(folder)!r}: {error.strerror or error}; choose another output") from error
+    with lock:
+        if not try_lock(lock):
+            raise OutputError(f"another process writes {os.fspath(output)!r} (its journal {str(folder)!r} is locked)")
+        facts = json.loads(json.dumps({"journal_version": JOURNAL_VERSION, **facts}, default=str))
+        about, tiles = folder / "run.json", folder / "tiles.bin"
+        records: list[TileRecord] = []
+        if resume and about.exists():
+            _check_same(folder, _read_facts(about), facts)
+            records = _read_records(tiles)
+        else:
+            _begin(about, tiles, facts)
+        with tiles.open("ab") as file:
+            journal = Journal(folder, records, file)
+            try:
+                yield journal
+            except BaseException as error:
+                if journal.is_empty:
+                    _remove(folder)
+                    raise
+                journal.sync()
+                if not isinstance(error, Cancelled):  # which says so itself
+                    number = len(journal.records) + journal.num_added
+                    error.add_note(f"{number} tiles are done, --resume goes on from them")
+                raise
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(about: Path, tiles: Path, facts: Mapping[str, Any]) -> None:
+    """Empty the records, then say whose they are: never are there records beside another run's facts."""
+    about.unlink(missing_ok=True)
+    with tiles.open("wb") as stream:
+        os.fsync(stream.fileno())
+    staged = about.with_suffix(".new")
+    with staged.open("w", encoding="utf-8") as text:
+        json.dump(facts, text, indent=1, ensure_ascii=False)
+        text.flush()
+        os.fsync(text.fileno())
+    os.replace(staged, about)
+
+
+def _read_facts(about: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(about)!r} cannot be read: {error}; begin anew with --overwrite") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to mix two runs.
+
+    Raises:
+        ConfigError: they differ; names what, and both values.
+    """
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"the unfinished run in {str(folder)!r} had {name}={json.dumps(old.get(name), ensure_ascii=False)}, "
+                f"this one has {json.dumps(new.get(name), ensure_ascii=False)}: say the same again, or begin anew "
+                "with --overwrite"
+            )
+
+
+def _read_records(tiles: Path) -> list[TileRecord]:
+    """Return all whole records, and cut off what comes after the last; of a tile that is there twice the first."""
+    records: dict[int, TileRecord] = {}
+    with tiles.open("r+b") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        end = 0
+        while end + _RECORD.size <= size:
+            length, checksum = _RECORD.unpack(stream.read(_RECORD.size))
+            payload = stream.read(length)
+            if len(payload) < length or zlib.crc32(payload) != checksum:
+                break
+            record = _unpack(payload)
+            records.setdefault(record.tile_id, record)
+            end = stream.tell()
+        stream.truncate(end)
+    return list(records.values())
+
+
+def _pack(record: TileRecord) -> bytes:
+    """Return a record as the bytes of an .npz file."""
+    arrays: dict[str, NDArray[Any]] = {
+        "tile": np.array([record.tile_id, record.is_empty, record.num_saturated], np.int64)
+    }
+    if record.pieces is not None:
+        found = record.pieces.detections
+        arrays |= {
+            "kind": np.array(found.kind),
+            "boxes": found.boxes,
+            "scores": found.scores,
+            "labels": found.labels,
+            "counts": record.pieces.counts,
+            "is_cut": record.pieces.is_cut,
+            "tile_ids": record.pieces.tile_ids,
+        }
+        outlines = outlines_of(found)
+        if outlines is not None:
+            arrays |= _pack_outlines(list(outlines))
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    return stream.getvalue()
+
+
+def _pack_outlines(outlines: list[Outline]) -> dict[str, NDArray[Any]]:
+    """Return outlines as points (M, 2), points of each ring, rings of each part and parts of each outline."""
+    rings = [ring for outline in outlines for part in outline for ring in part]
+    return {
+        "points": np.concatenate(rings) if rings else np.zeros((0, 2)),
+        "ring_lengths": np.array([len(ring) for ring in rings], np.int64),
+        "part_lengths": np.array([len(part) for outline in outlines for part in outline], np.int64),
+        "outline_lengths": np.array([len(outline) for outline in outlines], np.int64),
+    }
+
+
+def _unpack(payload: bytes) -> TileRecord:
+    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        tile_id, is_empty, num_saturated = (int(value) for value in arrays["tile"])
+        pieces = None
+        if "boxes" in arrays:
+            kind: Kind = str(arrays["kind"])  # type: ignore[assignment]
+            masks = as_outlines(_unpack_outlines(arrays)) if "points" in arrays else None
+            found = Detections(arrays["boxes"], arrays["scores"], arrays["labels"], "scene", kind, masks)
+            pieces = Pieces(found, arrays["counts"], arrays["is_cut"], arrays["tile_ids"])
+    return TileRecord(tile_id, bool(is_empty), num_saturated, pieces)
+
+
+def _unpack_outlines(arrays: Mapping[str, NDArray[Any]]) -> list[Outline]:
+    rings = iter(np.split(arrays["points"], np.cumsum(arrays["ring_lengths"])[:-1]))
+    parts = iter([tuple(next(rings) for _ in range(length)) for length in arrays["part_lengths"].tolist()])
+    return [tuple(next(parts) for _ in range(length)) for length in arrays["outline_lengths"].tolist()]

@@ -20,7 +20,8 @@ masks, not boxes, whether one lies inside another, and a step follows:
    evaluation does not take this step.
 
 :func:`tile_survivors` is steps 1 and 2, done as soon as a tile has been run, so that its raw candidates can be
-forgotten; :func:`merge_survivors` is the rest.
+forgotten; :func:`merge_survivors` is the rest (decided in :mod:`rtmdet_geo.suppression`), with NMS over the scene
+replaced by another method on request. :mod:`rtmdet_geo.merge_rows` gives the same row by row.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtmdet_geo.annotations.outlines import Outline, outline_area, trace_mask, transform_outline
-from rtmdet_geo.boxes import boxes_to_hboxes, overlapping_pairs
+from rtmdet_geo.annotations.outlines import Outline, trace_mask, transform_outline
+from rtmdet_geo.boxes import boxes_to_hboxes
 from rtmdet_geo.masks import MASK_STRIDE, CroppedMask, assemble_detections
-from rtmdet_geo.nms import nms_of_kind, rotated_iou_aligned
-from rtmdet_geo.stitch import Pieces, as_outlines, contained_share, outlines_of, stitch
+from rtmdet_geo.merge_methods import LEAST_SCORE, MergeMethod
+from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of, stitch
 from rtmdet_geo.structures import Detections, Kind, MaskKernels, Tile
+from rtmdet_geo.suppression import check_method, count_merged, in_order, keep_by_rank, merge_pieces
 from rtmdet_geo.tiles import TileGrid
 
 logger = logging.getLogger(__name__)
@@ -51,8 +53,6 @@ BoolArray = NDArray[np.bool_]
 BORDER_MARGIN_PX = 2.0
 #: The same for instances: where a mask ends is known to a cell of the mask features.
 MASK_BORDER_MARGIN_PX = float(MASK_STRIDE)
-#: A box at an inner edge with so much of its own area in a larger box is a fragment of that object.
-FRAGMENT_IOF = 0.7
 #: Two masks of a class of which the smaller shares so much with the other are one object: what is seen of two objects
 #: shares no pixel.
 MAX_OVERLAP = 0.7
@@ -204,62 +204,6 @@ def drop_cut_detections(
     return detections.select(~is_seen_whole_elsewhere(boxes, tile, grid, margin=margin))
 
 
-def _keep_by_rank(boxes: FloatArray, labels: IntArray | None, kind: Kind, iou_threshold: float) -> IntArray:
-    """Return rising indexes of what NMS keeps of boxes that are in order of preference."""
-    ranks = -np.arange(len(boxes), dtype=np.float64)
-    return np.sort(nms_of_kind(boxes, ranks, labels, kind=kind, iou_threshold=iou_threshold))
-
-
-def _count_merged(boxes: FloatArray, labels: IntArray | None, kept: IntArray, counts: IntArray) -> IntArray:
-    """Give each box to the kept box that it overlaps most (the higher score among equals).
-
-    Returns:
-        (len(kept),) int64: the sums of ``counts`` per kept box.
-    """
-    home = np.full(len(boxes), -1, np.int64)
-    home[kept] = np.arange(len(kept))
-    others = np.flatnonzero(home < 0)
-    bounds = boxes_to_hboxes(boxes)
-    i, j = overlapping_pairs(bounds[kept], bounds[others])
-    if labels is not None:
-        same = labels[kept[i]] == labels[others[j]]
-        i, j = i[same], j[same]
-    if len(i):
-        iou = rotated_iou_aligned(boxes[kept[i]], boxes[others[j]])
-        order = np.lexsort((i, -iou, j))
-        first = order[np.unique(j[order], return_index=True)[1]]
-        home[others[j[first]]] = i[first]
-    found = home >= 0
-    sums = np.zeros(len(kept), np.int64)
-    np.add.at(sums, home[found], counts[found])
-    return sums
-
-
-def _fragment_pairs(pieces: Pieces, class_aware: bool) -> tuple[IntArray, IntArray]:
-    """Return pairs (fragment, container): one at an inner tile edge, a larger one of another tile that holds it."""
-    boxes, labels = pieces.detections.boxes, pieces.detections.labels
-    bounds = boxes_to_hboxes(boxes)
-    cut = np.flatnonzero(pieces.is_cut)
-    container, fragment = overlapping_pairs(bounds, bounds[cut])
-    fragment = cut[fragment]
-    areas = boxes[:, 2] * boxes[:, 3]
-    possible = (areas[container] > areas[fragment]) & (pieces.tile_ids[container] != pieces.tile_ids[fragment])
-    if class_aware:
-        possible &= labels[container] == labels[fragment]
-    fragment, container = fragment[possible], container[possible]
-    if not len(fragment):
-        return fragment, container
-    outlines = outlines_of(pieces.detections)
-    if outlines is not None:
-        shares = [contained_share(outlines[i], outlines[j]) for i, j in zip(fragment, container, strict=True)]
-        contained = np.array(shares) >= FRAGMENT_IOF
-    else:
-        iou = np.asarray(rotated_iou_aligned(boxes[fragment], boxes[container]), np.float64)
-        intersection = iou * (areas[fragment] + areas[container]) / (1.0 + iou)
-        contained = intersection >= FRAGMENT_IOF * areas[fragment]
-    return fragment[contained], container[contained]
-
-
 def tile_survivors(
     detections: Detections,
     tile: Tile,
@@ -296,8 +240,8 @@ def tile_survivors(
     boxes = _scene_boxes(detections, tile)
     order = np.lexsort((*boxes.T[::-1], detections.labels, -detections.scores))
     boxes, labels = boxes[order], detections.labels[order] if class_aware else None
-    kept = _keep_by_rank(boxes, labels, detections.kind, iou_threshold)
-    counts = _count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
+    kept = keep_by_rank(boxes, labels, detections.kind, iou_threshold)
+    counts = count_merged(boxes, labels, kept, np.ones(len(boxes), np.int64))
     whole = ~is_seen_whole_elsewhere(boxes[kept], tile, grid, margin=margin)
     survivors = to_scene(
         detections.select(order[kept[whole]]),
@@ -369,85 +313,57 @@ def merge_survivors(
     class_aware: bool = True,
     max_overlap: float = MAX_OVERLAP,
     kind: Kind = "rotated",
+    method: MergeMethod = "nms",
+    least_score: float = LEAST_SCORE,
 ) -> Merged:
     """Merge what :func:`tile_survivors` left of each tile.
 
-    Arguments and result are those of :func:`merge_detections`; ``kind`` is the result's where there are no parts.
+    Args:
+        parts: of the tiles, in any order.
+        grid: see :func:`merge_detections`.
+        iou_threshold: likewise; "wbf" fuses boxes whose IoU exceeds it, "soft-nms" has no use for it.
+        class_aware: likewise.
+        max_overlap: likewise.
+        kind: the result's where there are no parts.
+        method: what is done over the scene: "nms"; "soft-nms", scores decay
+            (:func:`rtmdet_geo.merge_methods.soft_nms`); "wbf", boxes are fused
+            (:func:`rtmdet_geo.merge_methods.fuse_boxes`). In the last two fragments (step 4) give way beforehand.
+            Tiles have NMS in any case.
+        least_score: "soft-nms" drops boxes whose score decays below it.
+
+    Returns:
+        As :func:`merge_detections`.
+
+    Raises:
+        ConfigError: the method is unknown, or parts have masks and it is not "nms".
+        ValueError: kinds are mixed.
     """
-    kinds = {part.detections.kind for part in parts}
-    if len(kinds) > 1:
-        raise ValueError(f"parts of different kinds cannot be merged: {sorted(kinds)}")
-    kind = next(iter(kinds)) if kinds else kind
-    pieces = Pieces(
-        Detections.concatenate([part.detections for part in parts], "scene", kind),
-        np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
-        np.concatenate([np.zeros(0, bool), *(part.is_cut for part in parts)]),
-        np.concatenate([np.zeros(0, np.int64), *(part.tile_ids for part in parts)]),
+    pieces = join_parts(parts, kind)
+    check_method(method, pieces.detections.kind)
+    merged = merge_pieces(
+        stitch(in_order(pieces), grid, class_aware=class_aware),
+        iou_threshold=iou_threshold,
+        class_aware=class_aware,
+        max_overlap=max_overlap,
+        method=method,
+        least_score=least_score,
     )
-    stitched = stitch(_ordered(pieces), grid, class_aware=class_aware)
-    merged = _merge_pieces(stitched, iou_threshold, max_overlap, class_aware)
     logger.debug("merged %d survivors of NMS in tiles into %d", len(pieces.detections), len(merged.detections))
     return Merged(merged.detections, merged.counts, touches_scene_edge(merged.detections.boxes, grid))
 
 
-def _ordered(pieces: Pieces, *first: NDArray[Any]) -> Pieces:
-    """Sort by the last of ``first``, if given, then score, label, box and tile: no order of tiles shows."""
-    found = pieces.detections
-    keys = (pieces.tile_ids, *found.boxes.T[::-1], found.labels, -found.scores, *first)
-    return pieces.select(np.lexsort(keys))
+def join_parts(parts: Sequence[Pieces], kind: Kind = "rotated") -> Pieces:
+    """Return the pieces of all parts, in order; ``kind`` is the result's where there are no parts.
 
-
-def _merge_pieces(pieces: Pieces, iou_threshold: float, max_overlap: float, class_aware: bool) -> Pieces:
-    """Return what NMS over the scene and the suppression of fragments and of doubles leave."""
-    fragment, _ = _fragment_pairs(pieces, class_aware)
-    is_fragment = np.zeros(len(pieces.detections), bool)
-    is_fragment[fragment] = True
-    pieces = _ordered(pieces, is_fragment)  # a fragment must not suppress the whole object, whatever its score
-    found = pieces.detections
-    labels = found.labels if class_aware else None
-    kept = _keep_by_rank(found.boxes, labels, found.kind, iou_threshold)
-    counts = _count_merged(found.boxes, labels, kept, pieces.counts)
-    pieces = pieces.select(kept)._replace(counts=counts)
-
-    areas = pieces.detections.boxes[:, 2] * pieces.detections.boxes[:, 3]
-    fragments, containers = _fragment_pairs(pieces, class_aware)
-    order = np.lexsort((containers, -areas[containers], -areas[fragments]))  # containers are settled before
-    pieces = _ordered(_absorb(pieces, containers[order], fragments[order]))
-    if outlines_of(pieces.detections) is not None and max_overlap < 1:
-        pieces = _absorb(pieces, *_double_pairs(pieces, max_overlap, class_aware))
-    return pieces
-
-
-def _absorb(pieces: Pieces, into: IntArray, gone: IntArray) -> Pieces:
-    """Drop ``gone``, pair by pair, where both are still there; its count goes to ``into``."""
-    alive, counts = np.ones(len(pieces.detections), bool), pieces.counts.copy()
-    for stays, goes in zip(into.tolist(), gone.tolist(), strict=True):
-        if alive[stays] and alive[goes]:
-            alive[goes] = False
-            counts[stays] += counts[goes]
-    return pieces._replace(counts=counts).select(alive)
-
-
-def _double_pairs(pieces: Pieces, max_overlap: float, class_aware: bool) -> tuple[IntArray, IntArray]:
-    """Return pairs (stays, goes) of masks, of which the smaller shares ``max_overlap`` or more with the other.
-
-    The one with the better score stays, unless it is less than half as large: a chimney is no roof. Pieces are in the
-    order of their scores, and pairs in that of the better ones.
+    Raises:
+        ValueError: kinds are mixed.
     """
-    found, outlines = pieces.detections, outlines_of(pieces.detections)
-    assert outlines is not None
-    areas = [outline_area(outline) for outline in outlines]
-    bounds = boxes_to_hboxes(found.boxes)
-    first, second = overlapping_pairs(bounds, bounds)  # sorted by first, then second
-    possible = first < second
-    if class_aware:
-        possible &= found.labels[first] == found.labels[second]
-    first, second = first[possible], second[possible]
-    stays, goes = [], []
-    for better, worse in zip(first.tolist(), second.tolist(), strict=True):
-        small, large = (better, worse) if areas[better] < areas[worse] else (worse, better)
-        if contained_share(outlines[small], outlines[large]) >= max_overlap:
-            is_part = areas[small] < 0.5 * areas[large]
-            stays.append(large if is_part else better)
-            goes.append(small if is_part else worse)
-    return np.array(stays, np.int64), np.array(goes, np.int64)
+    kinds = {part.detections.kind for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"parts of different kinds cannot be merged: {sorted(kinds)}")
+    return Pieces(
+        Detections.concatenate([part.detections for part in parts], "scene", next(iter(kinds)) if kinds else kind),
+        np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)]),
+        np.concatenate([np.zeros(0, bool), *(part.is_cut for part in parts)]),
+        np.concatenate([np.zeros(0, np.int64), *(part.tile_ids for part in parts)]),
+    )

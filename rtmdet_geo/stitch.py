@@ -105,7 +105,7 @@ def stitch(pieces: Pieces, grid: TileGrid, *, class_aware: bool = True) -> Piece
 def _same_object_pairs(pieces: Pieces, grid: TileGrid, class_aware: bool) -> list[tuple[int, int]]:
     outlines = outlines_of(pieces.detections)
     assert outlines is not None
-    bounds = _outline_bounds(outlines)
+    bounds = outline_bounds(outlines)
     first, second = overlapping_pairs(bounds, bounds)
     possible = (first < second) & (pieces.tile_ids[first] != pieces.tile_ids[second])
     if class_aware:
@@ -133,7 +133,8 @@ def _shared(first: Tile, second: Tile) -> Window | None:
     return Window(x0, y0, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
 
 
-def _outline_bounds(outlines: NDArray[np.object_]) -> NDArray[np.float64]:
+def outline_bounds(outlines: NDArray[np.object_]) -> NDArray[np.float64]:
+    """Return (N, 4) x1 y1 x2 y2 around outlines."""
     bounds = np.zeros((len(outlines), 4))
     for row, outline in zip(bounds, outlines, strict=True):
         points = outline_points(outline)

@@ -7,51 +7,36 @@ the area that is asked for not even read. Nothing appears under an output's fina
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import os
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import shapely
-from affine import Affine
-from shapely.affinity import affine_transform
-
-from rtmdet_geo.area import Area, find_area
+from rtmdet_geo.area import find_area
 from rtmdet_geo.backends import Backend, open_backend
 from rtmdet_geo.catalog import find_model
-from rtmdet_geo.errors import (
-    Cancelled,
-    ConfigError,
-    NodataWarning,
-    OutputError,
-    PaddedTileWarning,
-    RasterError,
-    SaturatedTileWarning,
-)
+from rtmdet_geo.detect_checks import check_numbers, check_outputs, run_facts, warn_of
+from rtmdet_geo.errors import Cancelled, ConfigError, RasterError
 from rtmdet_geo.journal import check_journal, open_journal, partial_output
-from rtmdet_geo.merge import MAX_OVERLAP, Merged, merge_survivors
-from rtmdet_geo.outputs import check_not_input
-from rtmdet_geo.polygons import SIMPLIFY_PX, outlines_to_polygons
-from rtmdet_geo.preview import check_preview
-from rtmdet_geo.preview_html import PREVIEW_ENDINGS, write_preview
-from rtmdet_geo.qgis_style import detection_style
-from rtmdet_geo.raster import Scene, open_scene
+from rtmdet_geo.merge import MAX_OVERLAP, Merged
+from rtmdet_geo.merge_methods import MergeMethod
+from rtmdet_geo.merge_rows import RowMerger
+from rtmdet_geo.polygons import SIMPLIFY_PX
+from rtmdet_geo.preview_html import write_preview
+from rtmdet_geo.raster import open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
-from rtmdet_geo.stitch import outlines_of
+from rtmdet_geo.scene_features import FeatureMaker, join_features
+from rtmdet_geo.stitch import Pieces
 from rtmdet_geo.stretch_options import choose_stretch
-from rtmdet_geo.structures import ModelSpec
-from rtmdet_geo.tile_loop import TileResults, TileSettings, run_tiles
+from rtmdet_geo.structures import Detections
+from rtmdet_geo.suppression import check_method
+from rtmdet_geo.tile_loop import LiveResults, TileResults, TileSettings, run_tiles
 from rtmdet_geo.tiles import TileGrid
-from rtmdet_geo.vector import build_features, check_output, check_target_crs, parse_crs, write_features
-from rtmdet_geo.vector_pixels import SourceImage
+from rtmdet_geo.vector import check_target_crs, write_feature_chunks
 from rtmdet_geo.views import Augmentation, augment, find_augmentation
 
 if TYPE_CHECKING:
@@ -93,8 +78,12 @@ def detect_scene(
     threads: int | None = None,
     multi_label: bool = False,
     tta: str | Augmentation | None = None,
+    merge: MergeMethod = "nms",
+    class_agnostic: bool = False,
     max_overlap: float = MAX_OVERLAP,
     simplify_px: float = SIMPLIFY_PX,
+    collect: bool = True,
+    each: Callable[[geopandas.GeoDataFrame], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> geopandas.GeoDataFrame:
@@ -138,16 +127,23 @@ def detect_scene(
         multi_label: several classes for one place are several detections (for evaluation).
         tta: test-time augmentation: every tile is also looked at mirrored ("flips"), smaller and larger ("scales"), or
             both ("all"), or as an :class:`rtmdet_geo.views.Augmentation` says; None or "none": as it is.
+        merge: what becomes of boxes of several tiles that overlap: "nms", the best one stays; "soft-nms", scores of the
+            others decay; "wbf", they are averaged, see :func:`rtmdet_geo.merge.merge_survivors`.
+        class_agnostic: objects of different classes in one place are one, too.
         max_overlap: masks of a class that share so much of the smaller one are one object, in (0, 1]; 1 keeps all that
             NMS by boxes keeps, as the published evaluation does.
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
             sample distance; 0 keeps the pixels' edges.
+        collect: False: the result has no rows, and memory does not follow their number, unless ``preview`` needs them.
+        each: called with the features of each tile row once they are final: at once where there is no output, which a
+            cancelled run or one that fails cannot take back; else while it is written.
         progress: called with (tiles done, tiles in all).
         cancelled: asked before each tile; True ends the run with :class:`Cancelled`. What was found until then goes
             to ``NAME.partial.EXT``, and the journal stays for ``resume``.
 
     Returns:
-        One row per detection with the schema of :mod:`rtmdet_geo.vector`, best score first. ``attrs["summary"]`` has
+        One row per detection with the schema of :mod:`rtmdet_geo.vector`, from the top of the scene, best score first
+        in what became final together, as in ``output``. ``attrs["summary"]`` has
         facts about the run, ready for JSON: ``scene``, ``output``, ``preview``, ``run_id``, ``num_detections``,
         ``num_by_class``, ``num_tiles``, ``num_empty_tiles``, ``num_saturated_tiles``, ``width``, ``height`` (source
         px), ``crs``, ``gsd_x_m``, ``gsd_y_m``, ``stretch``, ``model``, ``parameters``, ``seconds``, ``versions``.
@@ -171,15 +167,13 @@ def detect_scene(
     if not all(isinstance(path, str | os.PathLike) for path in paths):
         raise ConfigError(f"a scene is a path, not {type(scene).__name__}; images in memory are for rtmdet_geo.predict")
     names = [os.fspath(path) for path in paths]
-    _check_outputs(names, output, preview, driver, overwrite)
+    check_outputs(names, output, preview, driver, overwrite)
     if output is not None:
         check_journal(output, resume=resume, overwrite=overwrite)
     elif resume:
         raise ConfigError("resume goes on with an output; give one")
     target_crs = check_target_crs(dst_crs, output, driver)
-    if not (math.isfinite(simplify_px) and simplify_px >= 0):
-        raise ConfigError(f"simplify_px={simplify_px!r} must be at least 0")
-    _check_lengths(min_length_m, max_length_m)
+    check_numbers(simplify_px, min_length_m, max_length_m)
     augmentation = find_augmentation(tta)
     if isinstance(model, Backend):
         if (backend, device, precision, compiled, threads) != ("auto", "auto", "auto", False, None):
@@ -201,6 +195,8 @@ def detect_scene(
             any_size=augmentation.scales != (1.0,),
         )
     engine = augment(model, augmentation)
+    spec, run_id = engine.spec, uuid.uuid4().hex
+    check_method(merge, spec.object_kind)
     settings = TileSettings.of(
         engine,
         score_threshold=score_threshold,
@@ -210,9 +206,9 @@ def detect_scene(
         batch_size=batch_size,
         classes=classes,
         multi_label=multi_label,
+        class_aware=not class_agnostic,
         max_overlap=max_overlap,
     )
-    spec, run_id = engine.spec, uuid.uuid4().hex
     with open_scene(
         names if isinstance(scene, list | tuple) else names[0],
         bands=bands,
@@ -224,16 +220,20 @@ def detect_scene(
         trained_gsd_m=spec.trained_gsd_m,
         nodata=nodata,
     ) as source:
-        if target_crs is not None and not source.is_georeferenced:
-            raise ConfigError(f"scene {source.path!r} has no CRS, so it cannot be projected; leave --dst-crs out")
-        if (min_length_m, max_length_m) != (None, None) and source.gsd_x_m is None:
-            raise ConfigError(
-                f"scene {source.path!r} has no CRS that leads to metres on the ground; leave the least and greatest "
-                "length out"
-            )
-        grid = TileGrid(source.width, source.height, settings.tile_size, settings.overlap)
         area = find_area(source, bounds=bounds, geographic=geographic, aoi=aoi)
-        tiles = area.tiles(grid) if area is not None else None
+        maker = FeatureMaker(
+            source,
+            spec,
+            run_id,
+            area=area,
+            min_length_m=min_length_m,
+            max_length_m=max_length_m,
+            gsd=gsd,
+            dst_crs=target_crs,
+            simplify_px=simplify_px,
+        )
+        grid = TileGrid(source.width, source.height, settings.tile_size, settings.overlap)
+        tiles = area.tiles(grid) if area is not None else list(grid)
         parameters = {
             "score_threshold": settings.score_record(spec),
             "iou_threshold": settings.iou_threshold,
@@ -247,6 +247,8 @@ def detect_scene(
             "min_length_m": min_length_m,
             "max_length_m": max_length_m,
             "multi_label": multi_label,
+            "merge": merge,
+            "class_agnostic": class_agnostic,
             "max_overlap": max_overlap,
             "simplify_px": simplify_px,
             "tta": asdict(augmentation),
@@ -260,78 +262,63 @@ def detect_scene(
             "bands": list(source.band_indexes),
         }
         record = {**scene_record(source), "model": model_record(spec, engine.path), "parameters": parameters}
-        state, results = file_state(*source.files), TileResults()
+        state = file_state(*source.files)
+        merger = RowMerger(
+            grid,
+            iou_threshold=settings.iou_threshold,
+            class_aware=settings.class_aware,
+            max_overlap=settings.max_overlap,
+            kind=spec.object_kind,
+            method=merge,
+            least_score=settings.score_threshold,
+        )
+        chunks: list[tuple[Merged, geopandas.GeoDataFrame]] = []  # of the result, or for the preview
 
-        def finish(
-            target: str | os.PathLike[str] | None, picture: str | os.PathLike[str] | None, **more: Any
-        ) -> geopandas.GeoDataFrame:
-            """Merge what the tiles left, and write it."""
-            merged = merge_survivors(
-                results.parts,
-                grid,
-                iou_threshold=settings.iou_threshold,
-                max_overlap=settings.max_overlap,
-                kind=spec.object_kind,
-            )
-            if area is not None:
-                merged = merged.select(area.holds(merged.detections.boxes[:, :2]))
-            features = _make_features(source, merged, spec, simplify_px, gsd, target_crs, run_id)
-            if (min_length_m, max_length_m) != (None, None):
-                merged, features = _of_length(merged, features, min_length_m, max_length_m)
-            num_by_class = features["class_name"].value_counts()
-            summary: dict[str, Any] = {
+        def finish_row(pieces: list[Pieces]) -> geopandas.GeoDataFrame:
+            """Add a tile row, and return the features that are final by it."""
+            merged = merger.add_row(pieces)
+            merged, features = maker.make(merged.select(settings.is_enough(merged.detections)))
+            if each is not None and len(features):
+                each(features)
+            if collect or preview is not None or not chunks:
+                chunks.append((merged, features))
+            return features
+
+        def summarize(target: str | os.PathLike[str] | None, is_partial: bool = False) -> dict[str, Any]:
+            """Return the facts about the run once the last row is finished."""
+            return {
                 "scene": source.path,
                 "output": os.fspath(target) if target is not None else None,
-                "preview": os.fspath(picture) if picture is not None else None,
+                "preview": os.fspath(preview) if preview is not None and not is_partial else None,
                 "run_id": run_id,
-                "num_detections": len(features),
-                "num_by_class": {name: int(num_by_class.get(name, 0)) for name in spec.classes},
+                "num_detections": maker.num_features,
+                "num_by_class": {name: maker.num_by_class[name] for name in spec.classes},
                 "num_tiles": results.num_tiles,
                 "num_empty_tiles": results.num_empty_tiles,
                 "num_saturated_tiles": results.num_saturated,
                 **record,
-                **more,
+                **({"partial": True} if is_partial else {}),
                 "versions": library_versions(engine.name, "numba"),
             }
-            if picture is not None:
-                write_preview(
-                    source,
-                    merged.detections,
-                    features,
-                    picture,
-                    classes=spec.classes,
-                    summary=summary,
-                    overwrite=overwrite,
-                )
-            if target is not None:
-                write_features(
-                    features,
-                    target,
-                    driver=driver,
-                    overwrite=overwrite or bool(more),
-                    metadata=summary,
-                    geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
-                    style=detection_style(
-                        spec.classes,
-                        has_axis=spec.kind == "rotated",
-                        is_geographic=features.crs is not None and features.crs.is_geographic,
-                    ),
-                    image=SourceImage(
-                        os.path.basename(source.path),
-                        source.source_width,
-                        source.source_height,
-                        tuple(spec.classes),
-                        source.transform,
-                        parse_crs(source.crs),
-                    ),
-                )
-            features.attrs["summary"] = summary
-            return features
+
+        def write(rows: Iterable[geopandas.GeoDataFrame], target: str | os.PathLike[str], is_partial: bool) -> None:
+            write_feature_chunks(
+                rows,
+                target,
+                driver=driver,
+                overwrite=overwrite or is_partial,
+                metadata=lambda: summarize(target, is_partial),
+                geometry_type="MultiPolygon" if spec.kind == "mask" else "Polygon",
+                style=maker.style(),
+                image=maker.image(),
+            )
 
         with ExitStack() as stack:
-            journal = None
-            if output is not None:
-                facts = _facts(record, source.path, state, grid, area)
+            results, journal = TileResults(), None
+            if output is None:
+                results = LiveResults(grid, tiles, finish_row)
+            else:
+                facts = run_facts(record, source.path, state, grid, area)
                 journal = stack.enter_context(open_journal(output, facts, resume=resume))
             try:
                 run_tiles(
@@ -348,23 +335,38 @@ def detect_scene(
                 if cancelled is not None and cancelled():
                     raise Cancelled(f"stopped after all {results.num_tiles} tiles; nothing was written")
             except Cancelled as wish:
-                if output is None or not results.num_tiles:
+                if output is None or journal is None or not results.num_tiles:
                     raise
                 partial = partial_output(output)
-                features = finish(partial, None, partial=True)
+                write(map(finish_row, journal.rows(grid)), partial, is_partial=True)
                 raise Cancelled(
-                    f"stopped after {results.num_tiles} of {len(grid if tiles is None else tiles)} tiles; "
-                    f"{len(features)} detections of them are in {os.fspath(partial)!r}, --resume goes on",
+                    f"stopped after {results.num_tiles} of {len(tiles)} tiles; {maker.num_features} detections of them "
+                    f"are in {os.fspath(partial)!r}, --resume goes on",
                     os.fspath(partial),
                 ) from wish
             if file_state(*source.files) != state:
                 raise RasterError(f"scene {source.path!r} changed while it was read; run again with --overwrite")
-            _warn(source, grid, engine, results, settings)
-            features = finish(output, preview)
+            warn_of(source, grid, engine, results, settings)
+            rows: Iterable[geopandas.GeoDataFrame] = map(finish_row, journal.rows(grid)) if journal is not None else ()
+            if preview is not None:
+                rows = list(rows)
+                write_preview(
+                    source,
+                    Detections.concatenate([merged.detections for merged, _ in chunks], "scene", spec.object_kind),
+                    join_features([features for _, features in chunks]),
+                    preview,
+                    classes=spec.classes,
+                    summary=summarize(output),
+                    overwrite=overwrite,
+                )
             if output is not None:
+                write(rows, output, is_partial=False)
                 partial_output(output).unlink(missing_ok=True)
-    features.attrs["summary"]["seconds"] = time.perf_counter() - started
-    return features
+    found = join_features([features for _, features in chunks])
+    if not collect:
+        found = found.iloc[:0]
+    found.attrs["summary"] = {**summarize(output), "seconds": time.perf_counter() - started}
+    return found
 
 
 def describe_run(features: geopandas.GeoDataFrame) -> str:
@@ -377,123 +379,3 @@ def describe_run(features: geopandas.GeoDataFrame) -> str:
         f"{summary['scene']}: {summary['num_detections']} detections{f' ({counts})' if counts else ''} "
         f"in {tiles}, {summary['seconds']:.1f} s{where}"
     )
-
-
-def _facts(
-    record: Mapping[str, Any], path: str, state: dict[str, int] | None, grid: TileGrid, area: Area | None
-) -> dict[str, Any]:
-    """Return what must be the same when a run is gone on with, ready for JSON."""
-    free = {"batch_size", "device", "bounds", "geographic", "aoi", "min_length_m", "max_length_m", "simplify_px"}
-    return {
-        "scene": os.path.abspath(path) if state is not None else path,
-        "scene_file": state,
-        "scene_stretch": record["stretch"],
-        "area_sha256": hashlib.sha256(shapely.to_wkb(area.shape)).hexdigest() if area is not None else None,
-        "model_sha256": record["model"]["sha256"],
-        **{name: value for name, value in record["parameters"].items() if name not in free},
-        "size": [grid.width, grid.height],
-    }
-
-
-def _check_outputs(
-    scenes: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str] | None,
-    preview: str | os.PathLike[str] | None,
-    driver: str | None,
-    overwrite: bool,
-) -> None:
-    """Refuse before any work what could not be written at the end, or would replace what is read."""
-    for path in (output, preview):
-        if path is not None:
-            for scene in scenes:
-                check_not_input(path, scene)
-    if output is not None and preview is not None and os.path.abspath(output) == os.path.abspath(preview):
-        raise OutputError(f"output and preview are both {os.fspath(output)!r}; give two names")
-    if output is not None:
-        check_output(output, overwrite, driver=driver, has_image=True)
-    if preview is not None:
-        check_preview(preview, overwrite, PREVIEW_ENDINGS)
-
-
-def _check_lengths(min_length_m: float | None, max_length_m: float | None) -> None:
-    for name, value in (("min_length_m", min_length_m), ("max_length_m", max_length_m)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name}={value!r} must be at least 0 m")
-    if min_length_m is not None and max_length_m is not None and min_length_m > max_length_m:
-        raise ConfigError(f"min_length_m={min_length_m!r} must not exceed max_length_m={max_length_m!r}")
-
-
-def _warn(source: Scene, grid: TileGrid, engine: Backend, results: TileResults, settings: TileSettings) -> None:
-    if results.num_empty_tiles == results.num_tiles:
-        where = "" if results.num_tiles == len(grid) else " in the area asked for"
-        warnings.warn(f"scene {source.path!r} holds no valid pixel{where}", NodataWarning, stacklevel=3)
-    fixed = engine.fixed_tile_size
-    if fixed is not None and grid.padded_shape(engine.spec.stride_multiple) != (fixed, fixed):
-        warnings.warn(
-            f"scene {source.path!r} is smaller than the tiles of {fixed} px that the model file takes only; "
-            "grey fills them up, which moves scores a little: a file for any size does without",
-            PaddedTileWarning,
-            stacklevel=3,
-        )
-    if results.num_saturated:
-        warnings.warn(
-            f"{results.num_saturated} of {results.num_tiles} tiles hold more candidates above score "
-            f"{settings.score_threshold:g} than the model returns, so some may be missing; raise the score or lower "
-            "the tile size",
-            SaturatedTileWarning,
-            stacklevel=3,
-        )
-
-
-def _make_features(
-    source: Scene,
-    merged: Merged,
-    spec: ModelSpec,
-    simplify_px: float,
-    gsd: float | None,
-    dst_crs: Any,
-    run_id: str,
-) -> geopandas.GeoDataFrame:
-    """Resampled px -> geometries in the scene's CRS (source px without one) and attributes."""
-    boxes, transform = merged.detections.boxes, source.transform
-    outlines = outlines_of(merged.detections)
-    polygons = outlines_to_polygons(outlines, tolerance=simplify_px) if outlines is not None else None
-    if source.is_georeferenced:  # a rectangle on the ground is none in pixels of unequal sides: go straight to the CRS
-        a, b, c, d, e, f = tuple(transform)[:6]
-        x, y = source.scale_x, source.scale_y
-        transform = Affine(a * x, b * y, c, d * x, e * y, f)
-    else:
-        boxes = source.to_source(boxes)
-        if polygons is not None:
-            polygons = np.array(
-                [affine_transform(item, [source.scale_x, 0, 0, source.scale_y, 0, 0]) for item in polygons]
-            )
-    return build_features(
-        boxes,
-        merged.detections.scores,
-        merged.detections.labels,
-        merged.num_merged,
-        merged.on_edge,
-        transform=transform,
-        crs=source.crs,
-        classes=spec.classes,
-        gsd_m=gsd if gsd is not None else source.mean_gsd_m,
-        scene_id=source.scene_id,
-        acquired_at=source.acquired_at,
-        sensor=source.sensor,
-        model=spec.name,
-        model_sha=spec.weights_sha256,
-        run_id=run_id,
-        dst_crs=dst_crs,
-        kind=spec.object_kind,
-        polygons=polygons,
-    )
-
-
-def _of_length(
-    merged: Merged, features: geopandas.GeoDataFrame, least: float | None, most: float | None
-) -> tuple[Merged, geopandas.GeoDataFrame]:
-    """Keep what is so long on the ground, in both: rows agree, for both go by score, label and box."""
-    keep = features["length_m"].between(0 if least is None else least, math.inf if most is None else most).to_numpy()
-    kept = features[keep].reset_index(drop=True)
-    return merged.select(keep), kept.assign(id=np.arange(1, len(kept) + 1, dtype=np.int64))

@@ -35,6 +35,7 @@ from rtmdet_geo.cache import try_lock
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError
 from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of
 from rtmdet_geo.structures import Detections, Kind
+from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector_formats import ending_of
 
 #: Of the files' layout; a journal of another one cannot be read.
@@ -82,13 +83,14 @@ class Journal:
 
     Attributes:
         folder: where it is.
-        records: of the tiles that an earlier run finished; read once, when it was opened.
+        records: of the tiles that an earlier run finished, without their pieces.
         num_added: tiles of this run.
     """
 
     folder: Path
     records: list[TileRecord]
     _file: IO[bytes] = field(repr=False)
+    _places: dict[int, int] = field(repr=False)  # of each tile with pieces: where its record begins
     num_added: int = 0
     _synced: float = field(default_factory=time.monotonic, repr=False)
 
@@ -100,9 +102,12 @@ class Journal:
         """
         payload = _pack(record)
         try:
+            place = self._file.seek(0, os.SEEK_END)
             self._file.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
             self._file.flush()
             self.num_added += 1
+            if record.pieces is not None:
+                self._places[record.tile_id] = place
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self.sync()
         except OSError as error:
@@ -114,6 +119,23 @@ class Journal:
         """Wait until all records are on the disk."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
+
+    def rows(self, grid: TileGrid) -> Iterator[list[Pieces]]:
+        """Yield the pieces of each tile row of the grid, from the top; memory holds a row.
+
+        Raises:
+            OutputError: a record is no longer what was written.
+        """
+        for row in range(grid.num_rows):
+            yield [self._read(self._places[index]) for index in grid.row_indexes(row) if index in self._places]
+
+    def _read(self, place: int) -> Pieces:
+        self._file.seek(place)
+        payload = _next_payload(self._file)
+        pieces = _unpack(payload).pieces if payload is not None else None
+        if pieces is None:
+            raise OutputError(f"{str(self.folder)!r} was damaged while it was open; begin anew with --overwrite")
+        return pieces
 
     @property
     def is_empty(self) -> bool:
@@ -163,13 +185,14 @@ def open_journal(output: str | os.PathLike[str], facts: Mapping[str, Any], *, re
         facts = json.loads(json.dumps({"journal_version": JOURNAL_VERSION, **facts}, default=str))
         about, tiles = folder / "run.json", folder / "tiles.bin"
         records: list[TileRecord] = []
+        places: dict[int, int] = {}
         if resume and about.exists():
             _check_same(folder, _read_facts(about), facts)
-            records = _read_records(tiles)
+            records, places = _read_records(tiles)
         else:
             _begin(about, tiles, facts)
-        with tiles.open("ab") as file:
-            journal = Journal(folder, records, file)
+        with tiles.open("r+b") as file:
+            journal = Journal(folder, records, file, places)
             try:
                 yield journal
             except BaseException as error:
@@ -224,22 +247,35 @@ def _check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) ->
             )
 
 
-def _read_records(tiles: Path) -> list[TileRecord]:
-    """Return all whole records, and cut off what comes after the last; of a tile that is there twice the first."""
+def _read_records(tiles: Path) -> tuple[list[TileRecord], dict[int, int]]:
+    """Return all whole records without their pieces, and where those with pieces begin.
+
+    What comes after the last whole one is cut off; of a tile that is there twice the first counts.
+    """
     records: dict[int, TileRecord] = {}
+    places: dict[int, int] = {}
     with tiles.open("r+b") as stream:
-        size = os.fstat(stream.fileno()).st_size
         end = 0
-        while end + _RECORD.size <= size:
-            length, checksum = _RECORD.unpack(stream.read(_RECORD.size))
-            payload = stream.read(length)
-            if len(payload) < length or zlib.crc32(payload) != checksum:
-                break
+        while (payload := _next_payload(stream)) is not None:
             record = _unpack(payload)
-            records.setdefault(record.tile_id, record)
+            if record.tile_id not in records and record.pieces is not None:
+                places[record.tile_id] = end
+            records.setdefault(record.tile_id, record._replace(pieces=None))
             end = stream.tell()
         stream.truncate(end)
-    return list(records.values())
+    return list(records.values()), places
+
+
+def _next_payload(stream: IO[bytes]) -> bytes | None:
+    """Return the next record's bytes, or None where none follows that is whole."""
+    head = stream.read(_RECORD.size)
+    if len(head) < _RECORD.size:
+        return None
+    length, checksum = _RECORD.unpack(head)
+    if length > os.fstat(stream.fileno()).st_size - stream.tell():
+        return None
+    payload = stream.read(length)
+    return payload if zlib.crc32(payload) == checksum else None
 
 
 def _pack(record: TileRecord) -> bytes:

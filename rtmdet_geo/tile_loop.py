@@ -41,6 +41,7 @@ class TileSettings:
         max_overlap: share of the smaller of two masks of a class from which on they are one object, in (0, 1].
         class_ids: labels to keep; None: all.
         multi_label: several classes for one place are several detections.
+        class_aware: only detections of one class suppress each other.
         class_scores: least score of each class of the model, in the order of labels; None: one for all.
     """
 
@@ -53,6 +54,7 @@ class TileSettings:
     max_overlap: float
     class_ids: tuple[int, ...] | None
     multi_label: bool
+    class_aware: bool = True
     class_scores: tuple[float, ...] | None = None
 
     @classmethod
@@ -69,6 +71,7 @@ class TileSettings:
         batch_size: int | None = None,
         classes: Sequence[str] | None = None,
         multi_label: bool = False,
+        class_aware: bool = True,
     ) -> TileSettings:
         """Fill in what the model says for what is None, and check every value.
 
@@ -97,11 +100,30 @@ class TileSettings:
         if not 0 <= shared < size:
             raise ConfigError(f"overlap={shared} px must be at least 0 and below tile_size={size} px")
         images = choose_batch_size(engine, batch_size)
-        return cls(size, shared, images, score, iou, mask_threshold, max_overlap, labels, multi_label, class_scores)
+        return cls(
+            size,
+            shared,
+            images,
+            score,
+            iou,
+            mask_threshold,
+            max_overlap,
+            labels,
+            multi_label,
+            class_aware,
+            class_scores,
+        )
 
     def class_names(self, spec: ModelSpec) -> list[str]:
         """Return the names of the classes that are kept."""
         return [spec.classes[label] for label in self.class_ids] if self.class_ids is not None else list(spec.classes)
+
+    def is_enough(self, detections: Detections) -> NDArray[np.bool_]:
+        """Return (N,) bool: the score is the least one of its class or more."""
+        if self.class_scores is None:
+            return detections.scores >= np.float32(self.score_threshold)
+        least = np.asarray(self.class_scores, np.float32)  # as engines compare: scores are float32
+        return detections.scores >= least[detections.labels]
 
     def score_record(self, spec: ModelSpec) -> float | dict[str, float]:
         """Return the least score of every class that is kept, ready for JSON: one number, or one for each name."""
@@ -149,14 +171,14 @@ class TileResults:
         num_tiles: tiles done.
         num_empty_tiles: those without a valid pixel, which were not run.
         num_saturated: those that hold more candidates than the engine returns.
-        parts: survivors of NMS and border rule of each tile that has any.
+        pieces: survivors of NMS and border rule of each tile that has any, by its index; not of those in a journal.
         done: indexes of the tiles done.
     """
 
     num_tiles: int = 0
     num_empty_tiles: int = 0
     num_saturated: int = 0
-    parts: list[Pieces] = field(default_factory=list)
+    pieces: dict[int, Pieces] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
 
     def add(self, record: TileRecord) -> None:
@@ -166,7 +188,48 @@ class TileResults:
         self.num_saturated += record.num_saturated
         self.done.add(record.tile_id)
         if record.pieces is not None:
-            self.parts.append(record.pieces)
+            self.pieces[record.tile_id] = record.pieces
+
+    @property
+    def parts(self) -> list[Pieces]:
+        """Return the pieces of all tiles, in the order in which they were done."""
+        return list(self.pieces.values())
+
+    def rows(self, grid: TileGrid) -> Iterator[list[Pieces]]:
+        """Yield the pieces of each tile row of the grid, from the top, as :meth:`Journal.rows` does."""
+        for row in range(grid.num_rows):
+            yield [self.pieces[index] for index in grid.row_indexes(row) if index in self.pieces]
+
+
+class LiveResults(TileResults):
+    """Results that hand on the pieces of each tile row once it and all above it are done, and forget them."""
+
+    def __init__(self, grid: TileGrid, tiles: Iterable[Tile], each: Callable[[list[Pieces]], None]) -> None:
+        """Wait for the first row.
+
+        Args:
+            grid: see :func:`run_tiles`.
+            tiles: those that will be done.
+            each: takes the pieces of one row; called for all rows of the grid, from the top.
+        """
+        super().__init__()
+        self._grid, self._each, self._next_row = grid, each, 0
+        self._left = [0] * grid.num_rows
+        for tile in tiles:
+            self._left[tile.row] += 1
+        self._hand_on()
+
+    def add(self, record: TileRecord) -> None:
+        """Count a tile, and hand on what became whole by it."""
+        super().add(record)
+        self._left[self._grid[record.tile_id].row] -= 1
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        while self._next_row < self._grid.num_rows and not self._left[self._next_row]:
+            row, self._next_row = self._next_row, self._next_row + 1
+            indexes = self._grid.row_indexes(row)
+            self._each([self.pieces.pop(index) for index in indexes if index in self.pieces])
 
 
 def run_tiles(
@@ -193,7 +256,8 @@ def run_tiles(
         engine: what runs them.
         settings: checked by :meth:`TileSettings.of`.
         results: to add to; it keeps what was done if the run is cancelled. None: a new one.
-        journal: tiles of its records are not run again; each other one is written to it.
+        journal: tiles of its records are not run again; each other one is written to it, and its pieces are there
+            only.
         progress: called with (tiles done, tiles in all).
         cancelled: asked before each tile.
 
@@ -215,6 +279,7 @@ def run_tiles(
     def done(record: TileRecord) -> None:
         if journal is not None:
             journal.add(record)
+            record = record._replace(pieces=None)
         results.add(record)
         if progress is not None:
             progress(results.num_tiles, total)
@@ -235,6 +300,7 @@ def run_tiles(
                 tile,
                 grid,
                 iou_threshold=settings.iou_threshold,
+                class_aware=settings.class_aware,
                 mask_threshold=settings.mask_threshold,
                 input_shape=shape,
                 valid=valid,
@@ -296,7 +362,4 @@ def _filter(detections: Detections, valid: NDArray[np.bool_], settings: TileSett
     keep[keep] = valid[rows[keep].astype(np.intp), columns[keep].astype(np.intp)]
     if settings.class_ids is not None:
         keep &= np.isin(detections.labels, settings.class_ids)
-    if settings.class_scores is not None:
-        least = np.asarray(settings.class_scores, np.float32)  # as engines compare: scores are float32
-        keep &= detections.scores >= least[detections.labels]
-    return detections.select(keep)
+    return detections.select(keep & settings.is_enough(detections))

@@ -133,6 +133,10 @@ class TileGrid:
         """Return the index of one of the grid's tiles in row-major order; ``grid[grid.index(tile)] == tile``."""
         return tile.row * len(self.xs) + tile.col
 
+    def row_indexes(self, row: int) -> range:
+        """Return the indexes of the tiles of tile row ``row``."""
+        return range(row * len(self.xs), (row + 1) * len(self.xs))
+
     def core(self, tile: Tile) -> Tile:
         """Return the part of ``tile`` that is its own: cut at the midlines of the overlaps.
 

@@ -393,7 +393,11 @@ def test_lengths_are_metres_on_the_ground(scene, tmp_path):
     )
     np.testing.assert_array_equal(np.sort(result["length_m"]), lengths[1:4])  # ends included
     assert found_ships(result) == [0, 2, 4] and sorted(result["id"]) == [1, 2, 3]
-    assert len(geopandas.read_file(tmp_path / "some.gpkg", layer="detections")) == result.attrs["summary"]["num_detections"] == 3
+    assert (
+        len(geopandas.read_file(tmp_path / "some.gpkg", layer="detections"))
+        == result.attrs["summary"]["num_detections"]
+        == 3
+    )
     assert list(result.columns) == list(whole.columns) and (result.dtypes == whole.dtypes).all()
     # the same pixels in Web Mercator at 40.6 degrees north are shorter on the ground, by the cosine of the latitude
     with rasterio.open(scene) as source:

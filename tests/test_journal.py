@@ -27,6 +27,7 @@ from rtmdet_geo.errors import Cancelled, ConfigError, OutputError, RasterError
 from rtmdet_geo.journal import TileRecord, journal_folder, open_journal, partial_output
 from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of
 from rtmdet_geo.structures import Detections
+from rtmdet_geo.tiles import TileGrid
 
 
 def record(tile_id: int, number: int = 2, *, masks: bool = False) -> TileRecord:
@@ -83,9 +84,30 @@ def write(output: Path, records: list[TileRecord], facts: dict | None = None) ->
 )
 def test_what_is_written_is_read(tmp_path, records):
     write(tmp_path / "a.gpkg", records)
+    grid = TileGrid(40, 40, 16, 4)
+    assert (grid.num_rows, grid.num_cols) == (3, 3)
+    expected = [sorted(item for item in records if item.tile_id // 3 == row) for row in range(3)]
     with open_journal(tmp_path / "a.gpkg", {}, resume=True) as again:
-        assert all(same(*pair) for pair in zip(again.records, records, strict=True))
+        assert again.records == [item._replace(pieces=None) for item in records]
+        for _ in range(2):  # they can be read again
+            for pieces, row in zip(again.rows(grid), expected, strict=True):
+                found = [item for item in row if item.pieces is not None]
+                assert all(same(item._replace(pieces=part), item) for part, item in zip(pieces, found, strict=True))
+        again.add(record(8, 2))  # what is added after reading is appended
+        assert len(list(again.rows(grid))[2][-1].counts) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_changes_while_it_is_open_is_an_error(tmp_path):
+    path = write(tmp_path / "a.gpkg", [record(0)])
+    with (
+        pytest.raises(OutputError, match="was damaged while it was open"),
+        open_journal(tmp_path / "a.gpkg", {}, resume=True) as again,
+    ):
+        content = bytearray(path.read_bytes())
+        content[len(content) - 20] ^= 1
+        path.write_bytes(content)
+        list(again.rows(TileGrid(16, 16, 16, 0)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -226,7 +248,7 @@ def test_what_could_not_be_written_is_not_lost(engine, scene, tmp_path, monkeypa
         raise OutputError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="no space") as refusal:
-        patch.setattr(pipeline, "write_features", full)
+        patch.setattr(pipeline, "write_feature_chunks", full)
         detect_scene(scene, tmp_path / "ships.gpkg")
     assert refusal.value.__notes__ == ["6 tiles are done, --resume goes on from them"]
     num_images = engine.num_images

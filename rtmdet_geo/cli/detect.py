@@ -47,8 +47,8 @@ def _parse_bounds(
 @click.command()
 @click.argument("scene", metavar="SCENE")
 @options.output_option(
-    "Vector file to write: .gpkg, .fgb, .parquet, .geojson, .geojsonl, .shp, .shp.zip or .csv. '-' writes GeoJSON "
-    "features (EPSG:4326), one a line, to stdout.",
+    "Vector file to write: .gpkg, .fgb, .parquet, .geojson, .geojsonl, .shp, .shp.zip, .csv, .coco.json or .txt "
+    "(DOTA). '-' writes GeoJSON features (EPSG:4326) to stdout, one a line, as soon as they are final.",
     required=False,
 )
 @options.model_option
@@ -141,6 +141,14 @@ def _parse_bounds(
 @options.batch_size_option("Tiles")
 @options.engine_options
 @click.option(
+    "--merge",
+    type=click.Choice(["nms", "soft-nms", "wbf"]),
+    default="nms",
+    show_default=True,
+    help="Boxes of several tiles that overlap: the best stays, the others' scores decay, or they are averaged.",
+)
+@click.option("--class-agnostic", is_flag=True, help="Objects of different classes in one place are one, too.")
+@click.option(
     "--max-overlap",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.7,
@@ -190,7 +198,7 @@ def detect(
 
     The result in one line goes to stdout, unless --json, --progress jsonl or '-o -' owns it. Finding nothing is no
     error: the layer is then empty. Ctrl-C leaves nothing under the output's name: what was found until then goes to
-    scene.partial.gpkg, and --resume goes on from there.
+    scene.partial.gpkg, and --resume goes on from there. '-o -' writes each object as soon as it is final.
     """
     options.check_stdout_owner(as_json, progress_mode, output)
     if output is None and preview is None and not as_json and progress_mode != "jsonl":
@@ -208,6 +216,13 @@ def detect(
             start |= {"model_name": spec.name, "classes": list(spec.classes)}
     if stdin_cancel:
         report.watch_stdin()
+
+    def echo_lines(features: Any) -> None:
+        from rtmdet_geo.vector import geojson_features
+
+        for line in geojson_features(features):
+            click.echo(line)
+
     with report.signals_are_polled(), report.progress(ctx, progress_mode, "detect", start) as advance:
         result = detect_scene(
             scene,
@@ -216,9 +231,12 @@ def detect(
             bands=options.parse_bands(bands),
             classes=list(classes) or None,
             preview=preview,
+            collect=False,
+            each=echo_lines if to_stdout else None,
             progress=advance,
             cancelled=report.cancel_requested.is_set,
             **settings,
         )
-    text = describe_run(result)
-    report.echo_layer(ctx, result, text, to_stdout=to_stdout, as_json=as_json, progress_mode=progress_mode)
+    if not to_stdout:
+        summary = result.attrs["summary"]
+        report.echo_summary(ctx, summary, describe_run(result), as_json=as_json, progress_mode=progress_mode)

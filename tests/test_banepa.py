@@ -49,7 +49,7 @@ def best_overlaps(labels: geopandas.GeoSeries, found: geopandas.GeoSeries) -> np
 def test_buildings_of_the_left_out_column(left_out, data_dir, tmp_path):
     output = tmp_path / "buildings.gpkg"
     result = detect_scene(left_out, output, model="banepa_ins")
-    layer = geopandas.read_file(output)
+    layer = geopandas.read_file(output, layer="detections")
     assert layer.geometry.is_valid.all() and len(layer) == len(result)
     found = layer.to_crs(UTM)
     np.testing.assert_allclose(found["area_m2"], found.geometry.area, rtol=3e-3)

@@ -56,7 +56,7 @@ def test_one_valid_polygon_an_object_whatever_the_grid(engine, tmp_path, tile_si
     image, shapes = paint()
     scene, output = write_scene(tmp_path / "town.tif", image), tmp_path / "town.gpkg"
     result = detect_scene(scene, output, tile_size=tile_size, overlap=overlap)
-    layer = geopandas.read_file(output)
+    layer = geopandas.read_file(output, layer="detections")
     assert len(result) == len(layer) == len(shapes)
     assert layer.geometry.is_valid.all() and set(layer.geom_type) == {"MultiPolygon"}
     for shape in shapes:
@@ -114,7 +114,7 @@ def test_geojson_keeps_holes_and_parts(engine, tmp_path):
     detect_scene(write_scene(tmp_path / "town.tif", image), output)
     features = json.loads(output.read_text())["features"]
     assert max(len(item["geometry"]["coordinates"]) for item in features if item["geometry"]["type"] == "Polygon") == 2
-    assert geopandas.read_file(output).geometry.is_valid.all()
+    assert geopandas.read_file(output, layer="detections").geometry.is_valid.all()
 
 
 def test_without_crs_polygons_are_in_source_pixels(engine, tmp_path):
@@ -132,7 +132,7 @@ def test_objects_without_a_mask_are_left_out_and_nothing_is_fine(engine, tmp_pat
     image[:] = GROUND
     output = tmp_path / "empty.gpkg"
     assert len(detect_scene(write_scene(tmp_path / "empty.tif", image), output)) == 0
-    assert len(geopandas.read_file(output)) == 0
+    assert len(geopandas.read_file(output, layer="detections")) == 0
 
 
 @pytest.mark.parametrize(("tile_size", "overlap"), [(640, 64), (192, 64)])
@@ -161,7 +161,7 @@ def test_horizontal_boxes_have_no_azimuth(monkeypatch, tmp_path):
     image, shapes = paint()
     output = tmp_path / "town.gpkg"
     detect_scene(write_scene(tmp_path / "town.tif", image), output, tile_size=640)
-    layer = geopandas.read_file(output)
+    layer = geopandas.read_file(output, layer="detections")
     assert len(layer) == len(shapes) and layer["azimuth_deg"].isna().all()
     assert set(layer.geom_type) == {"Polygon"}
     for shape in shapes:

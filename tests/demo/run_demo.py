@@ -47,7 +47,7 @@ def main() -> int:
     if code:
         print(f"demo: rtmdet-geo detect ended with exit code {code}", file=sys.stderr)
         return code
-    ships = geopandas.read_file("ships.gpkg")
+    ships = geopandas.read_file("ships.gpkg", layer="detections")
     labels = geopandas.read_file(DATA / "casablanca_ships.geojson")
     utm = labels.estimate_utm_crs()
     found = count_found(

@@ -4,8 +4,8 @@ A folder ``OUT.partial`` beside the output holds:
 
 * ``run.json``: which run it is, scene, model and parameters. Another run cannot go on from it.
 * ``tiles.bin``: one record for each finished tile, in the order in which they were done, appended and never changed. A
-  record is 8 bytes (its length and CRC-32, little-endian) and an ``.npz`` without pickles. One that a kill cut short
-  is cut off, and its tile done again.
+  record is 8 bytes (its length and CRC-32, little-endian), a line of JSON and arrays. One that a kill cut short is cut
+  off, and its tile done again.
 * ``lock``: held by the process that writes.
 
 Records reach the operating system one by one, the disk once a second: SIGKILL loses the tile at hand, a power cut the
@@ -14,8 +14,8 @@ last second.
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -34,7 +34,7 @@ from rtmdet_geo.annotations.outlines import Outline
 from rtmdet_geo.cache import try_lock
 from rtmdet_geo.errors import Cancelled, ConfigError, OutputError
 from rtmdet_geo.stitch import Pieces, as_outlines, outlines_of
-from rtmdet_geo.structures import Detections, Kind
+from rtmdet_geo.structures import Detections
 from rtmdet_geo.tiles import TileGrid
 from rtmdet_geo.vector_formats import ending_of
 
@@ -279,14 +279,13 @@ def _next_payload(stream: IO[bytes]) -> bytes | None:
 
 
 def _pack(record: TileRecord) -> bytes:
-    """Return a record as the bytes of an .npz file."""
-    arrays: dict[str, NDArray[Any]] = {
-        "tile": np.array([record.tile_id, record.is_empty, record.num_saturated], np.int64)
-    }
+    """Return a record as bytes: a line of JSON that says which arrays follow, and these, C-contiguous."""
+    arrays: dict[str, NDArray[Any]] = {}
+    kind = None
     if record.pieces is not None:
         found = record.pieces.detections
-        arrays |= {
-            "kind": np.array(found.kind),
+        kind = found.kind
+        arrays = {
             "boxes": found.boxes,
             "scores": found.scores,
             "labels": found.labels,
@@ -297,9 +296,12 @@ def _pack(record: TileRecord) -> bytes:
         outlines = outlines_of(found)
         if outlines is not None:
             arrays |= _pack_outlines(list(outlines))
-    stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **arrays)
-    return stream.getvalue()
+    head = {
+        "tile": [record.tile_id, int(record.is_empty), record.num_saturated],
+        "kind": kind,
+        "arrays": [(name, array.dtype.str, array.shape) for name, array in arrays.items()],
+    }
+    return b"\n".join([json.dumps(head).encode(), b"".join(array.tobytes() for array in arrays.values())])
 
 
 def _pack_outlines(outlines: list[Outline]) -> dict[str, NDArray[Any]]:
@@ -314,15 +316,25 @@ def _pack_outlines(outlines: list[Outline]) -> dict[str, NDArray[Any]]:
 
 
 def _unpack(payload: bytes) -> TileRecord:
-    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-        tile_id, is_empty, num_saturated = (int(value) for value in arrays["tile"])
-        pieces = None
-        if "boxes" in arrays:
-            kind: Kind = str(arrays["kind"])  # type: ignore[assignment]
-            masks = as_outlines(_unpack_outlines(arrays)) if "points" in arrays else None
-            found = Detections(arrays["boxes"], arrays["scores"], arrays["labels"], "scene", kind, masks)
-            pieces = Pieces(found, arrays["counts"], arrays["is_cut"], arrays["tile_ids"])
-    return TileRecord(tile_id, bool(is_empty), num_saturated, pieces)
+    line, _, content = payload.partition(b"\n")
+    head = json.loads(line)
+    tile_id, is_empty, num_saturated = head["tile"]
+    if head["kind"] is None:
+        return TileRecord(tile_id, bool(is_empty), num_saturated)
+    arrays: dict[str, NDArray[Any]] = {}
+    start = 0
+    for name, dtype, shape in head["arrays"]:
+        size = math.prod(shape)
+        arrays[name] = np.frombuffer(content, dtype, size, start).reshape(shape)
+        start += size * arrays[name].itemsize
+    masks = as_outlines(_unpack_outlines(arrays)) if "points" in arrays else None
+    found = Detections(arrays["boxes"], arrays["scores"], arrays["labels"], "scene", head["kind"], masks)
+    return TileRecord(
+        tile_id,
+        bool(is_empty),
+        num_saturated,
+        Pieces(found, arrays["counts"], arrays["is_cut"], arrays["tile_ids"]),
+    )
 
 
 def _unpack_outlines(arrays: Mapping[str, NDArray[Any]]) -> list[Outline]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtmdet_geo.errors import RasterError
+from rtmdet_geo.jit import compiled
 from rtmdet_geo.structures import StretchSpec
 
 
@@ -27,7 +28,9 @@ class BandStretch:
             return values.astype(np.uint8, copy=False)
         if lut is not None:
             index = values.view(np.uint16) if values.dtype == np.int16 else values
-            return np.take(lut, index)
+            found = np.empty(index.shape, np.uint8)
+            _look_up(lut, np.ascontiguousarray(index).ravel(), found.ravel())
+            return found
         scaled = (values.astype(np.float64) - self.low) * (255.0 / (self.high - self.low)) + 0.5
         with np.errstate(invalid="ignore"):
             scaled = np.where(np.isnan(scaled), 0.0, np.clip(scaled, 0.0, 255.0))
@@ -40,6 +43,13 @@ class BandStretch:
         size = 256 if dtype == np.uint8 else 65536
         every_value = np.arange(size, dtype=np.uint8 if size == 256 else np.uint16)
         return self.apply(every_value.view(dtype))
+
+
+@compiled
+def _look_up(lut: NDArray[np.uint8], values: NDArray[Any], found: NDArray[np.uint8]) -> None:
+    """``found[...] = lut[values]`` of flat arrays; numpy's own makes 8-byte indexes of the values first."""
+    for position in range(values.shape[0]):
+        found[position] = lut[values[position]]
 
 
 def fixed_stretch(

@@ -1,4 +1,4 @@
-"""How GDAL is to reach a scene: its memory, and what it does when a server fails. No raster library here."""
+"""How GDAL is to reach a scene: its memory, what it does when a server fails, and what it says. No raster library here."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ HTTP_OPTIONS: Mapping[str, Any] = {
 }
 #: No listing of a remote folder: each companion file is asked for by its name.
 _REMOTE_OPTIONS: Mapping[str, Any] = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
+#: What to do when pixels cannot be read.
+FILE_REMEDY = "the file may be truncated, copy it again"
+SERVER_REMEDY = "the server failed, broke off or fell silent: try again later, --resume goes on"
 _REMOTE_STARTS = (
     *("http:", "https:", "ftp:", "s3:", "gs:", "az:", "oss:"),
     *("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsiwebhdfs"),
@@ -52,3 +55,11 @@ def is_remote(path: str) -> bool:
 def is_virtual(path: str) -> bool:
     """Whether GDAL, not the file system, resolves a path."""
     return path.startswith("/vsi") or ":" in path[2:] or path.lstrip().startswith(("<", "{"))
+
+
+def one_line(error: BaseException) -> str:
+    """Message of an error on one line; rasterio keeps GDAL's reason in ``__cause__``."""
+    texts = [str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
+        texts.append(str(error.__cause__))
+    return " ".join(" ".join(texts).split()) or type(error).__name__

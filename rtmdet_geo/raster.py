@@ -27,7 +27,7 @@ from rasterio.windows import Window
 
 from rtmdet_geo.bands import Band, name_bands, sensor_family
 from rtmdet_geo.errors import NotGeoreferencedWarning, RasterError
-from rtmdet_geo.gdal_options import gdal_options, is_remote, is_virtual, retries
+from rtmdet_geo.gdal_options import FILE_REMEDY, SERVER_REMEDY, gdal_options, is_remote, is_virtual, one_line, retries
 from rtmdet_geo.georeference import ground_sample_distance
 from rtmdet_geo.mosaic import Part, PartBand, mosaic_vrt, rasters_in
 from rtmdet_geo.scene import Scene
@@ -236,9 +236,12 @@ class _Source:
     def close(self) -> None:
         """Close the warped view, then the file."""
         with self._lock:
-            if self._dataset is not self._original:
-                self._dataset.close()
-            self._original.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._dataset is not self._original:
+            self._dataset.close()
+        self._original.close()
 
     def _georeference(self) -> tuple[Any, Affine, tuple[float, float] | None]:
         """CRS, transform and ground sample distance; None, identity and None when pixels cannot be placed on Earth."""
@@ -319,11 +322,9 @@ class _Source:
             with self._lock, self.environment():
                 return self._read_insistently(indexes, options, with_mask)
         except (RasterioError, CPLE_BaseError) as error:
-            remedy = "the file may be truncated, copy it again"
-            if any(map(is_remote, self.files)):
-                remedy = "the server failed, broke off or fell silent: try again later, --resume goes on"
+            remedy = SERVER_REMEDY if any(map(is_remote, self.files)) else FILE_REMEDY
             where = f"x={x} y={y}, {width} x {height} px"
-            raise RasterError(f"scene {self.path!r} cannot be read at {where}: {_one_line(error)}; {remedy}") from error
+            raise RasterError(f"scene {self.path!r} cannot be read at {where}: {one_line(error)}; {remedy}") from error
 
     def environment(self) -> rasterio.Env:
         """GDAL's options for whatever reads the file."""
@@ -332,31 +333,28 @@ class _Source:
     def _read_insistently(
         self, indexes: Sequence[int], options: Mapping[str, Any], with_mask: bool
     ) -> tuple[list[NDArray[Any]], NDArray[np.bool_] | None]:
-        """Read; of a server anew where that fails, since GDAL itself repeats no answer that broke off.
-
-        A server that is silent is asked once more only, one that answers as often as GDAL would.
-        """
+        """Read; of a server anew where that fails (of a silent one once), as GDAL itself repeats no torn answer."""
         started, (number, pause_s, silent_s) = time.monotonic(), retries(_options_in_force())
-        number = number if any(map(is_remote, self.files)) else 0
-        for left in range(number, -1, -1):
+        for attempt in range(number if any(map(is_remote, self.files)) else 0):
             try:
                 return self._read(indexes, options, with_mask)
             except (RasterioError, CPLE_BaseError) as error:
-                is_silent = time.monotonic() - started >= silent_s
-                if left == 0 or (is_silent and left < number):
+                if attempt and time.monotonic() - started >= silent_s:
                     raise
-                logger.warning("%s: %s; asked again", self.path, _one_line(error))
-                time.sleep(pause_s)
-                self._reopen()
-        raise AssertionError("the last attempt returns or raises")
+                logger.warning("%s: %s; asked again", self.path, one_line(error))
+            time.sleep(pause_s)
+            self._reopen()
+        return self._read(indexes, options, with_mask)
 
     def _reopen(self) -> None:
         """Close the file, with which GDAL forgets what came of it, and open it again."""
-        if self._dataset is not self._original:
-            self._dataset.close()
-        self._original.close()
-        self._original = rasterio.open(self._opened)
+        self._close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)
+            self._original = rasterio.open(self._opened)
         self._dataset, _ = _warped(self._original, self.path)
+        if (self._dataset.width, self._dataset.height) != (self.width, self.height):
+            raise RasterError(f"scene {self.path!r} changed while it was read; run again with --overwrite")
 
     def _read(
         self, indexes: Sequence[int], options: Mapping[str, Any], with_mask: bool
@@ -381,7 +379,7 @@ def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
                 return _open_mosaic(rasters_in(Path(text)), text)
             if not is_virtual(text) and not Path(text).exists():
                 raise RasterError(f"scene {text!r} does not exist; check the path") from error
-            raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
+            raise RasterError(f"scene {text!r} cannot be opened as a raster: {one_line(error)}") from error
         try:
             if dataset.count == 0:
                 parts = dataset.subdatasets
@@ -390,7 +388,7 @@ def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
             return _Source(text, dataset)
         except (RasterioError, CPLE_BaseError) as error:
             dataset.close()
-            raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
+            raise RasterError(f"scene {text!r} cannot be opened as a raster: {one_line(error)}") from error
         except BaseException:
             dataset.close()
             raise
@@ -441,17 +439,9 @@ def _warped(original: Any, path: str) -> tuple[Any, str | None]:
         )
     except (RasterioError, CPLE_BaseError) as error:
         raise RasterError(
-            f"scene {path!r} cannot be placed by its {kind}: {_one_line(error)}; give it a geotransform with gdalwarp"
+            f"scene {path!r} cannot be placed by its {kind}: {one_line(error)}; give it a geotransform with gdalwarp"
         ) from error
     if view.width < 1 or view.height < 1:  # GDAL's integers ran over
         view.close()
         raise RasterError(f"scene {path!r} cannot be placed by its {kind}: they make no sense; check the file")
     return view, kind
-
-
-def _one_line(error: BaseException) -> str:
-    """Message of an error on one line; rasterio keeps GDAL's reason in ``__cause__``."""
-    texts = [str(error)]
-    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
-        texts.append(str(error.__cause__))
-    return " ".join(" ".join(texts).split()) or type(error).__name__

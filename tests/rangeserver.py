@@ -56,13 +56,12 @@ class RangeServer:
 @contextmanager
 def serve(folder: Path) -> Iterator[RangeServer]:
     """Serve a folder on a free port of this machine."""
-    process = subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield RangeServer(f"http://127.0.0.1:{int(process.stdout.readline())}")
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            yield RangeServer(f"http://127.0.0.1:{int(process.stdout.readline())}")
+        finally:
+            process.kill()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -265,5 +265,5 @@ def test_requests_are_repeated_and_end(path, monkeypatch):
     assert options["GDAL_HTTP_MAX_RETRY"] == 3 and options["GDAL_HTTP_LOW_SPEED_TIME"] == 30
     monkeypatch.setenv("GDAL_HTTP_MAX_RETRY", "9")
     assert "GDAL_HTTP_MAX_RETRY" not in _gdal_options(path)
-    local = _gdal_options("/data/https/a.vrt")  # its parts may lie on a server
-    assert options.keys() - local.keys() == {"GDAL_DISABLE_READDIR_ON_OPEN"}
+    remote, local = _gdal_options(path), _gdal_options("/data/https/a.vrt")  # its parts may lie on a server
+    assert remote.keys() - local.keys() == {"GDAL_DISABLE_READDIR_ON_OPEN"} and "GDAL_HTTP_LOW_SPEED_TIME" in local

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -104,6 +105,18 @@ def mosaic_vrt(parts: Sequence[Part], where: str) -> str:
         for part, corner in zip(parts, corners.tolist(), strict=True):
             _add_source(mask, part, corner, "mask,1", nodata="0")
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def rasters_in(folder: Path) -> list[str]:
+    """Rasters of a folder, by name.
+
+    Raises:
+        RasterError: it holds none.
+    """
+    found = [str(item) for item in sorted(folder.iterdir()) if item.suffix.lower() in PART_SUFFIXES and item.is_file()]
+    if not found:
+        raise RasterError(f"folder {str(folder)!r} holds no rasters ({', '.join(PART_SUFFIXES)}); check the path")
+    return found
 
 
 def _check_part(part: Part, first: Part, where: str) -> None:

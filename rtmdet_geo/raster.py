@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ from rasterio.windows import Window
 
 from rtmdet_geo.bands import Band, name_bands, sensor_family
 from rtmdet_geo.errors import NotGeoreferencedWarning, RasterError
+from rtmdet_geo.gdal_options import FILE_REMEDY, SERVER_REMEDY, gdal_options, is_remote, is_virtual, one_line, retries
 from rtmdet_geo.georeference import ground_sample_distance
-from rtmdet_geo.mosaic import PART_SUFFIXES, Part, PartBand, mosaic_vrt
+from rtmdet_geo.mosaic import Part, PartBand, mosaic_vrt, rasters_in
 from rtmdet_geo.scene import Scene
 from rtmdet_geo.scene_tags import acquisition_time, scene_stem, sensor_name
 from rtmdet_geo.stretch_options import StoredStretch, StretchWish
@@ -39,24 +41,6 @@ logger = logging.getLogger(__name__)
 
 #: Rational polynomials give longitude and latitude on WGS 84 (NITF STDI-0002, RPC00B).
 _RPC_CRS = "EPSG:4326"
-
-#: Bytes of decoded blocks that GDAL keeps; strips.py reads each block once, so more would only fill the memory.
-#: It must hold a strip of blocks under a column panel: 8,192 x 512 px of 13 uint16 bands are 104 MiB.
-CACHE_BYTES = 256 * 2**20
-#: For files that come over the network: no listing of the folder (each companion file is asked for by its name), and
-#: requests that fail or fall silent are repeated before they are an error (seconds, bytes a second).
-_REMOTE_OPTIONS = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
-    "GDAL_HTTP_MAX_RETRY": 3,
-    "GDAL_HTTP_RETRY_DELAY": 1,
-    "GDAL_HTTP_CONNECTTIMEOUT": 20,
-    "GDAL_HTTP_LOW_SPEED_TIME": 30,
-    "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
-}
-_REMOTE_STARTS = (
-    *("http:", "https:", "ftp:", "s3:", "gs:", "az:", "oss:"),
-    *("/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift", "/vsiwebhdfs"),
-)
 
 
 def open_scene(
@@ -96,18 +80,19 @@ def open_scene(
     """
     source = _open_source(path)
     try:
-        scene = Scene(
-            source.path,
-            source,
-            bands=bands,
-            model_bands=model_bands,
-            optional_bands=optional_bands,
-            stretch=stretch or StretchSpec(),
-            model_gsd_m=model_gsd_m,
-            gsd_m=gsd_m,
-            trained_gsd_m=trained_gsd_m,
-            nodata=nodata,
-        )
+        with source.environment():
+            scene = Scene(
+                source.path,
+                source,
+                bands=bands,
+                model_bands=model_bands,
+                optional_bands=optional_bands,
+                stretch=stretch or StretchSpec(),
+                model_gsd_m=model_gsd_m,
+                gsd_m=gsd_m,
+                trained_gsd_m=trained_gsd_m,
+                nodata=nodata,
+            )
     except BaseException:
         source.close()
         raise
@@ -138,7 +123,7 @@ def describe_scene(path: str | Path) -> dict[str, Any]:
     Raises:
         RasterError: as :func:`open_scene`.
     """
-    with _open_source(path) as source:
+    with _open_source(path) as source, source.environment():
         sensor = sensor_name(source.tags)
         bands = source.named_bands(sensor)
         a, b, c, d, e, f = tuple(source.transform)[:6]
@@ -186,9 +171,10 @@ class _Source:
     blocks are those of the warped view.
     """
 
-    def __init__(self, path: str, original: Any, files: tuple[str, ...] | None = None) -> None:
+    def __init__(self, path: str, original: Any, files: tuple[str, ...] | None = None, *, vrt: str = "") -> None:
         self.path = path
         self.files = files or (path,)
+        self._opened = vrt or path
         self.driver = str(original.driver)
         self.tags: dict[str, str] = {}
         for namespace in (None, "IMAGERY"):  # GDAL gathers satellite metadata files in the IMAGERY domain
@@ -250,9 +236,12 @@ class _Source:
     def close(self) -> None:
         """Close the warped view, then the file."""
         with self._lock:
-            if self._dataset is not self._original:
-                self._dataset.close()
-            self._original.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._dataset is not self._original:
+            self._dataset.close()
+        self._original.close()
 
     def _georeference(self) -> tuple[Any, Affine, tuple[float, float] | None]:
         """CRS, transform and ground sample distance; None, identity and None when pixels cannot be placed on Earth."""
@@ -329,38 +318,68 @@ class _Source:
         options: dict[str, Any] = {"window": Window(x, y, width, height)}
         if out_shape is not None:
             options |= {"out_shape": out_shape, "resampling": Resampling.nearest}
-        mask = None
         try:
-            with self._lock, rasterio.Env(**_gdal_options(*self.files)):
-                if out_shape is None and len({self.dtype(index) for index in indexes}) == 1:
-                    values = list(self._dataset.read(list(indexes), **options))
-                else:
-                    values = [self._dataset.read(index, **options) for index in indexes]
-                if with_mask:
-                    mask = self._dataset.read_masks(indexes[0], **options) != 0
+            with self._lock, self.environment():
+                return self._read_insistently(indexes, options, with_mask)
         except (RasterioError, CPLE_BaseError) as error:
-            raise RasterError(
-                f"scene {self.path!r} cannot be read at x={x} y={y}, {width} x {height} px: {_one_line(error)}; "
-                "the file may be truncated, copy it again"
-            ) from error
-        return values, mask
+            remedy = SERVER_REMEDY if any(map(is_remote, self.files)) else FILE_REMEDY
+            where = f"x={x} y={y}, {width} x {height} px"
+            raise RasterError(f"scene {self.path!r} cannot be read at {where}: {one_line(error)}; {remedy}") from error
+
+    def environment(self) -> rasterio.Env:
+        """GDAL's options for whatever reads the file."""
+        return rasterio.Env(**_gdal_options(*self.files))
+
+    def _read_insistently(
+        self, indexes: Sequence[int], options: Mapping[str, Any], with_mask: bool
+    ) -> tuple[list[NDArray[Any]], NDArray[np.bool_] | None]:
+        """Read; of a server anew where that fails (of a silent one once), as GDAL itself repeats no torn answer."""
+        started, (number, pause_s, silent_s) = time.monotonic(), retries(_options_in_force())
+        for attempt in range(number if any(map(is_remote, self.files)) else 0):
+            try:
+                return self._read(indexes, options, with_mask)
+            except (RasterioError, CPLE_BaseError) as error:
+                if attempt and time.monotonic() - started >= silent_s:
+                    raise
+                logger.warning("%s: %s; asked again", self.path, one_line(error))
+            time.sleep(pause_s)
+            self._reopen()
+        return self._read(indexes, options, with_mask)
+
+    def _reopen(self) -> None:
+        """Close the file, with which GDAL forgets what came of it, and open it again."""
+        self._close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)
+            self._original = rasterio.open(self._opened)
+        self._dataset, _ = _warped(self._original, self.path)
+        if (self._dataset.width, self._dataset.height) != (self.width, self.height):
+            raise RasterError(f"scene {self.path!r} changed while it was read; run again with --overwrite")
+
+    def _read(
+        self, indexes: Sequence[int], options: Mapping[str, Any], with_mask: bool
+    ) -> tuple[list[NDArray[Any]], NDArray[np.bool_] | None]:
+        if "out_shape" not in options and len({self.dtype(index) for index in indexes}) == 1:
+            values = list(self._dataset.read(list(indexes), **options))
+        else:
+            values = [self._dataset.read(index, **options) for index in indexes]
+        return values, self._dataset.read_masks(indexes[0], **options) != 0 if with_mask else None
 
 
 def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
     if not isinstance(path, str | Path):
         return _open_mosaic([str(part) for part in path], None)
     text = str(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rasterio.Env(**_gdal_options(text)):
         warnings.simplefilter("ignore", RasterioNotGeoreferencedWarning)  # open_scene issues one of its own
         try:
-            with rasterio.Env(**_gdal_options(text)):
-                dataset = rasterio.open(path)
+            dataset = rasterio.open(path)
         except (RasterioError, CPLE_BaseError, OSError, ValueError, TypeError) as error:
             if Path(text).is_dir():
-                return _open_mosaic(_rasters_in(Path(text)), text)
-            if not _is_virtual(text) and not Path(text).exists():
+                return _open_mosaic(rasters_in(Path(text)), text)
+            if not is_virtual(text) and not Path(text).exists():
                 raise RasterError(f"scene {text!r} does not exist; check the path") from error
-            raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
+            raise RasterError(f"scene {text!r} cannot be opened as a raster: {one_line(error)}") from error
         try:
             if dataset.count == 0:
                 parts = dataset.subdatasets
@@ -369,7 +388,7 @@ def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
             return _Source(text, dataset)
         except (RasterioError, CPLE_BaseError) as error:
             dataset.close()
-            raise RasterError(f"scene {text!r} cannot be opened as a raster: {_one_line(error)}") from error
+            raise RasterError(f"scene {text!r} cannot be opened as a raster: {one_line(error)}") from error
         except BaseException:
             dataset.close()
             raise
@@ -377,21 +396,11 @@ def _open_source(path: str | Path | Sequence[str | Path]) -> _Source:
 
 def _gdal_options(*paths: str) -> dict[str, Any]:
     """GDAL's options for opening and reading paths; those that the user or a calling program set are left alone."""
-    options = {"GDAL_CACHEMAX": CACHE_BYTES} | (_REMOTE_OPTIONS if any(map(_is_remote, paths)) else {})
-    set_already = {*os.environ, *(rasterio.env.getenv() if rasterio.env.hasenv() else ())}
-    return {name: value for name, value in options.items() if name not in set_already}
+    return gdal_options(*paths, set_already=_options_in_force())
 
 
-def _is_remote(path: str) -> bool:
-    return path.startswith(_REMOTE_STARTS)
-
-
-def _rasters_in(folder: Path) -> list[str]:
-    """Rasters of a folder, by name."""
-    found = [str(item) for item in sorted(folder.iterdir()) if item.suffix.lower() in PART_SUFFIXES and item.is_file()]
-    if not found:
-        raise RasterError(f"folder {str(folder)!r} holds no rasters ({', '.join(PART_SUFFIXES)}); check the path")
-    return found
+def _options_in_force() -> dict[str, Any]:
+    return {**os.environ, **(rasterio.env.getenv() if rasterio.env.hasenv() else {})}
 
 
 def _open_mosaic(paths: Sequence[str], folder: str | None) -> _Source:
@@ -405,7 +414,9 @@ def _open_mosaic(paths: Sequence[str], folder: str | None) -> _Source:
     for path in paths:
         with _open_source(path) as source:
             parts.append(source.part())
-    return _Source(name, rasterio.open(mosaic_vrt(parts, f"mosaic {name!r}")), tuple(paths))
+    vrt = mosaic_vrt(parts, f"mosaic {name!r}")
+    with rasterio.Env(**_gdal_options(*paths)):
+        return _Source(name, rasterio.open(vrt), tuple(paths), vrt=vrt)
 
 
 def _warped(original: Any, path: str) -> tuple[Any, str | None]:
@@ -428,22 +439,9 @@ def _warped(original: Any, path: str) -> tuple[Any, str | None]:
         )
     except (RasterioError, CPLE_BaseError) as error:
         raise RasterError(
-            f"scene {path!r} cannot be placed by its {kind}: {_one_line(error)}; give it a geotransform with gdalwarp"
+            f"scene {path!r} cannot be placed by its {kind}: {one_line(error)}; give it a geotransform with gdalwarp"
         ) from error
     if view.width < 1 or view.height < 1:  # GDAL's integers ran over
         view.close()
         raise RasterError(f"scene {path!r} cannot be placed by its {kind}: they make no sense; check the file")
     return view, kind
-
-
-def _is_virtual(text: str) -> bool:
-    """Whether GDAL, not the file system, resolves the path."""
-    return text.startswith("/vsi") or ":" in text[2:] or text.lstrip().startswith(("<", "{"))
-
-
-def _one_line(error: BaseException) -> str:
-    """Message of an error on one line; rasterio keeps GDAL's reason in ``__cause__``."""
-    texts = [str(error)]
-    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
-        texts.append(str(error.__cause__))
-    return " ".join(" ".join(texts).split()) or type(error).__name__

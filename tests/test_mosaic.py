@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from rasterio.transform import Affine
 from rasters import make_raster, pattern, write_raster
 from synthetic import BlobBackend, draw_ships, write_scene
 
 from rtmdet_geo import detect as pipeline
+from rtmdet_geo.cli import cli
 from rtmdet_geo.detect import detect_scene
 from rtmdet_geo.errors import RasterError
 from rtmdet_geo.raster import describe_scene, open_scene
@@ -158,3 +161,16 @@ def test_detect_finds_in_a_mosaic_what_it_finds_in_the_big_file(tmp_path, monkey
         np.testing.assert_allclose(found[name], big[name], rtol=1e-6)
     again = detect_scene(scene, output, overwrite=True)
     assert len(again) == len(big)
+
+
+def test_several_files_are_one_scene_on_request_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "open_backend", lambda path, **options: BlobBackend())
+    image = draw_ships(500, 400)
+    parts = cut(tmp_path / "port", np.stack([image] * 3), [(0, 0, 130, 400), (130, 0, 370, 400)])
+    words = ["detect", *map(str, parts), "-o", str(tmp_path / "ships.gpkg"), "--json"]
+    refused = CliRunner().invoke(cli, words)
+    assert refused.exit_code == 2 and "--mosaic" in refused.stderr
+    done = CliRunner().invoke(cli, [*words, "--mosaic"])
+    assert done.exit_code == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["width"], summary["height"], summary["num_detections"]) == (500, 400, 5)

@@ -45,7 +45,7 @@ def _parse_bounds(
 
 
 @click.command()
-@click.argument("scene", metavar="SCENE")
+@click.argument("scenes", metavar="SCENE...", nargs=-1, required=True)
 @options.output_option(
     "Vector file to write: .gpkg, .fgb, .parquet, .geojson, .geojsonl, .shp, .shp.zip, .csv, .coco.json or .txt "
     "(DOTA). '-' writes GeoJSON features (EPSG:4326) to stdout, one a line, as soon as they are final.",
@@ -138,6 +138,7 @@ def _parse_bounds(
     type=click.IntRange(min=0),
     help="Overlap of neighbouring tiles in px, longest object at least.  [default: the model's]",
 )
+@click.option("--mosaic", is_flag=True, help="All SCENEs are one, side by side; a folder of rasters is one anyway.")
 @options.batch_size_option("Tiles")
 @options.engine_options
 @click.option(
@@ -179,12 +180,13 @@ def _parse_bounds(
 def detect(
     ctx: click.Context,
     /,
-    scene: str,
+    scenes: tuple[str, ...],
     output: Path | None,
     model: str | None,
     bands: tuple[str, ...],
     classes: tuple[str, ...],
     preview: Path | None,
+    mosaic: bool,
     as_json: bool,
     progress_mode: str,
     stdin_cancel: bool,
@@ -200,6 +202,11 @@ def detect(
     error: the layer is then empty. Ctrl-C leaves nothing under the output's name: what was found until then goes to
     scene.partial.gpkg, and --resume goes on from there. '-o -' writes each object as soon as it is final.
     """
+    if len(scenes) > 1 and not mosaic:
+        raise click.UsageError(
+            "These are several scenes: give them one at a time, or --mosaic if they are parts of one."
+        )
+    scene = scenes[0] if len(scenes) == 1 else scenes
     options.check_stdout_owner(as_json, progress_mode, output)
     if output is None and preview is None and not as_json and progress_mode != "jsonl":
         raise click.UsageError("Nothing would come out: give -o PATH, --preview PATH or --json.")

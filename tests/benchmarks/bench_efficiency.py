@@ -4,7 +4,7 @@ A 3-band uint8 deflate COG of 10,240 x 10,240 px, Casablanca repeated, is run th
 ways: the bare session of onnxruntime on tiles that lie in a file mapped into memory, ``detect_scene`` with the model
 already open, and the whole command, from the start of Python to its end. The two write a GeoPackage. Tiles, overlap,
 batch size and threads are the same. Of the bare run a third each comes before, between and after the others, so that a
-machine that slows down or speeds up does so for all. Target: ``detect_scene`` takes at most 1.10 times the bare session,
+machine that slows down or speeds up does so for all. Target: ``detect_scene`` takes at most 1.10 of the bare session,
 which is open as well; the command is told beside it.
 """
 

@@ -49,7 +49,7 @@ def read_plainly(path):
     import rasterio
     from rasterio.windows import Window
 
-    from rtmdet_geo.raster import CACHE_BYTES
+    from rtmdet_geo.gdal_options import CACHE_BYTES
 
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), rasterio.open(path) as dataset:
         for y in range(0, dataset.height, BLOCK):

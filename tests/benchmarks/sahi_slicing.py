@@ -1,4 +1,4 @@
-"""SAHI's slicing with our model: ``python sahi_slicing.py TASK.json``, in an environment that has SAHI, not our package.
+"""SAHI's slicing with our model: ``python sahi_slicing.py TASK.json``, where SAHI is installed, not our package.
 
 The adapter is what SAHI asks of a model: run a slice, tell its objects. It gives SAHI every object as its axis-aligned
 box, by which SAHI merges, and as four corners, as SAHI's own adapter of rotated boxes does, after NMS of rotated boxes

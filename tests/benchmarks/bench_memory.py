@@ -3,9 +3,9 @@
 Scenes are VRTs of one repeated GeoTIFF of 2,000 px. A stand-in for the engine, which costs nothing and finds three
 objects in every tile (two of them those of its neighbours as well, so that there is something to merge), or 40 times
 as many, runs over 10,000 x 10,000 and 40,000 x 40,000 px; the bundled model of ships over 10,000 x 4,000 px, which are
-as wide as strips of a scene get. All write a GeoPackage. Each run has a process of its own; its peak is of resident memory, as the system
-counts it and as it was sampled 50 times a second. Targets: 40,000 px take at most 1.1 times the memory of 10,000 px;
-the model takes less than 1.2 GB.
+as wide as strips of a scene get. All write a GeoPackage. Each run has a process of its own; its peak is of resident
+memory, as the system counts it and as it was sampled 50 times a second. Targets: 40,000 px take at most 1.1 times the
+memory of 10,000 px; the model takes less than 1.2 GB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How GDAL reaches a scene: its memory, what it does when a server fails, what it says. No raster library here."""
+"""How GDAL is to reach a scene: its memory, what it does when a server fails, what it says. No raster library here."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyproj
 import shapely
 from numpy.typing import NDArray
+from shapely.affinity import scale
 
 from rtmdet_geo.errors import AnnotationError, ConfigError, GeometryWarning
 from rtmdet_geo.label_layers import features_with_geometry, read_vector_file
@@ -53,6 +54,10 @@ class Area:
         windows = shapely.box(*(corners + _TOUCH_PX * np.array([1, 1, -1, -1])).T)
         shapely.prepare(self.shape)
         return [grid[int(index)] for index in np.flatnonzero(shapely.intersects(self.shape, windows))]
+
+    def scaled(self, x: float, y: float) -> Area:
+        """Return the same area in px of which the scene has ``x`` and ``y`` times as many."""
+        return Area(scale(self.shape, x, y, origin=(0, 0)))
 
     def holds(self, points: FloatArray) -> NDArray[np.bool_]:
         """Say which points (N, 2) x y in resampled px lie inside or on the border."""

@@ -27,6 +27,7 @@ from rtmdet_geo.merge_methods import MergeMethod
 from rtmdet_geo.merge_rows import RowMerger
 from rtmdet_geo.polygons import SIMPLIFY_PX
 from rtmdet_geo.preview_html import write_preview
+from rtmdet_geo.pyramid import LongObjects, check_pyramid, make_levels
 from rtmdet_geo.raster import open_scene
 from rtmdet_geo.run_record import file_state, library_versions, model_record, scene_record
 from rtmdet_geo.scene_features import FeatureMaker, join_features
@@ -80,6 +81,7 @@ def detect_scene(
     tta: str | Augmentation | None = None,
     merge: MergeMethod = "nms",
     class_agnostic: bool = False,
+    pyramid: int = 0,
     max_overlap: float = MAX_OVERLAP,
     simplify_px: float = SIMPLIFY_PX,
     collect: bool = True,
@@ -130,6 +132,8 @@ def detect_scene(
         merge: what becomes of boxes of several tiles that overlap: "nms", the best one stays; "soft-nms", scores of the
             others decay; "wbf", they are averaged, see :func:`rtmdet_geo.merge.merge_survivors`.
         class_agnostic: objects of different classes in one place are one, too.
+        pyramid: coarser levels that are looked at as well, each at twice the ground sample distance, for what is longer
+            than ``overlap``, see :mod:`rtmdet_geo.pyramid`; boxes only.
         max_overlap: masks of a class that share so much of the smaller one are one object, in (0, 1]; 1 keeps all that
             NMS by boxes keeps, as the published evaluation does.
         simplify_px: how far a mask's edge may move to become a polygon of few corners, in px of the model's ground
@@ -197,6 +201,7 @@ def detect_scene(
     engine = augment(model, augmentation)
     spec, run_id = engine.spec, uuid.uuid4().hex
     check_method(merge, spec.object_kind)
+    check_pyramid(pyramid, spec.object_kind)
     settings = TileSettings.of(
         engine,
         score_threshold=score_threshold,
@@ -249,6 +254,7 @@ def detect_scene(
             "multi_label": multi_label,
             "merge": merge,
             "class_agnostic": class_agnostic,
+            "pyramid": pyramid,
             "max_overlap": max_overlap,
             "simplify_px": simplify_px,
             "tta": asdict(augmentation),
@@ -274,9 +280,11 @@ def detect_scene(
         )
         chunks: list[tuple[Merged, geopandas.GeoDataFrame]] = []  # of the result, or for the preview
 
+        levels, long_objects = make_levels(source, grid, area, pyramid), LongObjects(grid)
+
         def finish_row(pieces: list[Pieces]) -> geopandas.GeoDataFrame:
             """Add a tile row, and return the features that are final by it."""
-            merged = merger.add_row(pieces)
+            merged = merger.add_row([*pieces, *long_objects.take(merger.num_rows)])
             merged, features = maker.make(merged.select(settings.is_enough(merged.detections)))
             if each is not None and len(features):
                 each(features)
@@ -315,12 +323,32 @@ def detect_scene(
 
         with ExitStack() as stack:
             results, journal = TileResults(), None
-            if output is None:
-                results = LiveResults(grid, tiles, finish_row)
-            else:
+            if output is not None:
                 facts = run_facts(record, source.path, state, grid, area)
                 journal = stack.enter_context(open_journal(output, facts, resume=resume))
+            num_done, num_all = 0, len(tiles) + sum(len(level.tiles) for level in levels)
+
+            def advance(number: int, total: int) -> None:
+                if progress is not None:
+                    progress(num_done + number, num_all)
+
             try:
+                for level in levels:
+                    part = journal.part(level.first_index, len(level.grid)) if journal is not None else None
+                    coarse = run_tiles(
+                        level.scene,
+                        level.grid,
+                        engine,
+                        settings,
+                        tiles=level.tiles,
+                        journal=part,
+                        progress=advance,
+                        cancelled=cancelled,
+                    )
+                    num_done += len(level.tiles)
+                    long_objects.add(level, (part or coarse).rows(level.grid))
+                if journal is None:
+                    results = LiveResults(grid, tiles, finish_row)
                 run_tiles(
                     source,
                     grid,
@@ -328,8 +356,8 @@ def detect_scene(
                     settings,
                     tiles=tiles,
                     results=results,
-                    journal=journal,
-                    progress=progress,
+                    journal=journal.part(0, len(grid)) if journal is not None else None,
+                    progress=advance,
                     cancelled=cancelled,
                 )
                 if cancelled is not None and cancelled():

@@ -120,14 +120,19 @@ class Journal:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
-    def rows(self, grid: TileGrid) -> Iterator[list[Pieces]]:
+    def rows(self, grid: TileGrid, first: int = 0) -> Iterator[list[Pieces]]:
         """Yield the pieces of each tile row of the grid, from the top; memory holds a row.
+
+        Args:
+            grid: of the tiles.
+            first: index of its first tile in the journal.
 
         Raises:
             OutputError: a record is no longer what was written.
         """
         for row in range(grid.num_rows):
-            yield [self._read(self._places[index]) for index in grid.row_indexes(row) if index in self._places]
+            indexes = (first + index for index in grid.row_indexes(row))
+            yield [self._read(self._places[index]) for index in indexes if index in self._places]
 
     def _read(self, place: int) -> Pieces:
         self._file.seek(place)
@@ -141,6 +146,40 @@ class Journal:
     def is_empty(self) -> bool:
         """Whether no tile is in it."""
         return not self.records and not self.num_added
+
+    def part(self, first: int, number: int) -> JournalPart:
+        """Return the tiles with indexes from ``first`` on as a journal of their own, with indexes from 0 on."""
+        return JournalPart(self, first, number)
+
+
+@dataclass(frozen=True)
+class JournalPart:
+    """The tiles of one grid in a journal that has those of several, one after the other.
+
+    Attributes:
+        journal: all of it.
+        first: index of the grid's first tile.
+        number: tiles of the grid.
+    """
+
+    journal: Journal
+    first: int
+    number: int
+
+    @property
+    def records(self) -> list[TileRecord]:
+        """Return the records of an earlier run, see :class:`Journal`."""
+        records = self.journal.records
+        shifted = (record._replace(tile_id=record.tile_id - self.first) for record in records)
+        return [record for record in shifted if 0 <= record.tile_id < self.number]
+
+    def add(self, record: TileRecord) -> None:
+        """See :meth:`Journal.add`."""
+        self.journal.add(record._replace(tile_id=record.tile_id + self.first))
+
+    def rows(self, grid: TileGrid) -> Iterator[list[Pieces]]:
+        """See :meth:`Journal.rows`."""
+        return self.journal.rows(grid, self.first)
 
 
 def check_journal(output: str | os.PathLike[str], *, resume: bool, overwrite: bool) -> None:

@@ -88,6 +88,7 @@ class RowMerger:
     """What :func:`merge_rows` does, for callers that push rows; its arguments.
 
     Attributes:
+        num_rows: rows added.
         num_open: pieces that later rows may still change.
         peak_open: the most pieces held at once, those of the row just added included.
         num_late: pieces that reached further above their tile than the module's text allows.
@@ -114,7 +115,7 @@ class RowMerger:
         self.max_overlap, self.method, self.least_score = max_overlap, method, least_score
         self.peak_open = self.num_late = 0
         self._open: Pieces | None = None
-        self._num_rows = 0
+        self.num_rows = 0
         self._limit = -np.inf  # px; above it everything has been given out
 
     @property
@@ -128,17 +129,17 @@ class RowMerger:
         Raises:
             ValueError: kinds are mixed, or the grid has no more rows.
         """
-        if self._num_rows == self.grid.num_rows:
+        if self.num_rows == self.grid.num_rows:
             raise ValueError(f"a row more than the grid's {self.grid.num_rows}; give each tile row once")
-        self._num_rows += 1
+        self.num_rows += 1
         if parts:
             row = join_parts(parts)
             self._count_late(row)
             self._open = row if self._open is None else join_parts([self._open, row])
             self.peak_open = max(self.peak_open, self.num_open)
-        if self._num_rows == self.grid.num_rows:
+        if self.num_rows == self.grid.num_rows:
             return self.finish()
-        self._limit = float(self.grid.ys[self._num_rows] - self.grid.tile_height)
+        self._limit = float(self.grid.ys[self.num_rows] - self.grid.tile_height)
         if self._open is None or (self.iou_threshold <= 0 and self._open.detections.kind == "rotated"):
             return self._merge([])
         is_open = _is_open(self._open, self._limit, self.class_aware)
@@ -148,7 +149,7 @@ class RowMerger:
     def finish(self) -> Merged:
         """Return all that is left; the rows that did not come are empty."""
         parts = [] if self._open is None else [self._open]
-        self._open, self._num_rows = None, self.grid.num_rows
+        self._open, self.num_rows = None, self.grid.num_rows
         if self.num_late:
             logger.warning(
                 "%d detections reach more than a tile's height above their tile and may repeat others; "

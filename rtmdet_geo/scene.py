@@ -6,6 +6,7 @@ sample distance. Every step depends on scene-wide numbers only, so a pixel is bi
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -289,6 +290,13 @@ class Scene:
     @property
     def _is_resampled(self) -> bool:
         return (self.width, self.height) != (self.source_width, self.source_height)
+
+    def coarser(self, factor: float) -> Scene:
+        """Return the same open scene in ``factor`` times fewer px each way; closing either closes both."""
+        scene = copy.copy(self)
+        scene.width, scene.height = max(1, round(self.width / factor)), max(1, round(self.height / factor))
+        scene.scale_x, scene.scale_y = self.source_width / scene.width, self.source_height / scene.height
+        return scene
 
     def to_source(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
         """Boxes from resampled px to source px.

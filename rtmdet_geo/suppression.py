@@ -86,9 +86,9 @@ def _fragment_pairs(pieces: Pieces, class_aware: bool) -> tuple[IntArray, IntArr
 
 
 def in_order(pieces: Pieces, *first: NDArray[Any]) -> Pieces:
-    """Sort by the last of ``first``, if given, then score, label, box and tile: no order of tiles shows."""
+    """Sort by the last of ``first``, then score, whole before cut, label, box, tile: no order of tiles shows."""
     found = pieces.detections
-    keys = (pieces.tile_ids, *found.boxes.T[::-1], found.labels, -found.scores, *first)
+    keys = (pieces.tile_ids, *found.boxes.T[::-1], found.labels, pieces.is_cut, -found.scores, *first)
     return pieces.select(np.lexsort(keys))
 
 

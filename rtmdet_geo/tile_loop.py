@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtmdet_geo.backends import Backend, choose_batch_size
 from rtmdet_geo.errors import Cancelled, ConfigError, UnknownClassError
-from rtmdet_geo.journal import Journal, TileRecord
+from rtmdet_geo.journal import JournalPart, TileRecord
 from rtmdet_geo.merge import MASK_THRESHOLD, MAX_OVERLAP, tile_survivors
 from rtmdet_geo.prefetch import Prefetch
 from rtmdet_geo.scene import Scene
@@ -196,7 +196,7 @@ class TileResults:
         return list(self.pieces.values())
 
     def rows(self, grid: TileGrid) -> Iterator[list[Pieces]]:
-        """Yield the pieces of each tile row of the grid, from the top, as :meth:`Journal.rows` does."""
+        """Yield the pieces of each tile row of the grid, from the top, as a journal does."""
         for row in range(grid.num_rows):
             yield [self.pieces[index] for index in grid.row_indexes(row) if index in self.pieces]
 
@@ -240,7 +240,7 @@ def run_tiles(
     *,
     tiles: Sequence[Tile] | None = None,
     results: TileResults | None = None,
-    journal: Journal | None = None,
+    journal: JournalPart | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TileResults:

@@ -21,7 +21,7 @@ STAGES = {
     *("boxes", "jit", "nms", "quads", "annotations", "gis_convert", "gis_labels", "label_layers", "tiles"),
     *("area", "raster", "bands", "geodesy", "georeference", "resample", "scene", "scene_tags", "sentinel2"),
     *("gdal_options", "mosaic", "stretch", "stretch_options"),
-    *("merge", "merge_methods", "merge_rows", "scene_features", "suppression"),
+    *("merge", "merge_methods", "merge_rows", "pyramid", "scene_features", "suppression"),
     *("vector", "vector_formats", "cells", "preview", "preview_html", "outputs", "evaluation"),
     *("qgis_style", "vector_drivers", "vector_pixels", "vector_tables", "vector_texts"),
     *("charts", "contact_sheet", "dataset_charts", "dataset_check", "dataset_stats", "masks", "pictures", "polygons"),

@@ -148,6 +148,14 @@ def _parse_bounds(
     show_default=True,
     help="Boxes of several tiles that overlap: the best stays, the others' scores decay, or they are averaged.",
 )
+@click.option(
+    "--pyramid",
+    type=click.IntRange(0, 8),
+    default=0,
+    show_default=True,
+    metavar="LEVELS",
+    help="Look from further away as well, at 2, 4, ... times the resolution's pixels: boxes longer than --overlap.",
+)
 @click.option("--class-agnostic", is_flag=True, help="Objects of different classes in one place are one, too.")
 @click.option(
     "--max-overlap",

@@ -103,8 +103,9 @@ class Journal:
         payload = _pack(record)
         try:
             place = self._file.seek(0, os.SEEK_END)
-            self._file.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
-            self._file.flush()
+            left = memoryview(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+            while left:  # a disk that fills up takes a part first
+                left = left[self._file.write(left) :]
             self.num_added += 1
             if record.pieces is not None:
                 self._places[record.tile_id] = place
@@ -230,7 +231,7 @@ def open_journal(output: str | os.PathLike[str], facts: Mapping[str, Any], *, re
             records, places = _read_records(tiles)
         else:
             _begin(about, tiles, facts)
-        with tiles.open("r+b") as file:
+        with tiles.open("r+b", buffering=0) as file:  # nothing is left to be written when it is closed
             journal = Journal(folder, records, file, places)
             try:
                 yield journal
